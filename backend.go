@@ -1,0 +1,257 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Package cablesecrets is a secrets engine for HashiCorp Vault that mints
+// short-lived, scoped access tokens for Cable (cable.tech).
+//
+// An operator stores the long-lived refresh key under config. A role names an
+// organization, a set of scopes and lifetimes. A read of creds/<role> asks
+// Cable for a fresh access token and returns it as a leased secret.
+//
+// Two facts shape everything. Cable cannot revoke: a token lives until its
+// expiry, so each lifetime is decided before minting and no lease outlives its
+// token. And a mint that goes wrong half-way may leave a live token that nobody
+// holds, so a request is repeated only where nothing can have been minted.
+package cablesecrets
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"strings"
+	"sync"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+)
+
+// operationPrefix begins the operation ids of the OpenAPI document.
+const operationPrefix = "cable"
+
+// backend is one mount. Several live in one process, so nothing of a mount is
+// kept outside of it.
+type backend struct {
+	*framework.Backend
+
+	// configMu and rolesMu make read, merge and store of an entry one step, so
+	// that concurrent partial updates lose no field. They are held over calls
+	// to Vault's storage, never over one to Cable.
+	configMu sync.Mutex
+	rolesMu  sync.Mutex
+
+	// mu guards the fields below. It is never held over a call to Vault or to
+	// Cable.
+	mu sync.Mutex
+
+	// current is the configuration in use, or nil until it is needed.
+	current *activeConfig
+
+	// generation counts the changes of the stored configuration. A rebuild that
+	// began before a change finds another number, and is not kept.
+	generation uint64
+
+	// hold is the pause of the last client, with what it applies to: a
+	// rebuild for the same key and URL does not forget it.
+	hold    *cable.Hold
+	holdFor holdKey
+}
+
+// activeConfig is a stored configuration with the client made from it. It is
+// never changed, only replaced.
+type activeConfig struct {
+	*configEntry
+	client *cable.Client
+}
+
+// holdKey is what a pause that Cable asked for applies to.
+type holdKey struct {
+	url string
+	key cable.Secret
+}
+
+// Factory returns a mount of the engine. It touches neither storage nor
+// network, so it cannot fail for a passing reason.
+func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
+	b := newBackend()
+	if err := b.Setup(ctx, conf); err != nil {
+		return nil, fmt.Errorf("setting up the backend: %w", err)
+	}
+	return b, nil
+}
+
+// newBackend returns a backend that is yet to be set up.
+func newBackend() *backend {
+	b := new(backend)
+	b.Backend = &framework.Backend{
+		BackendType:    logical.TypeLogical,
+		Help:           strings.TrimSpace(backendHelp),
+		RunningVersion: Version(),
+		PathsSpecial: &logical.Paths{
+			SealWrapStorage: []string{configStoragePath},
+		},
+		Paths: []*framework.Path{
+			b.pathConfig(),
+			b.pathRolesList(),
+			b.pathRoles(),
+			b.pathCreds(),
+		},
+		Secrets:    []*framework.Secret{b.cableToken()},
+		Invalidate: b.invalidate,
+		Clean:      func(context.Context) { b.reset() },
+	}
+	return b
+}
+
+// HandleRequest checks the request's fields, and keeps a panic from taking the
+// other mounts of this process with it.
+func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp *logical.Response, err error) {
+	defer b.recoverPanic(req, &resp, &err)
+	if path := b.Route(req.Path); path != nil && path.Operations[req.Operation] != nil {
+		data, err := checkFields(path, clearableFields(path), req)
+		if err != nil {
+			return logical.ErrorResponse(err.Error()), nil
+		}
+		checked := *req
+		checked.Data = data
+		req = &checked
+	}
+	return b.Backend.HandleRequest(ctx, req)
+}
+
+// HandleExistenceCheck answers without looking at the request's fields: they
+// are checked once it is clear that the caller may write. An error here would
+// reach the caller as a 500, and Vault's log with the value in it.
+func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (checkFound, exists bool, err error) {
+	defer b.recoverPanic(req, nil, &err)
+	bare := *req
+	bare.Data = nil
+	return b.Backend.HandleExistenceCheck(ctx, &bare)
+}
+
+// recoverPanic turns a panic of a handler into a 500 for that one request. The
+// value of the panic is not shown, because it may hold anything.
+func (b *backend) recoverPanic(req *logical.Request, resp **logical.Response, err *error) {
+	value := recover()
+	if value == nil {
+		return
+	}
+	b.Logger().Error("a handler panicked; the request failed and the engine goes on",
+		"operation", req.Operation, "path", req.Path, "request_id", req.ID,
+		"panic_type", fmt.Sprintf("%T", value), "stack", string(debug.Stack()))
+	if resp != nil {
+		*resp = nil
+	}
+	*err = logical.CodedError(http.StatusInternalServerError,
+		fmt.Sprintf("the engine failed on this request by a defect of its own: see the log of Vault for request %s", req.ID))
+}
+
+// getActive returns the configuration in use, building it on first use and
+// after a change; nil where none is stored.
+func (b *backend) getActive(ctx context.Context, s logical.Storage) (*activeConfig, error) {
+	b.mu.Lock()
+	current, generation := b.current, b.generation
+	b.mu.Unlock()
+	if current != nil {
+		return current, nil
+	}
+	cfg, err := getConfig(ctx, s)
+	if cfg == nil || err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.current != nil && b.generation == generation {
+		return b.current, nil // another request built it meanwhile
+	}
+	built, err := b.activateLocked(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("using the stored configuration: %w", err)
+	}
+	if b.generation == generation {
+		b.setCurrentLocked(built)
+	}
+	return built, nil
+}
+
+// activate makes a client for cfg, without using it yet.
+func (b *backend) activate(cfg *configEntry) (*activeConfig, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.activateLocked(cfg)
+}
+
+// activateLocked is activate for callers that hold mu.
+func (b *backend) activateLocked(cfg *configEntry) (*activeConfig, error) {
+	clientConfig := cfg.clientConfig()
+	if b.hold != nil && b.holdFor.url == cfg.TokenURL && b.holdFor.key.Reveal() == cfg.RefreshKey.Reveal() {
+		clientConfig.Hold = b.hold
+	}
+	client, err := cable.New(clientConfig)
+	if err != nil {
+		return nil, err
+	}
+	return &activeConfig{configEntry: cfg, client: client}, nil
+}
+
+// setCurrentLocked puts a configuration into use. The caller holds mu.
+func (b *backend) setCurrentLocked(next *activeConfig) {
+	b.dropLocked()
+	b.current = next
+	b.hold = next.client.Hold()
+	b.holdFor = holdKey{url: next.TokenURL, key: next.RefreshKey}
+}
+
+// dropLocked lets go of the configuration in use. The caller holds mu.
+func (b *backend) dropLocked() {
+	if b.current != nil {
+		b.current.client.Close()
+	}
+	b.current = nil
+}
+
+// replace puts a configuration into use that has just been stored.
+func (b *backend) replace(next *activeConfig) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.generation++
+	b.setCurrentLocked(next)
+}
+
+// reset drops what was built from the stored configuration; the next request
+// reads it anew.
+func (b *backend) reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.generation++
+	b.dropLocked()
+}
+
+// invalidate is told by Vault that a key of the mount's storage was changed by
+// another node.
+func (b *backend) invalidate(_ context.Context, key string) {
+	if key == configStoragePath {
+		b.reset()
+	}
+}
+
+// forwarded declares an operation that writes storage: it belongs on the
+// active node of the primary cluster.
+func forwarded(p *framework.PathOperation) *framework.PathOperation {
+	p.ForwardPerformanceStandby = true
+	p.ForwardPerformanceSecondary = true
+	return p
+}
+
+const backendHelp = `
+The Cable secrets engine mints short-lived access tokens for Cable
+(cable.tech) from one long-lived refresh key that only Vault holds.
+
+Write the refresh key to config, describe an organization, scopes and
+lifetimes in roles/<name>, and read creds/<name> for a fresh token.
+
+A token cannot be revoked at Cable. Revoking its lease makes Vault forget it;
+the token itself lives until the expiry that came with it.
+`

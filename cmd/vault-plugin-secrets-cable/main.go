@@ -1,0 +1,95 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Command vault-plugin-secrets-cable serves the Cable secrets engine to Vault.
+// Vault starts it; run by hand it says what it is and how to register it.
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"runtime/debug"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/plugin"
+
+	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
+)
+
+// commit is set at build, with -ldflags "-X main.commit=…".
+var commit string
+
+func main() {
+	os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
+}
+
+// run serves the plugin until Vault ends it, or answers a person. It returns
+// the exit status: 0, 1 if the plugin cannot be served or was run by hand
+// without arguments, 2 for arguments that it does not know.
+//
+// NOTE: under Vault standard output belongs to the handshake: nothing else may
+// write to it. The arguments are never printed; they may hold anything.
+func run(args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+	if len(args) == 1 && (args[0] == "-version" || args[0] == "--version" || args[0] == "version") {
+		_, _ = fmt.Fprintf(stdout, "vault-plugin-secrets-cable %s, commit %s, %s\n", cablesecrets.Version(), revision(), runtime.Version())
+		return 0
+	}
+	underVault := getenv(plugin.HandshakeConfig.MagicCookieKey) == plugin.HandshakeConfig.MagicCookieValue
+	if len(args) == 1 && (args[0] == "-h" || args[0] == "-help" || args[0] == "--help") {
+		_, _ = fmt.Fprintf(stdout, usage, cablesecrets.Version())
+		return 0
+	}
+	if len(args) > 0 {
+		_, _ = fmt.Fprintln(stderr, "vault-plugin-secrets-cable takes no arguments but -version and -help: register it in Vault without any")
+		return 2
+	}
+	if !underVault {
+		_, _ = fmt.Fprintf(stderr, usage, cablesecrets.Version())
+		return 1
+	}
+	logger := hclog.New(&hclog.LoggerOptions{
+		Level:      hclog.Trace, // Vault filters by its own level
+		Output:     stderr,
+		JSONFormat: true,
+	})
+	// NOTE: no TLS provider. It serves plugin protocols before version 5, which
+	// Vault 1.16 and later do not speak with a plugin; version 5 uses AutoMTLS.
+	if err := plugin.ServeMultiplex(&plugin.ServeOpts{BackendFactoryFunc: cablesecrets.Factory, Logger: logger}); err != nil {
+		logger.Error("the plugin cannot be served", "error", err)
+		return 1
+	}
+	return 0
+}
+
+// revision is the commit that the build set, or that the Go tool recorded.
+func revision() string {
+	if commit != "" {
+		return commit
+	}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				return s.Value
+			}
+		}
+	}
+	return "unknown"
+}
+
+const usage = `vault-plugin-secrets-cable %[1]s is a secrets engine for HashiCorp Vault.
+Vault runs it; it is not for running by hand. To use it, put this file into
+the server's plugin_directory, then register it and enable a mount:
+
+  vault plugin register -sha256=$(sha256sum vault-plugin-secrets-cable | cut -d' ' -f1) \
+    -version=%[1]s secret vault-plugin-secrets-cable
+  vault secrets enable -path=cable vault-plugin-secrets-cable
+  vault write cable/config refresh_key=@refresh-key.txt
+  vault write cable/roles/my-role organization_id=org_... scopes=transactions:read
+  vault read cable/creds/my-role
+
+Options:
+  -version   print version, commit and Go version
+  -help      print this text
+`

@@ -1,0 +1,55 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+)
+
+// checkGrant compares an answer with its request. It returns the granted
+// scopes, sorted and without repeats; those that were asked for and not
+// granted; or an error that names what Cable granted and was not asked for.
+//
+// An answer without scopes takes the asked ones: Cable's schema does not
+// require them in the answer.
+func checkGrant(asked cable.TokenRequest, got *cable.Token) (granted, missing []string, err error) {
+	if got.OrganizationID != asked.OrganizationID {
+		return nil, nil, fmt.Errorf("the token is for organization %.100q instead of %q", got.OrganizationID, asked.OrganizationID)
+	}
+	if inner := got.ScopesOrganizationID; inner != "" && inner != asked.OrganizationID {
+		return nil, nil, fmt.Errorf("the token's scopes are for organization %.100q instead of %q", inner, asked.OrganizationID)
+	}
+	if got.Scopes == nil {
+		return asked.Scopes, nil, nil
+	}
+	granted = slices.Compact(slices.Sorted(slices.Values(got.Scopes)))
+	if extra := without(granted, asked.Scopes); len(extra) > 0 {
+		return nil, nil, fmt.Errorf("the token holds scopes that were not asked for: %s", nameSome(extra))
+	}
+	return granted, without(asked.Scopes, granted), nil
+}
+
+// without returns the elements of all that are not among taken.
+func without(all, taken []string) []string {
+	return slices.DeleteFunc(slices.Clone(all), func(s string) bool { return slices.Contains(taken, s) })
+}
+
+// nameSome quotes names for a message, with an end: a list can have 64 of 128
+// characters, or come from Cable.
+func nameSome(names []string) string {
+	const most = 10
+	quoted := make([]string, 0, most+1)
+	for i, n := range names {
+		if i == most {
+			quoted = append(quoted, fmt.Sprintf("and %d more", len(names)-most))
+			break
+		}
+		quoted = append(quoted, fmt.Sprintf("%.128q", n))
+	}
+	return strings.Join(quoted, ", ")
+}

@@ -1,0 +1,274 @@
+package cabletest
+
+import (
+	"bytes"
+	"compress/gzip"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// Values of Fault.Reset: where in a call its TCP connection is reset (with HTTP/2, its stream).
+const (
+	ResetBefore = "before" // before the request's body is read: nothing is minted
+	ResetAfter  = "after"  // instead of the answer: a valid request has minted a token that nobody holds
+	ResetHalf   = "half"   // after half of the answer's body
+)
+
+// Fault is how calls misbehave. Zero fields behave. As JSON, names are as tagged and durations are Go's strings, "5s".
+//
+// In Message, Errors, Header and Body the placeholder {refresh_key} stands for the Authorization header that the call
+// brought, to simulate a server that echoes the key.
+type Fault struct {
+	Times int `json:"times"` // calls that it applies to; 0: until cleared
+	Every int `json:"every"` // applies to every Nth call only; 0: to each
+
+	// Delay comes before the answer, and before anything is minted. It ends when the caller goes away or the simulator
+	// is closed: then nothing is minted. Stall comes after half of the answer's body.
+	Delay time.Duration `json:"delay"`
+	Stall time.Duration `json:"stall"`
+
+	Status  int          `json:"status"`  // answer this (200 to 599) with the error envelope, minting nothing
+	Message string       `json:"message"` // of the envelope; default: the status's text
+	Errors  []FieldError `json:"errors"`  // of the envelope
+
+	// Header is set on the answer. An empty value removes a header, Date included.
+	Header   map[string]string `json:"header"`
+	Body     string            `json:"body"`      // instead of the JSON; a valid request still mints if Status is 0
+	BodySize int64             `json:"body_size"` // bytes of filler after Body, instead of the JSON
+	Gzip     bool              `json:"gzip"`      // compress the body, whatever the caller accepts
+
+	Reset     string        `json:"reset"`      // ResetBefore, ResetAfter, ResetHalf; "": no reset
+	ClockSkew time.Duration `json:"clock_skew"` // Cable's clock (Date, expiry) is ahead by this; negative: behind
+	Grant     *Grant        `json:"grant"`      // what a successful answer says instead of what was asked
+}
+
+// Grant is what a successful answer says instead of what was asked. Zero fields say what was asked.
+type Grant struct {
+	Life                 *time.Duration  `json:"life"` // the token's true life, in whole seconds; may be negative
+	OrganizationID       *string         `json:"organization_id"`
+	ScopesOrganizationID *string         `json:"scopes_organization_id"`
+	Scopes               *[]string       `json:"scopes"`
+	OmitScopes           bool            `json:"omit_scopes"`
+	OmitToken            bool            `json:"omit_token"`
+	OmitExpiry           bool            `json:"omit_expiry"`
+	Expiry               json.RawMessage `json:"expiry"` // any JSON value, verbatim: a string, a float, milliseconds
+	Token                *string         `json:"token"`
+}
+
+// pendingFault is a fault in the queue.
+type pendingFault struct {
+	Fault
+	seen, used int
+}
+
+// SetFault replaces all faults by f. A fault that makes no sense (an unknown Reset, a negative duration) panics.
+func (s *Simulator) SetFault(f Fault) { s.putFault(f, true) }
+
+// AddFault appends f to the faults. They are used in order, each for its Times.
+func (s *Simulator) AddFault(f Fault) { s.putFault(f, false) }
+
+// ClearFaults removes all faults but Options.Default.
+func (s *Simulator) ClearFaults() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.faults = nil
+}
+
+func (s *Simulator) putFault(f Fault, replace bool) {
+	if err := f.check(); err != nil {
+		panic(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if replace {
+		s.faults = nil
+	}
+	s.faults = append(s.faults, pendingFault{Fault: f})
+}
+
+// nextFault returns the fault that applies to the call that just arrived. s.mu is held.
+func (s *Simulator) nextFault() *Fault {
+	if len(s.faults) == 0 {
+		return &s.opts.Default
+	}
+	p := &s.faults[0]
+	p.seen++
+	if p.Every > 1 && p.seen%p.Every != 0 {
+		return &s.opts.Default
+	}
+	p.used++
+	f := p.Fault
+	if f.Times > 0 && p.used == f.Times {
+		s.faults = s.faults[1:]
+	}
+	return &f
+}
+
+func (f *Fault) check() error {
+	switch {
+	case f.Reset != "" && f.Reset != ResetBefore && f.Reset != ResetAfter && f.Reset != ResetHalf:
+		return fmt.Errorf("fault: reset %q: want before, after or half", f.Reset)
+	case f.Status != 0 && (f.Status < 200 || f.Status > 599):
+		return fmt.Errorf("fault: status %d: want 200 to 599", f.Status)
+	case f.Times < 0 || f.Every < 0 || f.Delay < 0 || f.Stall < 0 || f.BodySize < 0:
+		return fmt.Errorf("fault: times, every, delay, stall and body_size cannot be negative")
+	case f.Grant != nil && f.Grant.Expiry != nil && !json.Valid(f.Grant.Expiry):
+		return fmt.Errorf("fault: expiry %q is not JSON", f.Grant.Expiry)
+	}
+	return nil
+}
+
+// UnmarshalJSON refuses unknown fields and faults that make no sense.
+func (f *Fault) UnmarshalJSON(data []byte) error {
+	type plain Fault // without this method
+	v := struct {
+		*plain
+		Delay     duration `json:"delay"`
+		Stall     duration `json:"stall"`
+		ClockSkew duration `json:"clock_skew"`
+	}{plain: (*plain)(f)}
+	if err := unmarshalStrict(data, &v); err != nil {
+		return err
+	}
+	f.Delay, f.Stall, f.ClockSkew = time.Duration(v.Delay), time.Duration(v.Stall), time.Duration(v.ClockSkew)
+	return f.check()
+}
+
+// UnmarshalJSON refuses unknown fields.
+func (g *Grant) UnmarshalJSON(data []byte) error {
+	type plain Grant // without this method
+	v := struct {
+		*plain
+		Life *duration `json:"life"`
+	}{plain: (*plain)(g)}
+	err := unmarshalStrict(data, &v)
+	g.Life = (*time.Duration)(v.Life)
+	return err
+}
+
+func unmarshalStrict(data []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	return d.Decode(v)
+}
+
+// duration is a time.Duration that is a string such as "5s" in JSON.
+type duration time.Duration
+
+func (d *duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	*d = duration(v)
+	return err
+}
+
+// echo puts the call's Authorization header in place of the placeholder.
+func (f *Fault) echo(r *http.Request, text string) string {
+	return strings.ReplaceAll(text, "{refresh_key}", r.Header.Get("Authorization"))
+}
+
+// envelope returns the error that Status, Message and Errors describe.
+func (f *Fault) envelope(r *http.Request) *envelope {
+	e := &envelope{Code: f.Status, Message: f.echo(r, f.Message)}
+	if f.Message == "" {
+		e.Message = http.StatusText(f.Status)
+	}
+	for _, fe := range f.Errors {
+		e.Errors = append(e.Errors, FieldError{f.echo(r, fe.Field), f.echo(r, fe.Message)})
+	}
+	return e
+}
+
+func (f *Fault) setHeader(r *http.Request, h http.Header) {
+	for name, value := range f.Header {
+		if h.Set(name, f.echo(r, value)); value == "" {
+			h[http.CanonicalHeaderKey(name)] = nil // nil, not absent: or net/http would add a Date of its own
+		}
+	}
+}
+
+// apply makes the answer say what g says, and m what the caller therefore holds.
+func (g *Grant) apply(a *answer, m *Minted) {
+	set(&a.OrganizationID, g.OrganizationID)
+	set(&a.Scopes.OrganizationID, g.ScopesOrganizationID)
+	set(&a.Scopes.Scopes, g.Scopes)
+	set(&m.Token, g.Token)
+	if g.Expiry != nil {
+		a.Expiry = g.Expiry
+	}
+	if g.OmitScopes {
+		a.Scopes = nil
+	}
+	if g.OmitToken {
+		a.Token = nil
+	}
+	if g.OmitExpiry {
+		a.Expiry = nil
+	}
+}
+
+func set[T any](to, from *T) {
+	if from != nil {
+		*to = *from
+	}
+}
+
+// write sends an answer's body: start and the filler, compressed or not, with a wait or a reset after half of it.
+// Errors of writing are dropped: the caller is gone, or a Content-Length of the fault's own forbids a body.
+func (f *Fault) write(w http.ResponseWriter, start []byte, wait func() bool) {
+	if f.BodySize == 0 && f.Stall == 0 && f.Reset == "" && !f.Gzip {
+		_, _ = w.Write(start) // the hot path
+		return
+	}
+	size := int64(len(start)) + f.BodySize
+	body := io.LimitReader(io.MultiReader(bytes.NewReader(start), filler{}), size)
+	out, flush := io.Writer(w), func() error { return nil }
+	if f.Gzip {
+		z := gzip.NewWriter(w)
+		defer z.Close()
+		out, flush = z, z.Flush
+	}
+	if f.Stall > 0 || f.Reset == ResetHalf {
+		_, _ = io.CopyN(out, body, size/2)
+		_ = flush()
+		_ = http.NewResponseController(w).Flush()
+		if !wait() {
+			panic(http.ErrAbortHandler)
+		}
+		if f.Reset == ResetHalf {
+			hangUp(w)
+			return
+		}
+	}
+	_, _ = io.Copy(out, body)
+}
+
+// filler reads as an endless run of x.
+type filler struct{}
+
+func (filler) Read(p []byte) (int, error) {
+	for i := range p {
+		p[i] = 'x'
+	}
+	return len(p), nil
+}
+
+// hangUp resets the TCP connection of a call. An HTTP/2 connection cannot be taken over: there the stream is reset.
+func hangUp(w http.ResponseWriter) {
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	if c, ok := conn.(*tls.Conn); ok {
+		conn = c.NetConn()
+	}
+	if c, ok := conn.(*net.TCPConn); ok {
+		_ = c.SetLinger(0) // closing sends RST instead of FIN
+	}
+	_ = conn.Close()
+}

@@ -1,0 +1,517 @@
+// Package cabletest simulates Cable's token API, POST <base>/auth/token, for tests and demos.
+//
+// Its rules:
+//
+//   - Well-behaved, it refuses what Cable's documents call invalid and nothing else. Where they disagree (the form of
+//     the Authorization header) Options decides; where they are silent (an empty list of scopes, a scope that they do
+//     not name, a field that they do not name) it accepts.
+//   - It misbehaves only when told to, by a Fault.
+//   - What it records of a call never holds the refresh key or an access token. Both carry marker strings, so that a
+//     test can look for them in whatever should not hold them.
+//
+// Source of each rule: Cable's request-token reference (v2.0) and its OpenAPI documents.
+package cabletest
+
+import (
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"mime"
+	"net"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// TokenMarker stands verbatim in every access token.
+	TokenMarker = "CABLETOKENCANARY"
+	// RefreshKeyMarker stands verbatim in every refresh key made by NewRefreshKey.
+	RefreshKeyMarker = "REFRESHKEYCANARY"
+
+	// MinExpirySeconds and MaxExpirySeconds bound expiry_seconds, both included (request-token reference).
+	MinExpirySeconds = 300
+	MaxExpirySeconds = 86400
+
+	// DefaultOrganizationID and DefaultOrganizationName are those of Cable's own sample (v1.0 reference).
+	DefaultOrganizationID   = "org_9f8b7c6d5e4a3b2c1d0e"
+	DefaultOrganizationName = "Cable Financial Services"
+
+	// Recorded is how many calls, and how many minted tokens, a Simulator remembers: the latest ones. Its counters
+	// count all.
+	Recorded = 10_000
+
+	// maxRequestBytes protects the simulator's own memory; Cable publishes no limit.
+	maxRequestBytes = 1 << 20
+)
+
+// Values of Options.Scheme: how the refresh key must be written into the Authorization header. Cable's documents show
+// both forms.
+const (
+	SchemeRaw    = "raw"    // the key alone (v2.0 reference)
+	SchemeBearer = "bearer" // "Bearer <key>" (v1.0 reference)
+	SchemeAny    = "any"    // either
+)
+
+// Options of a Simulator. The zero value is a well-behaved Cable with one organization.
+type Options struct {
+	RefreshKey    string            // default: NewRefreshKey()
+	Scheme        string            // default: SchemeRaw
+	Organizations map[string]string // id to name; default: DefaultOrganizationID
+	BasePath      string            // default "/base/v2"; the endpoint is BasePath + "/auth/token"
+	Now           func() time.Time  // Cable's clock; default time.Now
+	Default       Fault             // for each call that no other fault applies to; its Times and Every are ignored
+	Log           func(Call)        // called once for each call, before it is answered; must be safe for concurrent use
+}
+
+// Call is what the simulator saw of one request and what it did. It never holds the text of the Authorization header:
+// a value in which the refresh key or an access token stands is recorded as "[redacted]".
+type Call struct {
+	Time            time.Time `json:"time"` // of arrival, by Options.Now
+	Method          string    `json:"method"`
+	Path            string    `json:"path"`
+	Proto           string    `json:"proto"` // "HTTP/1.1" or "HTTP/2.0"
+	AuthorizationOK bool      `json:"authorization_ok"`
+	ExpirySeconds   int64     `json:"expiry_seconds"` // as asked; 0 if it could not be read
+	OrganizationID  string    `json:"organization_id"`
+	Scopes          []string  `json:"scopes"`
+	Status          int       `json:"status"` // answered; 0 while unanswered, and for ever if the call got no answer
+	UserAgent       string    `json:"user_agent"`
+	RemoteAddr      string    `json:"remote_addr"`
+	Minted          bool      `json:"minted"` // a token exists now, whether or not the caller got it
+}
+
+// Minted is an access token that exists. Its times are whole seconds of Cable's clock, Fault.ClockSkew included.
+type Minted struct {
+	Token          string
+	OrganizationID string   // as asked
+	Scopes         []string // as asked
+	IssuedAt       time.Time
+	Expiry         time.Time // the true one, whatever Grant.Expiry made the answer say
+}
+
+// Stats counts what a Simulator saw since it was made or Reset.
+type Stats struct {
+	Calls       int         `json:"calls"`
+	Minted      int         `json:"minted"`
+	Connections int         `json:"connections"`
+	ByStatus    map[int]int `json:"by_status"` // calls that got no answer are under 0
+}
+
+// FieldError is one element of errors[] in Cable's error envelope.
+type FieldError struct {
+	Field   string `json:"field"` // such as "scopes.organization_id"
+	Message string `json:"message"`
+}
+
+// envelope is the JSON of every error that Cable answers.
+type envelope struct {
+	Code    int          `json:"code"` // mirrors the HTTP status
+	Message string       `json:"message"`
+	Errors  []FieldError `json:"errors,omitempty"`
+}
+
+// answer is the JSON of a success. All but scopes are in the schema's list of required fields; what is optional here
+// is so for Grant.
+type answer struct {
+	Token            *string         `json:"token,omitempty"`
+	Expiry           json.RawMessage `json:"expiry,omitempty"` // Unix seconds
+	OrganizationID   string          `json:"organization_id"`
+	OrganizationName string          `json:"organization_name"`
+	Scopes           *grantedScopes  `json:"scopes,omitempty"`
+}
+
+type grantedScopes struct {
+	OrganizationID string   `json:"organization_id"`
+	Scopes         []string `json:"scopes"`
+}
+
+// Simulator is Cable's token API as an http.Handler, safe for concurrent use.
+type Simulator struct {
+	opts        Options
+	path        string
+	key         atomic.Pointer[string]
+	connections atomic.Int64
+	closed      chan struct{}
+	closeOnce   sync.Once
+
+	mu     sync.Mutex // guards what follows; never held while a call waits or is written
+	seen   *record
+	faults []pendingFault
+}
+
+// record is what a Simulator saw since New or Reset. A call writes to the record that it began in.
+type record struct {
+	calls    ring[*Call]
+	minted   ring[Minted]
+	byStatus map[int]int
+}
+
+// New returns a simulator. A nil opts means the zero Options. An unknown Scheme panics.
+func New(opts *Options) *Simulator {
+	s := &Simulator{closed: make(chan struct{}), seen: &record{byStatus: map[int]int{}}}
+	if opts != nil {
+		s.opts = *opts
+	}
+	o := &s.opts
+	switch o.Scheme {
+	case "":
+		o.Scheme = SchemeRaw
+	case SchemeRaw, SchemeBearer, SchemeAny:
+	default:
+		panic(fmt.Sprintf("cabletest: scheme %q: want raw, bearer or any", o.Scheme))
+	}
+	if err := o.Default.check(); err != nil {
+		panic(err)
+	}
+	if o.RefreshKey == "" {
+		o.RefreshKey = NewRefreshKey()
+	}
+	if o.BasePath == "" {
+		o.BasePath = "/base/v2"
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	o.Organizations = maps.Clone(o.Organizations)
+	if len(o.Organizations) == 0 {
+		o.Organizations = map[string]string{DefaultOrganizationID: DefaultOrganizationName}
+	}
+	s.path = strings.TrimSuffix(o.BasePath, "/") + "/auth/token"
+	s.SetRefreshKey(o.RefreshKey)
+	return s
+}
+
+// NewRefreshKey returns a random refresh key that holds RefreshKeyMarker.
+func NewRefreshKey() string { return RefreshKeyMarker + "-" + rand.Text() }
+
+// Path returns the path of the token endpoint, such as "/base/v2/auth/token".
+func (s *Simulator) Path() string { return s.path }
+
+// RefreshKey returns the one refresh key that is accepted.
+func (s *Simulator) RefreshKey() string { return *s.key.Load() }
+
+// SetRefreshKey replaces the refresh key: the old one is refused from now on.
+func (s *Simulator) SetRefreshKey(key string) { s.key.Store(&key) }
+
+// Close ends every Delay and Stall, under way and to come: those calls get no further answer.
+func (s *Simulator) Close() { s.closeOnce.Do(func() { close(s.closed) }) }
+
+// ConnState counts connections. It is meant for http.Server.ConnState; without it Connections stays 0.
+func (s *Simulator) ConnState(_ net.Conn, state http.ConnState) {
+	if state == http.StateNew {
+		s.connections.Add(1)
+	}
+}
+
+// ServeHTTP answers one call. A call to any other path than the endpoint's is answered with 404 and takes no fault.
+func (s *Simulator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	call := Call{
+		Time:            s.opts.Now(),
+		Method:          r.Method,
+		Path:            s.redact(r.URL.Path),
+		Proto:           r.Proto,
+		AuthorizationOK: s.authorized(r.Header.Get("Authorization")),
+		UserAgent:       s.redact(r.UserAgent()),
+		RemoteAddr:      r.RemoteAddr,
+	}
+	f, finish := s.begin(call)
+	if f.Reset == ResetBefore {
+		s.wait(r, f.Delay)
+		finish(call, nil)
+		hangUp(w)
+		return
+	}
+	refused := s.read(r, &call)
+	if !s.wait(r, f.Delay) {
+		finish(call, nil)
+		panic(http.ErrAbortHandler)
+	}
+
+	// One reading of the clock for both Date and expiry, so that the two are consistent.
+	now := time.Unix(s.opts.Now().Add(f.ClockSkew).Unix(), 0).UTC()
+	var token *Minted
+	var result any
+	switch {
+	case f.Status != 0:
+		call.Status, result = f.Status, f.envelope(r)
+	case refused != nil:
+		call.Status, result = refused.Code, refused
+	default:
+		call.Status, call.Minted = http.StatusOK, true
+		token, result = s.mint(&call, now, f.Grant)
+	}
+	body, _ := json.Marshal(result) // cannot fail: check saw to it that Grant.Expiry is JSON
+	if f.Body != "" || f.BodySize > 0 {
+		body = []byte(f.echo(r, f.Body))
+	}
+	if f.Reset == ResetAfter {
+		call.Status = 0
+	}
+	finish(call, token)
+	if f.Reset == ResetAfter {
+		hangUp(w)
+		return
+	}
+
+	h := w.Header()
+	h.Set("Date", now.Format(http.TimeFormat))
+	h.Set("Content-Type", "application/json")
+	if f.Gzip {
+		h.Set("Content-Encoding", "gzip")
+	} else {
+		h.Set("Content-Length", strconv.FormatInt(int64(len(body))+f.BodySize, 10))
+	}
+	if call.Status == http.StatusMethodNotAllowed {
+		h.Set("Allow", http.MethodPost)
+	}
+	f.setHeader(r, h)
+	w.WriteHeader(call.Status)
+	f.write(w, body, func() bool { return s.wait(r, f.Stall) })
+}
+
+// authorized reports whether the value of an Authorization header is the refresh key in an accepted form.
+func (s *Simulator) authorized(header string) bool {
+	key, scheme := s.RefreshKey(), s.opts.Scheme
+	return key != "" && (scheme != SchemeBearer && header == key || scheme != SchemeRaw && header == "Bearer "+key)
+}
+
+// redact keeps a secret that was sent in the wrong place (a key as organization_id) out of what is recorded. A key of
+// less than 8 bytes is a test's own and no secret: it would stand in too many texts.
+func (s *Simulator) redact(text string) string {
+	key := s.RefreshKey()
+	if len(key) >= 8 && strings.Contains(text, key) || strings.Contains(text, TokenMarker) {
+		return "[redacted]"
+	}
+	return text
+}
+
+// read reads the request into call and returns the error that Cable answers to it, or nil. Which of two errors wins is
+// the simulator's own choice: Cable's documents do not say.
+func (s *Simulator) read(r *http.Request, call *Call) *envelope {
+	problems, malformed := s.readBody(r.Body, call)
+	mediaType, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	switch {
+	case r.URL.Path != s.path:
+		return &envelope{Code: http.StatusNotFound, Message: "not found"}
+	case r.Method != http.MethodPost:
+		return &envelope{Code: http.StatusMethodNotAllowed, Message: "method not allowed"}
+	case !call.AuthorizationOK:
+		return &envelope{Code: http.StatusUnauthorized, Message: "unauthorized"}
+	case mediaType != "application/json":
+		problems = []FieldError{{"Content-Type", "must be application/json"}}
+	case malformed:
+		return &envelope{Code: http.StatusBadRequest, Message: "request body is not a JSON object"}
+	}
+	if len(problems) > 0 {
+		return &envelope{http.StatusBadRequest, "validation failed", problems}
+	}
+	return nil
+}
+
+// readBody reads a request's JSON into call and lists what is wrong with it. Pointers tell what is absent or null.
+func (s *Simulator) readBody(body io.Reader, call *Call) (problems []FieldError, malformed bool) {
+	var req struct {
+		ExpirySeconds *int64 `json:"expiry_seconds"`
+		Scopes        *struct {
+			OrganizationID *string   `json:"organization_id"`
+			Scopes         []*string `json:"scopes"`
+		} `json:"scopes"`
+	}
+	data, err := io.ReadAll(io.LimitReader(body, maxRequestBytes))
+	if err == nil {
+		err = json.Unmarshal(data, &req)
+	}
+	problem := func(wrong bool, field, message string) {
+		if wrong {
+			problems = append(problems, FieldError{field, message})
+		}
+	}
+	var wrongType *json.UnmarshalTypeError
+	if errors.As(err, &wrongType) && wrongType.Field != "" {
+		problem(true, wrongType.Field, "must not be a JSON "+wrongType.Value)
+		return problems, false
+	} else if err != nil {
+		return nil, true
+	}
+	if n := req.ExpirySeconds; n != nil {
+		call.ExpirySeconds = *n
+		problem(*n < MinExpirySeconds || *n > MaxExpirySeconds, "expiry_seconds", "must be between 300 and 86400")
+	}
+	problem(req.ExpirySeconds == nil, "expiry_seconds", "is required")
+	if req.Scopes == nil {
+		problem(true, "scopes", "is required")
+		return problems, false
+	}
+	if id := req.Scopes.OrganizationID; id != nil {
+		_, known := s.opts.Organizations[*id]
+		problem(!known, "scopes.organization_id", "is not a known organization")
+		call.OrganizationID = s.redact(*id)
+	}
+	problem(req.Scopes.OrganizationID == nil, "scopes.organization_id", "is required")
+	problem(req.Scopes.Scopes == nil, "scopes.scopes", "is required")
+	problem(slices.Contains(req.Scopes.Scopes, nil), "scopes.scopes", "must not hold null")
+	call.Scopes = make([]string, len(req.Scopes.Scopes))
+	for i, scope := range req.Scopes.Scopes {
+		if scope != nil {
+			call.Scopes[i] = s.redact(*scope)
+		}
+	}
+	return problems, false
+}
+
+// mint makes the token that call asked for, and the answer that says so or, with a grant, says otherwise.
+func (s *Simulator) mint(call *Call, now time.Time, grant *Grant) (*Minted, *answer) {
+	g := grant
+	if g == nil {
+		g = &Grant{}
+	}
+	life := call.ExpirySeconds
+	if g.Life != nil {
+		life = int64(*g.Life / time.Second)
+	}
+	m := &Minted{
+		Token:          newToken(call.OrganizationID, now.Unix(), now.Unix()+life),
+		OrganizationID: call.OrganizationID,
+		Scopes:         call.Scopes,
+		IssuedAt:       now,
+		Expiry:         now.Add(time.Duration(life) * time.Second),
+	}
+	a := &answer{
+		Token:            &m.Token,
+		Expiry:           strconv.AppendInt(nil, m.Expiry.Unix(), 10),
+		OrganizationID:   call.OrganizationID,
+		OrganizationName: s.opts.Organizations[call.OrganizationID],
+		Scopes:           &grantedScopes{call.OrganizationID, call.Scopes},
+	}
+	if grant != nil {
+		grant.apply(a, m)
+	}
+	return m, a
+}
+
+// newToken returns a unique access token in the shape of a JWT (Cable's sample is one): header and claims are real,
+// the signature is TokenMarker and 20 random bytes, which decode to the 32 bytes that HS256 has.
+func newToken(organizationID string, issuedAt, expiry int64) string {
+	const header = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9" // {"alg":"HS256","typ":"JWT"}
+	id, _ := json.Marshal(organizationID)                 // a string always marshals
+	claims := fmt.Appendf(nil, `{"iss":"cabletest","sub":%s,"iat":%d,"exp":%d}`, id, issuedAt, expiry)
+	var random [20]byte
+	rand.Read(random[:]) // never fails: it crashes the program instead
+	enc := base64.RawURLEncoding
+	return header + "." + enc.EncodeToString(claims) + "." + TokenMarker + enc.EncodeToString(random[:])
+}
+
+// wait waits for d. It reports false as soon as the caller goes away or the simulator is closed.
+func (s *Simulator) wait(r *http.Request, d time.Duration) bool {
+	if d <= 0 {
+		return true
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-r.Context().Done():
+		return false
+	case <-s.closed:
+		return false
+	}
+}
+
+// begin records that a call arrived. It returns the fault that applies to the call, and the function that records how
+// it ended. That comes before the answer, so that a caller who has the answer finds the call recorded.
+func (s *Simulator) begin(arrived Call) (f *Fault, finish func(Call, *Minted)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	seen := s.seen
+	seen.calls.add(&arrived)
+	f = &Fault{}
+	if arrived.Path == s.path {
+		f = s.nextFault()
+	}
+	return f, func(call Call, token *Minted) {
+		s.mu.Lock()
+		arrived = call
+		seen.byStatus[call.Status]++
+		if token != nil {
+			seen.minted.add(*token)
+		}
+		s.mu.Unlock()
+		if s.opts.Log != nil {
+			s.opts.Log(call)
+		}
+	}
+}
+
+// Calls returns the latest calls to any path, at most Recorded, in the order of arrival. A call is there from its
+// arrival on, before it is answered.
+func (s *Simulator) Calls() []Call {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := make([]Call, 0, len(s.seen.calls.items))
+	for _, call := range s.seen.calls.list() {
+		list = append(list, *call)
+	}
+	return list
+}
+
+// CallCount returns the number of calls that arrived, to any path, since New or Reset.
+func (s *Simulator) CallCount() int { return s.Stats().Calls }
+
+// Minted returns the latest tokens, at most Recorded, oldest first.
+func (s *Simulator) Minted() []Minted {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.seen.minted.list()
+}
+
+// Connections returns the number of TCP connections that were opened since New or Reset.
+func (s *Simulator) Connections() int { return int(s.connections.Load()) }
+
+// Stats returns the counters.
+func (s *Simulator) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Stats{s.seen.calls.n, s.seen.minted.n, s.Connections(), maps.Clone(s.seen.byStatus)}
+}
+
+// Reset forgets every call, token and count. The refresh key and the faults stay; connections that are open stay open
+// and are not counted again.
+func (s *Simulator) Reset() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.seen = &record{byStatus: map[int]int{}}
+	s.connections.Store(0)
+}
+
+// ring keeps the latest Recorded items and counts all.
+type ring[T any] struct {
+	items []T
+	n     int
+}
+
+func (r *ring[T]) add(item T) {
+	if len(r.items) < Recorded {
+		r.items = append(r.items, item)
+	} else {
+		r.items[r.n%Recorded] = item
+	}
+	r.n++
+}
+
+func (r *ring[T]) list() []T {
+	if r.n <= Recorded {
+		return slices.Clone(r.items)
+	}
+	start := r.n % Recorded
+	return slices.Concat(r.items[start:], r.items[:start])
+}

@@ -1,0 +1,254 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+)
+
+// mintRequest is a role with what the caller narrowed it to.
+type mintRequest struct {
+	name   string
+	role   *roleEntry
+	ttl    int64    // seconds; 0 where the caller named none
+	scopes []string // nil where the caller named none
+}
+
+// mintedToken is an access token that was checked and may be handed on.
+type mintedToken struct {
+	*cable.Token
+	scopes   []string // as granted, sorted
+	lease    int64    // seconds
+	warnings []string
+}
+
+// expiresAt is the token's expiry in RFC 3339, UTC.
+func (m *mintedToken) expiresAt() string { return rfc3339(m.Expiry) }
+
+// rfc3339 formats a Unix time in seconds, in UTC.
+func rfc3339(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
+
+func (b *backend) pathCreds() *framework.Path {
+	operation := func(summary string) *framework.PathOperation {
+		return &framework.PathOperation{
+			Callback: b.pathCredsRead,
+			Summary:  summary,
+			Responses: map[int][]framework.Response{
+				http.StatusOK: {{Description: "The access token, as a leased secret", Fields: credsResponseFields()}},
+			},
+			// A standby that mints and then cannot register the lease would leave
+			// a token that nobody holds. A secondary registers its own leases.
+			ForwardPerformanceStandby: true,
+		}
+	}
+	return &framework.Path{
+		Pattern:      "creds/" + framework.GenericNameRegex("name"),
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationVerb: "generate", OperationSuffix: "credentials"},
+		Fields: map[string]*framework.FieldSchema{
+			"name": {
+				Type:        framework.TypeString,
+				Description: "The role's name.",
+				Required:    true,
+			},
+			"ttl": {
+				Type:        framework.TypeDurationSecond,
+				Description: "A life other than the role's, in seconds or as a duration: 300s or more; capped at the role's and the mount's maximum.",
+				Query:       true,
+			},
+			"scopes": {
+				Type:        framework.TypeCommaStringSlice,
+				Description: "A part of the role's scopes, separated by commas or as a JSON array.",
+				Query:       true,
+			},
+		},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ReadOperation:   operation("Mint an access token for a role."),
+			logical.UpdateOperation: operation("Mint an access token for a role, with the parameters in a body."),
+		},
+		HelpSynopsis:    "Mint a short-lived access token for a role.",
+		HelpDescription: strings.TrimSpace(credsHelp),
+	}
+}
+
+// credsResponseFields describes the data of a minted token.
+func credsResponseFields() map[string]*framework.FieldSchema {
+	return map[string]*framework.FieldSchema{
+		"token": {
+			Type:         framework.TypeString,
+			Description:  "The access token.",
+			DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
+			Required:     true,
+		},
+		"expiry":            {Type: framework.TypeInt64, Description: "When the token dies, in Unix seconds.", Required: true},
+		"expires_at":        {Type: framework.TypeString, Description: "The same in RFC 3339, UTC.", Required: true},
+		"organization_id":   {Type: framework.TypeString, Description: "The organization that the token is for.", Required: true},
+		"organization_name": {Type: framework.TypeString, Description: "The organization's name at Cable.", Required: true},
+		"scopes":            {Type: framework.TypeCommaStringSlice, Description: "The scopes that Cable granted.", Required: true},
+	}
+}
+
+// pathCredsRead handles GET and POST creds/<name>: resolve the request against
+// the role, mint, answer.
+func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	name := d.Get("name").(string)
+	role, err := getRole(ctx, req.Storage, name)
+	if err != nil {
+		return nil, err
+	}
+	if role == nil {
+		return failed(noSuchRole(name))
+	}
+	active, err := b.getActive(ctx, req.Storage)
+	if err != nil {
+		return nil, err
+	}
+	if active == nil {
+		return failed(refusal("the mount is not configured: write refresh_key to config"))
+	}
+	want := mintRequest{name: name, role: role}
+	if v, ok := d.GetOk("ttl"); ok {
+		// A ttl that is given is never "none", so 0 becomes what is refused.
+		if want.ttl = int64(v.(int)); want.ttl == 0 {
+			want.ttl = -1
+		}
+	}
+	if v, ok := d.GetOk("scopes"); ok {
+		if want.scopes, err = normalizeScopes(v.([]string)); err != nil {
+			return failed(err)
+		}
+	}
+	m, err := b.mint(ctx, req, active, want)
+	if err != nil {
+		return failed(err)
+	}
+	return b.leased(name, m), nil
+}
+
+// mint asks Cable for a token and checks what came. Its error is a refusal, a
+// mintError, or of Vault's.
+func (b *backend) mint(ctx context.Context, req *logical.Request, active *activeConfig, want mintRequest) (*mintedToken, error) {
+	asked, warnings, err := b.resolve(active, want)
+	if err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	log := b.Logger().With("role", want.name, "organization", asked.OrganizationID, "request_id", req.ID)
+
+	token, err := active.client.RequestToken(ctx, asked)
+	if err != nil {
+		failure := &mintError{role: want.name, scheme: active.AuthScheme, cause: err}
+		var ce *cable.Error
+		if errors.As(err, &ce) {
+			if ce.MaybeMinted {
+				failure.maybeUntil = time.Now().Add(asked.Life).Unix()
+			}
+			log.Warn("no token was minted", "outcome", ce.Kind.String(), "cable_status", ce.StatusCode, "detail", ce.Detail,
+				"attempts", ce.Attempts, "maybe_minted", ce.MaybeMinted, "duration", time.Since(start).String())
+		}
+		return nil, failure
+	}
+
+	granted, missing, err := checkGrant(asked, token)
+	var lease, life int64
+	if err == nil {
+		lease, life, err = decideLease(grantedLife{
+			ask: int64(asked.Life / time.Second), expiry: token.Expiry, date: token.Date,
+			sentAt: token.SentAt, elapsed: token.ReceivedAt.Sub(token.SentAt),
+		})
+	}
+	if err != nil {
+		log.Error("a minted token was refused and dropped", "outcome", "refused", "detail", err.Error(),
+			"asked_scopes", asked.Scopes, "asked_seconds", int64(asked.Life/time.Second),
+			"granted_organization", nameSome([]string{token.OrganizationID}), "granted_scopes", nameSome(token.Scopes),
+			"expires_at", rfc3339(token.Expiry), "duration", time.Since(start).String())
+		return nil, &mintError{role: want.name, refused: err, maybeUntil: token.Expiry}
+	}
+	if len(missing) > 0 {
+		warnings = append(warnings, "Cable granted fewer scopes than were asked for; missing: "+nameSome(missing))
+	}
+	if asked := int64(asked.Life / time.Second); life > asked+longerGrant {
+		warnings = append(warnings, fmt.Sprintf("Cable granted %ds instead of the %ds that were asked for: the lease ends first, the token lives until %s", life, asked, rfc3339(token.Expiry)))
+	}
+	log.Debug("a token was minted", "outcome", "minted", "lease_seconds", lease, "expires_at", rfc3339(token.Expiry),
+		"attempts", token.Attempts, "duration", time.Since(start).String())
+	return &mintedToken{Token: token, scopes: granted, lease: lease, warnings: warnings}, nil
+}
+
+// resolve decides what to ask Cable for, and says which caps bit.
+func (b *backend) resolve(active *activeConfig, want mintRequest) (cable.TokenRequest, []string, error) {
+	asked := cable.TokenRequest{OrganizationID: want.role.OrganizationID, Scopes: want.role.Scopes}
+	if active.Disabled {
+		return asked, nil, refusal("the mount is disabled: write disabled=false to config to mint again")
+	}
+	if want.role.Disabled {
+		return asked, nil, refusal(fmt.Sprintf("role %q is disabled: write disabled=false to roles/%s to mint again", want.name, want.name))
+	}
+	if asked.OrganizationID == "" {
+		asked.OrganizationID = active.OrganizationID
+	}
+	if asked.OrganizationID == "" {
+		return asked, nil, refusal(fmt.Sprintf("no organization: write organization_id to roles/%s or to config", want.name))
+	}
+	if len(asked.Scopes) == 0 {
+		return asked, nil, refusal(fmt.Sprintf("role %q names no scopes: write scopes to roles/%s", want.name, want.name))
+	}
+	if want.scopes != nil {
+		if outside := without(want.scopes, want.role.Scopes); len(outside) > 0 {
+			return asked, nil, refusal(fmt.Sprintf("scopes outside role %q: %s; it allows %s", want.name, nameSome(outside), nameSome(want.role.Scopes)))
+		}
+		asked.Scopes = want.scopes
+	}
+	life := lifeRequest{
+		requestTTL: want.ttl,
+		roleTTL:    want.role.TTL,
+		roleMaxTTL: want.role.MaxTTL,
+		mountMax:   int64(b.System().MaxLeaseTTL() / time.Second),
+	}
+	if life.requestTTL == 0 && life.roleTTL == 0 {
+		life.mountDefault = int64(b.System().DefaultLeaseTTL() / time.Second)
+	}
+	ask, warnings, err := decideAsk(life)
+	asked.Life = seconds(ask)
+	return asked, warnings, err
+}
+
+// leased is the answer to a mint: the token as a secret with a lease.
+func (b *backend) leased(name string, m *mintedToken) *logical.Response {
+	resp := b.Secret(cableTokenType).Response(
+		map[string]any{
+			"token":             m.Value.Reveal(),
+			"expiry":            m.Expiry,
+			"expires_at":        m.expiresAt(),
+			"organization_id":   m.OrganizationID,
+			"organization_name": m.OrganizationName,
+			"scopes":            m.scopes,
+		},
+		leaseData(name, m),
+	)
+	resp.Secret.TTL = time.Duration(m.lease) * time.Second
+	resp.Secret.MaxTTL = resp.Secret.TTL
+	resp.Secret.Renewable = false
+	resp.Warnings = m.warnings
+	return resp
+}
+
+const credsHelp = `
+Each read mints a fresh token and returns it with a lease. The lease cannot be
+renewed and ends no later than the token. Read again for a new one.
+
+ttl asks for another life, scopes for a part of the role's scopes. Either can
+stand in the query of a read or in the body of a write.
+
+Revoking the lease does not end the token, which lives until expires_at.
+`
