@@ -94,7 +94,7 @@ func knownFields(path *framework.Path, op logical.Operation) []string {
 // seconds for a duration) or []string.
 func checkValue(schema *framework.FieldSchema, value any) (any, error) {
 	if value == nil {
-		return nil, fmt.Errorf("must not be null: leave it out to keep what is set")
+		return nil, fmt.Errorf("must not be null: give it a value or leave it out")
 	}
 	text, isText := value.(string)
 	if isText && !utf8.ValidString(text) {
@@ -106,7 +106,7 @@ func checkValue(schema *framework.FieldSchema, value any) (any, error) {
 			return nil, fmt.Errorf("must be a string, not %s", jsonType(value))
 		}
 		if strings.TrimSpace(text) == "" && !schema.Query {
-			return nil, fmt.Errorf("must not be empty: leave it out to keep what is set")
+			return nil, fmt.Errorf("must not be empty: give it a value or leave it out")
 		}
 		return text, nil
 	case framework.TypeBool:
@@ -115,6 +115,9 @@ func checkValue(schema *framework.FieldSchema, value any) (any, error) {
 		}
 		if !isText {
 			return nil, fmt.Errorf("must be true or false, not %s", jsonType(value))
+		}
+		if strings.TrimSpace(text) == "" {
+			return nil, fmt.Errorf("must not be empty: write true or false")
 		}
 		b, err := strconv.ParseBool(strings.TrimSpace(text))
 		if err != nil {
@@ -171,6 +174,9 @@ func checkSeconds(schema *framework.FieldSchema, value any) (int, error) {
 	whole := d.Truncate(1e9)
 	if err != nil || d != whole || math.Abs(d.Seconds()) > math.MaxInt32 {
 		return 0, fmt.Errorf("is %s: write %s in whole seconds, %s", shown, kind, example)
+	}
+	if d < 0 {
+		return 0, fmt.Errorf("is %s, and a duration cannot be negative: write one %s", shown, example)
 	}
 	return int(whole.Seconds()), nil
 }

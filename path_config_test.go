@@ -1,0 +1,397 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/vault/sdk/logical"
+	"pgregory.net/rapid"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+func TestConfigDefaults(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	if got := m.read("config"); got != nil {
+		t.Errorf("an unwritten config reads as %v, want 404", got)
+	}
+	if w := m.write("config", map[string]any{"refresh_key": " \t" + m.sim.RefreshKey() + "\r\n"}); w != nil {
+		t.Errorf("warnings: %q", w)
+	}
+	got := m.read("config")
+	at, err := time.Parse(time.RFC3339, got["refresh_key_updated_at"].(string))
+	if err != nil || time.Since(at) > time.Minute {
+		t.Errorf("refresh_key_updated_at: %v %v", at, err)
+	}
+	delete(got, "refresh_key_updated_at")
+	want := map[string]any{
+		"token_url": "https://api.cable.tech/v2/auth/token", "auth_scheme": "raw", "organization_id": "",
+		"request_timeout": 20, "ca_cert": "", "disabled": false, "refresh_key_version": 1,
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	cfg, err := getConfig(t.Context(), m.storage)
+	if err != nil || cfg.RefreshKey.Reveal() != m.sim.RefreshKey() {
+		t.Error("the key was not stored, or not trimmed")
+	}
+}
+
+// TestConfigPartialWrite pins that a write keeps what it does not name.
+func TestConfigPartialWrite(t *testing.T) {
+	t.Parallel()
+	for _, op := range []logical.Operation{logical.UpdateOperation, logical.PatchOperation} {
+		m := newConfiguredMount(t)
+		want := m.read("config")
+		for _, step := range []struct {
+			field string
+			value any
+			want  any
+		}{
+			{"auth_scheme", "bearer", "bearer"},
+			{"auth_scheme", "raw", "raw"},
+			{"organization_id", " org_other ", "org_other"},
+			{"request_timeout", "1m", 60},
+			{"request_timeout", 1, 1},
+			{"request_timeout", "30", 30},
+			{"disabled", "true", true},
+			{"disabled", false, false},
+			{"token_url", m.sim.URL, m.sim.URL}, // unchanged, so without the key
+			{"refresh_key", m.sim.RefreshKey(), nil},
+		} {
+			m.ok(op, "config", map[string]any{step.field: step.value})
+			if step.want != nil {
+				want[step.field] = step.want
+			}
+			if diff := cmp.Diff(want, m.read("config")); diff != "" {
+				t.Errorf("%s after %s=%v: %s", op, step.field, step.value, diff)
+			}
+		}
+		m.ok(op, "config", map[string]any{"refresh_key": "another-key"})
+		if got := m.read("config")["refresh_key_version"]; got != 2 {
+			t.Errorf("refresh_key_version %v, want 2", got)
+		}
+		if got, err := getConfig(t.Context(), m.storage); err != nil || got.RefreshKey.Reveal() != "another-key" {
+			t.Error("the new key was not stored")
+		}
+	}
+}
+
+// TestConfigRefusals pins that bad input is a 400, says what is allowed, and
+// changes nothing in storage or memory.
+func TestConfigRefusals(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	key := m.sim.RefreshKey()
+	m.read("creds/ci")
+	before, current := m.read("config"), m.b.current
+	for _, tt := range []struct {
+		data map[string]any
+		says string
+	}{
+		{map[string]any{"refresh_key": ""}, "refresh_key must not be empty"},
+		{map[string]any{"refresh_key": " \n"}, "refresh_key must not be empty"},
+		{map[string]any{"refresh_key": nil}, "refresh_key must not be null"},
+		{map[string]any{"refresh_key": []string{key}}, "refresh_key must be a string, not a list"},
+		{map[string]any{"refresh_key": map[string]any{key: key}}, "refresh_key must be a string, not an object"},
+		{map[string]any{"refresh_key": 12345678}, "refresh_key must be a string, not a number"},
+		{map[string]any{"refresh_key": true}, "refresh_key must be a string, not a boolean"},
+		{map[string]any{"refresh_key": key + " " + key}, "must not hold white space"},
+		{map[string]any{"refresh_key": key + "\n" + key}, "must not hold white space"},
+		{map[string]any{"refresh_key": key + "\x00"}, "must not hold white space, control"},
+		{map[string]any{"refresh_key": "\ufeff" + key}, "printable ASCII"},
+		{map[string]any{"refresh_key": "Bearer " + key}, "auth_scheme=bearer"},
+		{map[string]any{"refresh_key": strings.Repeat(key, 300)}, "at most 8192"},
+		{map[string]any{"token_url": "https://elsewhere.example/v2/auth/token"}, "needs refresh_key in the same request"},
+		{map[string]any{"ca_cert": m.pem()}, "needs refresh_key in the same request"},
+		{map[string]any{"refresh_key": key, "token_url": ""}, "token_url must not be empty"},
+		{map[string]any{"refresh_key": key, "token_url": nil}, "token_url must not be null"},
+		{map[string]any{"refresh_key": key, "token_url": 1}, "token_url must be a string, not a number"},
+		{map[string]any{"refresh_key": key, "token_url": "http://api.cable.tech/v2/auth/token"}, `plain http for the host "api.cable.tech"`},
+		{map[string]any{"refresh_key": key, "token_url": "https://user:" + key + "@api.cable.tech/"}, "must not hold a user name"},
+		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech/?key=" + key}, "must not hold a query"},
+		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech/#"}, "fragment"},
+		{map[string]any{"refresh_key": key, "token_url": "ftp://api.cable.tech/"}, "must begin with https://"},
+		{map[string]any{"refresh_key": key, "token_url": key}, "must begin with https://"},
+		{map[string]any{"refresh_key": key, "token_url": "https:///v2"}, "names no host"},
+		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech:0/"}, "port"},
+		{map[string]any{"refresh_key": key, "ca_cert": "nonsense"}, "ca_cert is not PEM"},
+		{map[string]any{"refresh_key": key, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "PRIVATE KEY")}, "something other than a CERTIFICATE"},
+		{map[string]any{"refresh_key": key, "ca_cert": ""}, "ca_cert must not be empty"},
+		{map[string]any{"auth_scheme": "basic"}, `auth_scheme is "basic": write "raw" or "bearer"`},
+		{map[string]any{"auth_scheme": key}, "auth_scheme is (not shown)"},
+		{map[string]any{"auth_scheme": ""}, "auth_scheme must not be empty"},
+		{map[string]any{"organization_id": ""}, "organization_id must not be empty"},
+		{map[string]any{"organization_id": "org one"}, "organization_id must not hold white space"},
+		{map[string]any{"organization_id": strings.Repeat("o", 129)}, "at most 128"},
+		{map[string]any{"request_timeout": 0}, "request_timeout is 0s: write 1s to 60s"},
+		{map[string]any{"request_timeout": 61}, "request_timeout is 61s"},
+		{map[string]any{"request_timeout": -1}, "cannot be negative"},
+		{map[string]any{"request_timeout": ""}, "request_timeout must not be empty"},
+		{map[string]any{"request_timeout": "soon"}, `request_timeout is "soon"`},
+		{map[string]any{"request_timeout": 1.5}, "whole seconds"},
+		{map[string]any{"request_timeout": 1e300}, "whole seconds"},
+		{map[string]any{"disabled": ""}, "disabled must not be empty"},
+		{map[string]any{"disabled": "yes"}, `disabled must be true or false, not "yes"`},
+		{map[string]any{"disabled": nil}, "disabled must not be null"},
+		{map[string]any{"disabled": 1}, "disabled must be true or false, not a number"},
+		{map[string]any{"verify_role": "absent"}, `verify_role "absent" does not exist`},
+		{map[string]any{"verify_role": ""}, "verify_role must not be empty"},
+	} {
+		m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", tt.data, tt.says)
+		m.refused(http.StatusBadRequest, logical.PatchOperation, "config", tt.data, tt.says)
+	}
+	if diff := cmp.Diff(before, m.read("config")); diff != "" {
+		t.Error(diff)
+	}
+	if m.b.current != current {
+		t.Error("the configuration in use was replaced")
+	}
+	if n := m.sim.CallCount(); n != 1 {
+		t.Errorf("Cable was called %d times, want once", n)
+	}
+	fresh := newMount(t)
+	fresh.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"organization_id": "org"}, "refresh_key is missing")
+	fresh.refused(http.StatusBadRequest, logical.PatchOperation, "config", map[string]any{"refresh_key": key}, "not written yet")
+	if fresh.read("config") != nil {
+		t.Error("a refused first write was stored")
+	}
+}
+
+// pem is some certificate.
+func (m *testMount) pem() string { return cabletest.NewTLSServer(m, nil).CA }
+
+// TestConfigPatchNull pins that null removes only what mints no more without.
+func TestConfigPatchNull(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "ca_cert": m.pem()})
+	m.refused(http.StatusBadRequest, logical.PatchOperation, "config", map[string]any{"ca_cert": nil}, "needs refresh_key")
+	m.ok(logical.PatchOperation, "config", map[string]any{"ca_cert": nil, "refresh_key": m.sim.RefreshKey(), "organization_id": nil})
+	got := m.read("config")
+	if got["ca_cert"] != "" || got["organization_id"] != "" {
+		t.Errorf("not removed: %v", got)
+	}
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "no organization", "roles/ci")
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"organization_id": nil}, "must not be null")
+}
+
+func TestConfigDisabled(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.wantWarning(m.write("config", map[string]any{"disabled": true}), "the mount is disabled", "may live until "+time.Now().UTC().AddDate(0, 0, 1).Format("2006-01-02T"))
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "the mount is disabled", "disabled=false")
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "the mount is disabled")
+	if n := m.sim.CallCount(); n != 0 {
+		t.Errorf("a disabled mount made %d calls", n)
+	}
+	if w := m.write("config", map[string]any{"disabled": false, "verify_role": "ci"}); len(w) != 1 {
+		t.Errorf("warnings: %q", w)
+	}
+	m.read("creds/ci")
+}
+
+func TestConfigDelete(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	resp := m.ok(logical.DeleteOperation, "config", nil)
+	m.wantWarning(resp.Warnings, "deleted", "cannot be revoked", "may live until")
+	if resp := m.ok(logical.DeleteOperation, "config", nil); resp != nil {
+		t.Errorf("deleting nothing answered %v", resp)
+	}
+	if m.read("config") != nil {
+		t.Error("config is still there")
+	}
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "not configured", "refresh_key")
+}
+
+// TestVerifyRole pins that the new settings are tried before they are stored,
+// and that nothing is stored if they fail.
+func TestVerifyRole(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	newKey := cabletest.NewRefreshKey()
+	before := m.read("config")
+
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "verify_role": "ci"},
+		`verify_role "ci" failed and nothing was stored`, "cable answered 401", "auth_scheme=bearer")
+	m.sim.SetFault(cabletest.Fault{Status: 503, Times: 1})
+	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "verify_role": "ci"}, "nothing was stored", "503")
+	m.sim.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}})
+	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "nothing was stored", `"everything:write"`, "may live at Cable until")
+	m.sim.ClearFaults()
+	if diff := cmp.Diff(before, m.read("config")); diff != "" {
+		t.Error(diff)
+	}
+	m.read("creds/ci") // still the old key
+
+	m.sim.SetRefreshKey(newKey)
+	warnings := m.write("config", map[string]any{"refresh_key": newKey, "verify_role": "ci"})
+	m.wantWarning(warnings, `verify_role "ci"`, "dropped", "lives until")
+	calls := m.sim.Calls()
+	if last := calls[len(calls)-1]; last.ExpirySeconds != 300 || !last.Minted {
+		t.Errorf("the verifying call: %+v", last)
+	}
+	if got := m.read("config")["refresh_key_version"]; got != 2 {
+		t.Errorf("refresh_key_version %v, want 2", got)
+	}
+	m.read("creds/ci")
+}
+
+// TestVerifyRoleLosesToAWrite pins that a write which comes while verify_role
+// is minting is not undone by it.
+func TestVerifyRoleLosesToAWrite(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	arrived := make(chan struct{})
+	proceed := make(chan struct{})
+	sim := cabletest.NewServer(t, &cabletest.Options{RefreshKey: m.sim.RefreshKey(), Log: func(cabletest.Call) {
+		close(arrived)
+		<-proceed
+	}})
+	done := make(chan error, 1)
+	go func() {
+		resp, err := m.request(logical.UpdateOperation, "config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": sim.URL, "verify_role": "ci"})
+		status, failure := statusOf(resp, err)
+		if status != http.StatusBadRequest {
+			failure = fmt.Errorf("status %d: %w", status, failure)
+		}
+		done <- failure
+	}()
+	<-arrived
+	m.write("config", map[string]any{"request_timeout": 33}) // not held up by the mint
+	close(proceed)
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "another request wrote config") || strings.Contains(err.Error(), "status") {
+		t.Errorf("the verified write answered %v", err)
+	}
+	if got := m.read("config"); got["request_timeout"] != 33 || got["token_url"] != m.sim.URL {
+		t.Errorf("config is %v", got)
+	}
+}
+
+// TestConfigConcurrentWrites pins that concurrent partial updates lose nothing.
+func TestConfigConcurrentWrites(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	var wg sync.WaitGroup
+	for _, data := range []map[string]any{
+		{"organization_id": "org_x"}, {"request_timeout": 7}, {"auth_scheme": "bearer"}, {"refresh_key": "k2"}, {"disabled": true},
+	} {
+		wg.Go(func() { m.write("config", data) })
+	}
+	wg.Wait()
+	got := m.read("config")
+	delete(got, "refresh_key_updated_at")
+	want := map[string]any{
+		"token_url": m.sim.URL, "auth_scheme": "bearer", "organization_id": "org_x",
+		"request_timeout": 7, "ca_cert": "", "disabled": true, "refresh_key_version": 2,
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestConfigTakesEffect pins that a stored change is used by the next mint.
+func TestConfigTakesEffect(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	second := cabletest.NewServer(t, &cabletest.Options{Scheme: cabletest.SchemeBearer})
+	m.write("config", map[string]any{"refresh_key": second.RefreshKey(), "token_url": second.URL, "auth_scheme": "bearer"})
+	m.read("creds/ci")
+	if m.sim.CallCount() != 1 || second.CallCount() != 1 {
+		t.Errorf("calls: %d and %d, want 1 and 1", m.sim.CallCount(), second.CallCount())
+	}
+	tls := cabletest.NewTLSServer(t, nil)
+	m.write("config", map[string]any{"refresh_key": tls.RefreshKey(), "token_url": tls.URL, "auth_scheme": "raw"})
+	m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "unknown authority", "ca_cert")
+	m.write("config", map[string]any{"refresh_key": tls.RefreshKey(), "ca_cert": tls.CA})
+	m.read("creds/ci")
+	if got := m.read("config")["ca_cert"]; got != tls.CA {
+		t.Errorf("ca_cert reads as %q", got)
+	}
+}
+
+// FuzzStoredConfig protects reading what another version of the engine stored:
+// nothing panics, an error holds none of it, and what is accepted is encoded
+// and decoded again to the same.
+func FuzzStoredConfig(f *testing.F) {
+	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY"}`))
+	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY","refresh_key_version":3,"token_url":"https://a.example/t","auth_scheme":"bearer","a_new_field":{"x":1},"request_timeout":5}`))
+	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY","refresh_key_updated_at":"2024-01-01T00:00:00Z","disabled":true,"ca_cert":"x","organization_id":"o"}`))
+	f.Add([]byte(`{"refresh_key":["REFRESHKEYCANARY"]}`))
+	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY","request_timeout":"REFRESHKEYCANARY"}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		cfg, err := decodeConfig(raw)
+		if err != nil {
+			if strings.Contains(err.Error(), cabletest.RefreshKeyMarker) {
+				t.Errorf("the error holds the key: %v", err)
+			}
+			return
+		}
+		if cfg.RefreshKey.IsZero() {
+			t.Error("accepted without a key")
+		}
+		stored, err := cfg.encode()
+		if err != nil {
+			return // a year that RFC 3339 cannot write
+		}
+		again, err := decodeConfig(stored)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again.RefreshKey.Reveal() != cfg.RefreshKey.Reveal() {
+			t.Error("the key changed")
+		}
+		if diff := diffJSON(cfg, again); diff != "" {
+			t.Error(diff)
+		}
+		if printed, _ := json.Marshal(cfg); strings.Contains(fmt.Sprintf("%v %+v %#v %s", cfg, *cfg, cfg, printed), cfg.RefreshKey.Reveal()) &&
+			len(cfg.RefreshKey.Reveal()) > 12 {
+			t.Error("printing the entry shows the key")
+		}
+	})
+}
+
+// TestStoredConfigDefaults pins that an entry which lacks every field but the
+// key means the defaults.
+func TestStoredConfigDefaults(t *testing.T) {
+	t.Parallel()
+	cfg, err := decodeConfig([]byte(`{"refresh_key":"k","of_a_later_version":true}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := newConfigEntry()
+	want.RefreshKey = cable.NewSecret("k")
+	if diff := diffJSON(want, cfg); diff != "" || cfg.validate() != nil {
+		t.Error(diff, cfg.validate())
+	}
+}
+
+// TestRefreshKeyRoundTrip: whatever key is accepted is stored as it was
+// written, without the white space around it.
+func TestRefreshKeyRoundTrip(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	rapid.Check(t, func(rt *rapid.T) {
+		key := rapid.StringMatching(`[!-~]{1,200}`).Draw(rt, "key")
+		around := rapid.SampledFrom([]string{"", "\n", " ", "\r\n\t"}).Draw(rt, "around")
+		m.write("config", map[string]any{"refresh_key": around + key + around})
+		cfg, err := getConfig(t.Context(), m.storage)
+		if err != nil || cfg.RefreshKey.Reveal() != key {
+			rt.Fatalf("not stored as written: %v", err)
+		}
+	})
+}
