@@ -32,18 +32,22 @@ func main() {
 	}
 }
 
+// headerTimeout bounds what a caller that sends nothing costs.
+const headerTimeout = 10 * time.Second
+
 // config is what the flags say.
 type config struct {
-	listen, control  string // loopback addresses; control "" means no control listener
-	urlFile, ctlFile string // where to write the URLs once both listen
-	keyFile, keyOut  string // where the refresh key is read from, or written to when it is made up here
-	tls              bool
-	caOut            string
-	latency, life    time.Duration
-	scheme           string
-	organizations    map[string]string
+	listen, control         string // loopback addresses; control "": no control listener
+	urlFile, controlURLFile string
+	keyFile, keyOut         string // where the refresh key is read from; where one that is made up is written to
+	tls                     bool
+	caOut                   string
+	latency, life           time.Duration
+	scheme                  string
+	organizations           map[string]string // id to name
 }
 
+// parseFlags returns flag.ErrHelp after it printed the help that was asked for.
 func parseFlags(args []string, stderr io.Writer) (*config, error) {
 	c := &config{organizations: map[string]string{}}
 	fs := flag.NewFlagSet("cable-sim", flag.ContinueOnError)
@@ -51,7 +55,7 @@ func parseFlags(args []string, stderr io.Writer) (*config, error) {
 	fs.StringVar(&c.listen, "listen", "127.0.0.1:0", "loopback `address` of the API; port 0 picks a free one")
 	fs.StringVar(&c.urlFile, "url-file", "", "write the token endpoint's URL to this `file` once listening")
 	fs.StringVar(&c.control, "control", "", "loopback `address` of the control listener; default: none")
-	fs.StringVar(&c.ctlFile, "control-url-file", "", "write the control listener's URL to this `file`")
+	fs.StringVar(&c.controlURLFile, "control-url-file", "", "write the control listener's URL to this `file`")
 	fs.StringVar(&c.keyFile, "refresh-key-file", "", "`file` that holds the refresh key; default: $CABLE_SIM_REFRESH_KEY")
 	fs.StringVar(&c.keyOut, "refresh-key-out", "", "write a refresh key that is made up here to this `file` (mode 0600)")
 	fs.StringVar(&c.scheme, "scheme", cabletest.SchemeRaw, "form of the Authorization header: raw, bearer or any")
@@ -76,13 +80,15 @@ func parseFlags(args []string, stderr io.Writer) (*config, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: run cable-sim -h for the flags", err)
 	case fs.NArg() > 0:
-		return nil, fmt.Errorf("unexpected argument %q: run cable-sim -h for the flags", fs.Arg(0))
+		return nil, errors.New("arguments without a flag: run cable-sim -h for the flags") // unnamed: one may be a key
 	case c.scheme != cabletest.SchemeRaw && c.scheme != cabletest.SchemeBearer && c.scheme != cabletest.SchemeAny:
 		return nil, fmt.Errorf("-scheme %q: want raw, bearer or any", c.scheme)
 	case c.latency < 0:
 		return nil, fmt.Errorf("-latency %s is negative", c.latency)
 	case c.tls != (c.caOut != ""):
-		return nil, errors.New("-tls and -ca-out FILE go together: a client must trust the certificate")
+		return nil, errors.New("-tls and -ca-out go together: clients must learn which certificate to trust")
+	case c.control == "" && c.controlURLFile != "":
+		return nil, errors.New("-control-url-file needs -control")
 	}
 	return c, nil
 }
@@ -115,49 +121,32 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		logger.Printf("cable-sim: -life is a fault: every token lives for %s, whatever was asked", c.life)
 	}
 	sim := cabletest.New(opts)
-	defer sim.Close()
-
-	api := &http.Server{Handler: sim, ConnState: sim.ConnState, ReadHeaderTimeout: 10 * time.Second, ErrorLog: logger}
-	apiListener, err := listenLoopback(c.listen)
-	if err != nil {
-		return err
-	}
-	defer apiListener.Close()
-	apiURL, serve := "http://"+apiListener.Addr().String()+sim.Path(), api.Serve
-	if c.tls {
-		cert, ca, err := selfSigned()
+	failed := make(chan error, 2)
+	if c.control != "" {
+		srv := &http.Server{Handler: control(sim, c.keyOut), ReadHeaderTimeout: headerTimeout, ErrorLog: logger}
+		defer srv.Close()
+		url, err := serve(srv, c.control, "", c.controlURLFile, failed)
 		if err != nil {
+			return err
+		}
+		logger.Printf("cable-sim: control listener on %s", url)
+	}
+	srv := &http.Server{Handler: sim, ConnState: sim.ConnState, ReadHeaderTimeout: headerTimeout, ErrorLog: logger}
+	defer srv.Close()
+	if c.tls {
+		var ca []byte
+		if srv.TLSConfig, ca, err = selfSigned(); err != nil {
 			return err
 		}
 		if err := writeFile(c.caOut, ca, 0o644); err != nil {
 			return err
 		}
-		api.TLSConfig = cert
-		apiURL = "https" + strings.TrimPrefix(apiURL, "http")
-		serve = func(l net.Listener) error { return api.ServeTLS(l, "", "") }
 	}
-	failed := make(chan error, 2)
-	ctl := &http.Server{Handler: control(sim, c.keyOut), ReadHeaderTimeout: 10 * time.Second, ErrorLog: logger}
-	if c.control != "" {
-		ctlListener, err := listenLoopback(c.control)
-		if err != nil {
-			return err
-		}
-		ctlURL := "http://" + ctlListener.Addr().String()
-		go func() { failed <- ctl.Serve(ctlListener) }()
-		defer ctl.Close()
-		if err := writeFile(c.ctlFile, []byte(ctlURL+"\n"), 0o644); err != nil {
-			return err
-		}
-		logger.Printf("cable-sim: control listener on %s", ctlURL)
-	}
-	go func() { failed <- serve(apiListener) }()
-	defer api.Close()
-	logger.Printf("cable-sim: listening on %s", apiURL)
-	// Last: who polls for this file finds all the others.
-	if err := writeFile(c.urlFile, []byte(apiURL+"\n"), 0o644); err != nil {
+	url, err := serve(srv, c.listen, sim.Path(), c.urlFile, failed) // last: who finds its file finds all others
+	if err != nil {
 		return err
 	}
+	logger.Printf("cable-sim: listening on %s", url)
 
 	select {
 	case err := <-failed:
@@ -166,9 +155,26 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	}
 	logger.Print("cable-sim: stopping")
 	sim.Close() // a delayed call does not hold up the stop
-	stopping, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	grace, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	return api.Shutdown(stopping)
+	_ = srv.Shutdown(grace) // calls that take longer are cut off: that is no failure
+	return nil
+}
+
+// serve starts srv, with TLS if it is configured, and writes the URL of path to the file urlFile.
+func serve(srv *http.Server, address, path, urlFile string, failed chan<- error) (url string, err error) {
+	listener, err := listenLoopback(address)
+	if err != nil {
+		return "", err
+	}
+	url = "http://" + listener.Addr().String() + path
+	run := func() error { return srv.Serve(listener) }
+	if srv.TLSConfig != nil {
+		url = "https" + strings.TrimPrefix(url, "http")
+		run = func() error { return srv.ServeTLS(listener, "", "") }
+	}
+	go func() { failed <- run() }()
+	return url, writeFile(urlFile, []byte(url+"\n"), 0o644)
 }
 
 // refreshKey returns the key that the operator gave or, written to -refresh-key-out, a new one.
@@ -199,7 +205,8 @@ func newRefreshKey(out string) (string, error) {
 	return key, writeFile(out, []byte(key+"\n"), 0o600)
 }
 
-// listenLoopback refuses any other address: the simulator hands out tokens, fake as they are, and takes keys in clear.
+// listenLoopback refuses any other address: the control listener asks nobody who they are, and what a simulator is sent
+// by mistake may be a real key.
 func listenLoopback(address string) (net.Listener, error) {
 	addr, err := net.ResolveTCPAddr("tcp", address)
 	if err != nil {
@@ -218,7 +225,7 @@ func writeFile(path string, data []byte, mode os.FileMode) error {
 	}
 	f, err := os.CreateTemp(filepath.Dir(path), ".cable-sim-*") // mode 0600
 	if err != nil {
-		return err
+		return fmt.Errorf("writing %q: %w", path, err)
 	}
 	_, err = f.Write(data)
 	err = cmp.Or(err, f.Chmod(mode), f.Close())

@@ -161,8 +161,12 @@ func unmarshalStrict(data []byte, v any) error {
 // duration is a time.Duration that is a string such as "5s" in JSON.
 type duration time.Duration
 
-func (d *duration) UnmarshalText(text []byte) error {
-	v, err := time.ParseDuration(string(text))
+func (d *duration) UnmarshalJSON(data []byte) error {
+	var text string
+	if err := json.Unmarshal(data, &text); err != nil {
+		return fmt.Errorf(`duration %s: want a string such as "5s"`, data)
+	}
+	v, err := time.ParseDuration(text)
 	*d = duration(v)
 	return err
 }

@@ -46,7 +46,9 @@ func TestFaultStatus(t *testing.T) {
 	})
 	resp, got := serve(t, sim, newRequest(t, sim, sim.Path(), validBody))
 	key := sim.RefreshKey()
-	want := answer{Code: 429, Message: "slow down, " + key, Errors: []cabletest.FieldError{{Field: "a.b", Message: "no " + key}}}
+	want := answer{
+		Code: 429, Message: "slow down, " + key, Errors: []cabletest.FieldError{{Field: "a.b", Message: "no " + key}},
+	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("answer (-want +got):\n%s", diff)
 	}
@@ -82,14 +84,29 @@ func TestFaultOrder(t *testing.T) {
 		faults []cabletest.Fault
 		want   []int
 	}{
-		"none":            {want: []int{200, 200}},
-		"until cleared":   {faults: []cabletest.Fault{status(500)}, want: []int{500, 500, 500}},
-		"times":           {faults: []cabletest.Fault{times(status(500), 2)}, want: []int{500, 500, 200, 200}},
-		"in order":        {faults: []cabletest.Fault{times(status(500), 1), times(status(503), 2)}, want: []int{500, 503, 503, 200}},
-		"every":           {faults: []cabletest.Fault{every(status(500), 3)}, want: []int{200, 200, 500, 200, 200, 500}},
-		"every and times": {faults: []cabletest.Fault{times(every(status(500), 2), 1), status(503)}, want: []int{200, 500, 503}},
-		"behave once":     {faults: []cabletest.Fault{{Times: 1}, status(503)}, want: []int{200, 503}},
-		"default":         {opts: cabletest.Options{Default: status(418)}, faults: []cabletest.Fault{times(every(status(500), 2), 1)}, want: []int{418, 500, 418}},
+		"none": {want: []int{200, 200}},
+		"until cleared": {
+			faults: []cabletest.Fault{status(500)}, want: []int{500, 500, 500},
+		},
+		"times": {
+			faults: []cabletest.Fault{times(status(500), 2)}, want: []int{500, 500, 200, 200},
+		},
+		"in order": {
+			faults: []cabletest.Fault{times(status(500), 1), times(status(503), 2)}, want: []int{500, 503, 503, 200},
+		},
+		"every": {
+			faults: []cabletest.Fault{every(status(500), 3)}, want: []int{200, 200, 500, 200, 200, 500},
+		},
+		"every and times": {
+			faults: []cabletest.Fault{times(every(status(500), 2), 1), status(503)}, want: []int{200, 500, 503},
+		},
+		"behave once": {
+			faults: []cabletest.Fault{{Times: 1}, status(503)}, want: []int{200, 503},
+		},
+		"default": {
+			opts:   cabletest.Options{Default: status(418)},
+			faults: []cabletest.Fault{times(every(status(500), 2), 1)}, want: []int{418, 500, 418},
+		},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -231,7 +248,10 @@ func TestFaultBodyAndHeader(t *testing.T) {
 	}{
 		"body":         {fault: cabletest.Fault{Body: "<html> {refresh_key}"}, body: "<html> KEY", status: 200},
 		"status, body": {fault: cabletest.Fault{Status: 502, Body: "bad gateway"}, body: "bad gateway", status: 502},
-		"filler":       {fault: cabletest.Fault{BodySize: 5}, body: "xxxxx", status: 200, header: map[string]string{"Content-Length": "5"}},
+		"filler": {
+			fault: cabletest.Fault{BodySize: 5}, body: "xxxxx", status: 200,
+			header: map[string]string{"Content-Length": "5"},
+		},
 		"body and filler": {
 			fault: cabletest.Fault{Body: `{"token":"`, BodySize: 3}, body: `{"token":"xxx`, status: 200,
 			header: map[string]string{"Content-Length": "13"},
@@ -262,7 +282,9 @@ func TestFaultBodyAndHeader(t *testing.T) {
 			t.Parallel()
 			srv := cabletest.NewServer(t, nil)
 			srv.SetFault(tt.fault)
-			client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+			client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error {
+				return http.ErrUseLastResponse
+			}}
 			resp, body := post(t, client, newRequest(t, srv.Simulator, srv.URL, validBody))
 			got := strings.ReplaceAll(string(body), srv.RefreshKey(), "KEY")
 			if got != tt.body || resp.StatusCode != tt.status {
@@ -346,7 +368,8 @@ func TestFaultReset(t *testing.T) {
 						if reset != cabletest.ResetHalf {
 							t.Errorf("answered: %d %q", resp.StatusCode, body)
 						}
-						if want := resp.ContentLength / 2; int64(len(body)) != want {
+						// Elsewhere than on Linux, a reset may overtake what was sent before it.
+						if want := resp.ContentLength / 2; runtime.GOOS == "linux" && int64(len(body)) != want {
 							t.Errorf("%d bytes arrived, want %d", len(body), want)
 						}
 					}

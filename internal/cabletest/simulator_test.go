@@ -153,6 +153,7 @@ func TestRequestRules(t *testing.T) {
 	t.Parallel()
 	body := func(expiry, scopes string) string { return `{"expiry_seconds":` + expiry + `,"scopes":` + scopes + `}` }
 	good := `{"organization_id":"` + org + `","scopes":["person:read"]}`
+	const quoted = `"` + org + `"`
 	inner := func(organization, scopes string) string {
 		return body("300", `{"organization_id":`+organization+`,"scopes":`+scopes+`}`)
 	}
@@ -161,41 +162,50 @@ func TestRequestRules(t *testing.T) {
 		fields []string // named by the 400's errors; nil: the request is good
 		opaque bool     // a 400 that names no field
 	}{
-		"shortest":                         {body: body("300", good)},
-		"longest":                          {body: body("86400", good)},
-		"too short":                        {body: body("299", good), fields: []string{"expiry_seconds"}},
-		"too long":                         {body: body("86401", good), fields: []string{"expiry_seconds"}},
-		"zero":                             {body: body("0", good), fields: []string{"expiry_seconds"}},
-		"negative":                         {body: body("-300", good), fields: []string{"expiry_seconds"}},
-		"expiry string":                    {body: body(`"300"`, good), fields: []string{"expiry_seconds"}},
-		"expiry fraction":                  {body: body("300.5", good), fields: []string{"expiry_seconds"}},
-		"expiry beyond int64":              {body: body("99999999999999999999", good), fields: []string{"expiry_seconds"}},
-		"expiry null":                      {body: body("null", good), fields: []string{"expiry_seconds"}},
-		"expiry absent":                    {body: `{"scopes":` + good + `}`, fields: []string{"expiry_seconds"}},
-		"scopes absent":                    {body: `{"expiry_seconds":300}`, fields: []string{"scopes"}},
-		"scopes null":                      {body: body("300", "null"), fields: []string{"scopes"}},
-		"scopes a list":                    {body: body("300", `["person:read"]`), fields: []string{"scopes"}},
-		"scopes empty":                     {body: body("300", `{}`), fields: []string{"scopes.organization_id", "scopes.scopes"}},
-		"all absent":                       {body: `{}`, fields: []string{"expiry_seconds", "scopes"}},
-		"organization absent":              {body: body("300", `{"scopes":["a:b"]}`), fields: []string{"scopes.organization_id"}},
-		"organization unknown":             {body: inner(`"org_other"`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
-		"organization empty":               {body: inner(`""`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
-		"organization number":              {body: inner(`7`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
-		"inner scopes absent":              {body: body("300", `{"organization_id":"`+org+`"}`), fields: []string{"scopes.scopes"}},
-		"inner scopes null":                {body: inner(`"`+org+`"`, `null`), fields: []string{"scopes.scopes"}},
-		"inner scopes string":              {body: inner(`"`+org+`"`, `"a:b"`), fields: []string{"scopes.scopes"}},
-		"inner scopes of numbers":          {body: inner(`"`+org+`"`, `["a:b",1]`), fields: []string{"scopes.scopes"}},
-		"inner scopes of null":             {body: inner(`"`+org+`"`, `["a:b",null]`), fields: []string{"scopes.scopes"}},
-		"two wrong":                        {body: body("1", `{"organization_id":"org_other","scopes":["a:b"]}`), fields: []string{"expiry_seconds", "scopes.organization_id"}},
-		"undocumented scope":               {body: inner(`"`+org+`"`, `["screening:read"]`)},
-		"documents are silent: no scope":   {body: inner(`"`+org+`"`, `[]`)},
+		"shortest": {body: body("300", good)},
+		"longest":  {body: body("86400", good)},
+
+		"too short":           {body: body("299", good), fields: []string{"expiry_seconds"}},
+		"too long":            {body: body("86401", good), fields: []string{"expiry_seconds"}},
+		"zero":                {body: body("0", good), fields: []string{"expiry_seconds"}},
+		"negative":            {body: body("-300", good), fields: []string{"expiry_seconds"}},
+		"expiry string":       {body: body(`"300"`, good), fields: []string{"expiry_seconds"}},
+		"expiry fraction":     {body: body("300.5", good), fields: []string{"expiry_seconds"}},
+		"expiry beyond int64": {body: body("99999999999999999999", good), fields: []string{"expiry_seconds"}},
+		"expiry null":         {body: body("null", good), fields: []string{"expiry_seconds"}},
+		"expiry absent":       {body: `{"scopes":` + good + `}`, fields: []string{"expiry_seconds"}},
+
+		"scopes absent": {body: `{"expiry_seconds":300}`, fields: []string{"scopes"}},
+		"scopes null":   {body: body("300", "null"), fields: []string{"scopes"}},
+		"scopes a list": {body: body("300", `["person:read"]`), fields: []string{"scopes"}},
+		"scopes empty":  {body: body("300", `{}`), fields: []string{"scopes.organization_id", "scopes.scopes"}},
+		"all absent":    {body: `{}`, fields: []string{"expiry_seconds", "scopes"}},
+		"two wrong": {
+			body:   body("1", `{"organization_id":"org_other","scopes":["a:b"]}`),
+			fields: []string{"expiry_seconds", "scopes.organization_id"},
+		},
+
+		"organization absent":  {body: body("300", `{"scopes":["a:b"]}`), fields: []string{"scopes.organization_id"}},
+		"organization unknown": {body: inner(`"org_other"`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
+		"organization empty":   {body: inner(`""`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
+		"organization number":  {body: inner(`7`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
+
+		"inner scopes absent":     {body: body("300", `{"organization_id":"`+org+`"}`), fields: []string{"scopes.scopes"}},
+		"inner scopes null":       {body: inner(quoted, `null`), fields: []string{"scopes.scopes"}},
+		"inner scopes string":     {body: inner(quoted, `"a:b"`), fields: []string{"scopes.scopes"}},
+		"inner scopes of numbers": {body: inner(quoted, `["a:b",1]`), fields: []string{"scopes.scopes"}},
+		"inner scopes of null":    {body: inner(quoted, `["a:b",null]`), fields: []string{"scopes.scopes"}},
+
+		"scope that is not named":          {body: inner(quoted, `["screening:read"]`)},
+		"documents are silent: no scope":   {body: inner(quoted, `[]`)},
 		"documents are silent: more field": {body: `{"more":1,` + validBody[1:]},
-		"empty":                            {opaque: true},
-		"not JSON":                         {body: "expiry_seconds=300", opaque: true},
-		"cut off":                          {body: validBody[:len(validBody)-1], opaque: true},
-		"two values":                       {body: validBody + validBody, opaque: true},
-		"a list":                           {body: `[` + validBody + `]`, opaque: true},
-		"over 1 MiB":                       {body: strings.Repeat(" ", 1<<20) + validBody, opaque: true},
+
+		"empty":      {opaque: true},
+		"not JSON":   {body: "expiry_seconds=300", opaque: true},
+		"cut off":    {body: validBody[:len(validBody)-1], opaque: true},
+		"two values": {body: validBody + validBody, opaque: true},
+		"a list":     {body: `[` + validBody + `]`, opaque: true},
+		"over 1 MiB": {body: strings.Repeat(" ", 1<<20) + validBody, opaque: true},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -492,7 +502,8 @@ func TestConcurrentUse(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewServer(t, nil)
 	key := srv.RefreshKey()
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}
+	// NOTE: without MaxConnsPerHost, net/http sometimes dials one more than there are callers.
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8, MaxConnsPerHost: 8}}
 	defer client.CloseIdleConnections()
 	var wg sync.WaitGroup
 	for range 8 {
