@@ -27,7 +27,9 @@ func checkGrant(asked cable.TokenRequest, got *cable.Token) (granted, missing []
 	if got.Scopes == nil {
 		return asked.Scopes, nil, nil
 	}
-	granted = slices.Compact(slices.Sorted(slices.Values(got.Scopes)))
+	granted = append([]string{}, got.Scopes...) // not nil: an empty list is an answer, too
+	slices.Sort(granted)
+	granted = slices.Compact(granted)
 	if extra := without(granted, asked.Scopes); len(extra) > 0 {
 		return nil, nil, fmt.Errorf("the token holds scopes that were not asked for: %s", nameSome(extra))
 	}

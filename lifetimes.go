@@ -114,7 +114,7 @@ type grantedLife struct {
 // starts to count when it stores the lease, a little later than this.
 func decideLease(g grantedLife) (lease, granted int64, err error) {
 	elapsed := min(max(0, g.elapsed), seconds(maxLife+1)) // nobody waits longer; keeps the sums from overflowing
-	var life time.Duration // surely left when the request was sent, if more than ask: ask
+	var life time.Duration                                // surely left when the request was sent, if more than ask: ask
 	if !g.date.IsZero() {
 		granted = g.expiry - g.date.Unix()
 		life = seconds(min(g.ask, granted-1))

@@ -116,17 +116,9 @@ func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *fr
 	if active == nil {
 		return failed(refusal("the mount is not configured: write refresh_key to config"))
 	}
-	want := mintRequest{name: name, role: role}
-	if v, ok := d.GetOk("ttl"); ok {
-		// A ttl that is given is never "none", so 0 becomes what is refused.
-		if want.ttl = int64(v.(int)); want.ttl == 0 {
-			want.ttl = -1
-		}
-	}
-	if v, ok := d.GetOk("scopes"); ok {
-		if want.scopes, err = normalizeScopes(v.([]string)); err != nil {
-			return failed(err)
-		}
+	want, err := credsRequest(name, role, d)
+	if err != nil {
+		return failed(err)
 	}
 	m, err := b.mint(ctx, req, active, want)
 	if err != nil {
@@ -135,10 +127,31 @@ func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *fr
 	return b.leased(name, m), nil
 }
 
+// credsRequest reads the caller's parameters, or refuses them.
+func credsRequest(name string, role *roleEntry, d *framework.FieldData) (mintRequest, error) {
+	want := mintRequest{name: name, role: role}
+	if v, ok := d.GetOk("ttl"); ok {
+		want.ttl = int64(v.(int))
+		if want.ttl < minLife {
+			return want, refusal(fmt.Sprintf("ttl %ds is below Cable's minimum of %ds: ask for %ds to %ds", want.ttl, minLife, minLife, role.lifeCap()))
+		}
+	}
+	if v, ok := d.GetOk("scopes"); ok {
+		scopes, err := normalizeScopes(v.([]string))
+		if err != nil {
+			return want, err
+		}
+		want.scopes = scopes
+	}
+	return want, nil
+}
+
 // mint asks Cable for a token and checks what came. Its error is a refusal, a
 // mintError, or of Vault's.
 func (b *backend) mint(ctx context.Context, req *logical.Request, active *activeConfig, want mintRequest) (*mintedToken, error) {
-	asked, warnings, err := b.resolve(active, want)
+	asked, warnings, err := resolveMint(active.configEntry, want,
+		func() int64 { return int64(b.System().MaxLeaseTTL() / time.Second) },
+		func() int64 { return int64(b.System().DefaultLeaseTTL() / time.Second) })
 	if err != nil {
 		return nil, err
 	}
@@ -185,17 +198,19 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 	return &mintedToken{Token: token, scopes: granted, lease: lease, warnings: warnings}, nil
 }
 
-// resolve decides what to ask Cable for, and says which caps bit.
-func (b *backend) resolve(active *activeConfig, want mintRequest) (cable.TokenRequest, []string, error) {
+// resolveMint decides what to ask Cable for, and says which caps bit. The
+// mount's lease settings, in seconds, are asked for only where they matter:
+// each is a call to Vault.
+func resolveMint(cfg *configEntry, want mintRequest, mountMax, mountDefault func() int64) (cable.TokenRequest, []string, error) {
 	asked := cable.TokenRequest{OrganizationID: want.role.OrganizationID, Scopes: want.role.Scopes}
-	if active.Disabled {
+	if cfg.Disabled {
 		return asked, nil, refusal("the mount is disabled: write disabled=false to config to mint again")
 	}
 	if want.role.Disabled {
 		return asked, nil, refusal(fmt.Sprintf("role %q is disabled: write disabled=false to roles/%s to mint again", want.name, want.name))
 	}
 	if asked.OrganizationID == "" {
-		asked.OrganizationID = active.OrganizationID
+		asked.OrganizationID = cfg.OrganizationID
 	}
 	if asked.OrganizationID == "" {
 		return asked, nil, refusal(fmt.Sprintf("no organization: write organization_id to roles/%s or to config", want.name))
@@ -213,10 +228,10 @@ func (b *backend) resolve(active *activeConfig, want mintRequest) (cable.TokenRe
 		requestTTL: want.ttl,
 		roleTTL:    want.role.TTL,
 		roleMaxTTL: want.role.MaxTTL,
-		mountMax:   int64(b.System().MaxLeaseTTL() / time.Second),
+		mountMax:   mountMax(),
 	}
 	if life.requestTTL == 0 && life.roleTTL == 0 {
-		life.mountDefault = int64(b.System().DefaultLeaseTTL() / time.Second)
+		life.mountDefault = mountDefault()
 	}
 	ask, warnings, err := decideAsk(life)
 	asked.Life = seconds(ask)

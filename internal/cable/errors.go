@@ -90,7 +90,7 @@ func (e *Error) Error() string {
 		}
 		return msg
 	case Held:
-		return fmt.Sprintf("cable asked for a pause (429): no request is sent for another %s", ceilSeconds(e.RetryAfter))
+		return fmt.Sprintf("cable asked for a pause (429): no request is sent for another %ds", (e.RetryAfter+time.Second-1)/time.Second)
 	case Unreachable:
 		return "cable could not be reached: " + e.Detail
 	case InvalidAnswer:
@@ -106,11 +106,6 @@ func (e *Error) Error() string {
 func (e *Error) Is(target error) bool {
 	return e.Kind == TimedOut && target == context.DeadlineExceeded ||
 		e.Kind == Canceled && target == context.Canceled
-}
-
-// ceilSeconds rounds up to whole seconds, for people and for Retry-After.
-func ceilSeconds(d time.Duration) time.Duration {
-	return (d + time.Second - 1).Truncate(time.Second)
 }
 
 // describe says what went wrong on the way, in words of our own.

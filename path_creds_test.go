@@ -1,0 +1,500 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+func ptr[T any](v T) *T { return &v }
+
+func TestCredsRead(t *testing.T) {
+	t.Parallel()
+	for _, op := range []logical.Operation{logical.ReadOperation, logical.UpdateOperation} {
+		m := newConfiguredMount(t)
+		start := time.Now()
+		resp := m.ok(op, "creds/ci", nil)
+		minted := m.sim.Minted()
+		if len(minted) != 1 {
+			t.Fatalf("%d tokens were minted", len(minted))
+		}
+		want := map[string]any{
+			"token": minted[0].Token, "expiry": minted[0].Expiry.Unix(), "expires_at": minted[0].Expiry.UTC().Format(time.RFC3339),
+			"organization_id": cabletest.DefaultOrganizationID, "organization_name": cabletest.DefaultOrganizationName,
+			"scopes": []string{"person:read", "transactions:read"},
+		}
+		if diff := cmp.Diff(want, resp.Data); diff != "" {
+			t.Error(diff)
+		}
+		if resp.Secret.Renewable || resp.Secret.TTL > time.Hour || resp.Secret.TTL < time.Hour-10*time.Second ||
+			time.Now().Add(resp.Secret.TTL).After(minted[0].Expiry) || resp.Secret.MaxTTL != resp.Secret.TTL {
+			t.Errorf("lease: %+v", resp.Secret)
+		}
+		internal := map[string]any{
+			"secret_type": "cable_token", "role": "ci", "organization_id": cabletest.DefaultOrganizationID,
+			"scopes": "person:read,transactions:read", "expiry": fmt.Sprint(minted[0].Expiry.Unix()),
+		}
+		if diff := cmp.Diff(internal, resp.Secret.InternalData); diff != "" {
+			t.Error(diff)
+		}
+		if resp.Warnings != nil {
+			t.Errorf("warnings: %q", resp.Warnings)
+		}
+		call := m.sim.Calls()[0]
+		if call.ExpirySeconds != 3600 || call.Time.Before(start) || !strings.HasPrefix(call.UserAgent, "vault-plugin-secrets-cable/0.") {
+			t.Errorf("the call: %+v", call)
+		}
+		if again := m.read("creds/ci"); again["token"] == resp.Data["token"] {
+			t.Error("two reads returned one token")
+		}
+	}
+}
+
+// TestCredsNarrowing pins ttl and scopes in each form that Vault lets through.
+func TestCredsNarrowing(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/ci", map[string]any{"scopes": "a:x,b:x,c:x", "ttl": 900, "max_ttl": 7200})
+	for _, tt := range []struct {
+		data   map[string]any
+		scopes []string
+		ask    int64
+	}{
+		{nil, []string{"a:x", "b:x", "c:x"}, 900},
+		{map[string]any{"scopes": "b:x"}, []string{"b:x"}, 900},
+		{map[string]any{"scopes": " c:x ,, a:x,c:x"}, []string{"a:x", "c:x"}, 900},
+		{map[string]any{"scopes": []string{"c:x", "a:x"}}, []string{"a:x", "c:x"}, 900},
+		{map[string]any{"scopes": []string{"c:x,b:x", "a:x"}}, []string{"a:x", "b:x", "c:x"}, 900},
+		{map[string]any{"ttl": "300"}, []string{"a:x", "b:x", "c:x"}, 300},
+		{map[string]any{"ttl": 300}, []string{"a:x", "b:x", "c:x"}, 300},
+		{map[string]any{"ttl": "2h", "scopes": "a:x"}, []string{"a:x"}, 7200},
+	} {
+		for _, op := range []logical.Operation{logical.ReadOperation, logical.UpdateOperation} {
+			resp := m.ok(op, "creds/ci", tt.data)
+			calls := m.sim.Calls()
+			last := calls[len(calls)-1]
+			if !slices.Equal(last.Scopes, tt.scopes) || last.ExpirySeconds != tt.ask || resp.Warnings != nil {
+				t.Errorf("%s %v: asked for %v, %ds, warnings %q", op, tt.data, last.Scopes, last.ExpirySeconds, resp.Warnings)
+			}
+			if diff := cmp.Diff(tt.scopes, resp.Data["scopes"]); diff != "" {
+				t.Error(diff)
+			}
+		}
+	}
+	resp := m.ok(logical.ReadOperation, "creds/ci", map[string]any{"ttl": "3h"})
+	m.wantWarning(resp.Warnings, "the requested ttl of 10800s is above the role's max_ttl of 7200s")
+
+	before := m.sim.CallCount()
+	for _, tt := range []struct {
+		data map[string]any
+		says string
+	}{
+		{map[string]any{"scopes": "d:x"}, `scopes outside role "ci": "d:x"; it allows "a:x", "b:x", "c:x"`},
+		{map[string]any{"scopes": "a:x,d:x,e:x"}, `"d:x", "e:x"`},
+		{map[string]any{"scopes": "A:x"}, `"A:x"`},
+		{map[string]any{"scopes": "*"}, `"*"`},
+		{map[string]any{"scopes": ""}, "scopes must not be empty"},
+		{map[string]any{"scopes": ","}, "scopes must not be empty"},
+		{map[string]any{"scopes": []string{}}, "scopes must not be empty"},
+		{map[string]any{"scopes": nil}, "scopes must not be null"},
+		{map[string]any{"scopes": map[string]any{}}, "scopes must be a comma-separated list"},
+		{map[string]any{"scopes": false}, "not a boolean"},
+		{map[string]any{"scopes": []any{"a:x", map[string]any{}}}, "holds an object"},
+		{map[string]any{"ttl": 299}, "ttl 299s is below Cable's minimum of 300s: ask for 300s to 7200s"},
+		{map[string]any{"ttl": 0}, "below Cable's minimum of 300s"},
+		{map[string]any{"ttl": "0"}, "below Cable's minimum of 300s"},
+		{map[string]any{"ttl": ""}, "ttl must not be empty"},
+		{map[string]any{"ttl": nil}, "ttl must not be null"},
+		{map[string]any{"ttl": -600}, "cannot be negative"},
+		{map[string]any{"ttl": []string{"300", "600"}}, "ttl must be a duration, not a list"},
+		{map[string]any{"ttl": "1e3"}, `ttl is "1e3"`},
+		{map[string]any{"organization_id": "org_other"}, `unknown field "organization_id"`},
+	} {
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", tt.data, tt.says)
+		m.refused(http.StatusBadRequest, logical.UpdateOperation, "creds/ci", tt.data, tt.says)
+	}
+	if m.sim.CallCount() != before {
+		t.Error("a refused request reached Cable")
+	}
+}
+
+// FuzzNarrowing protects the role's bound: whatever a caller sends, the scopes
+// that reach Cable are a non-empty part of the role's, or nothing is sent.
+func FuzzNarrowing(f *testing.F) {
+	for _, s := range []string{`{}`, `{"scopes":"a:x"}`, `{"scopes":["a:x","b:x,c:x"]}`, `{"scopes":null}`, `{"scopes":""}`, `{"scopes":{"a:x":1}}`, `{"ttl":"5m","scopes":[["a:x"]]}`, `{"scopes":"d:x"}`, `{"ttl":-1}`, `{"ttl":1e300,"scopes":"a:x\u0000"}`} {
+		f.Add([]byte(s))
+	}
+	role := &roleEntry{OrganizationID: "org", Scopes: []string{"a:x", "b:x", "c:x"}, MaxTTL: 7200}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		var data map[string]any
+		if json.Unmarshal(body, &data) != nil {
+			return
+		}
+		b := newBackend()
+		path := b.pathCreds()
+		var ask = func(op logical.Operation) {
+			checked, err := checkFields(path, clearableFields(path), &logical.Request{Operation: op, Data: data})
+			if err != nil {
+				return
+			}
+			want, err := credsRequest("ci", role, &framework.FieldData{Raw: checked, Schema: path.Fields})
+			if err != nil {
+				return
+			}
+			asked, _, err := resolveMint(&configEntry{}, want, func() int64 { return 86400 }, func() int64 { return 3600 })
+			if err != nil {
+				return
+			}
+			if len(asked.Scopes) == 0 || len(without(asked.Scopes, role.Scopes)) > 0 || !slices.IsSorted(asked.Scopes) {
+				t.Errorf("%s: asks for %q", body, asked.Scopes)
+			}
+			if asked.OrganizationID != "org" || asked.Life < 300*time.Second || asked.Life > 7200*time.Second {
+				t.Errorf("%s: asks for %+v", body, asked)
+			}
+		}
+		ask(logical.ReadOperation)
+		ask(logical.UpdateOperation)
+	})
+}
+
+// TestCredsGrants pins design section 5 row by row: what Cable grants is
+// compared with what was asked, and refused, warned of, or handed on.
+func TestCredsGrants(t *testing.T) {
+	t.Parallel()
+	scopes := func(s ...string) cabletest.Grant { return cabletest.Grant{Scopes: &s} }
+	for _, tt := range []struct {
+		name    string
+		fault   cabletest.Fault
+		refused string   // a part of the 502, or "" where the token is handed on
+		scopes  []string // nil: as asked
+		warning []string
+		maxLife int64 // the lease at most; 0: an hour
+	}{
+		{name: "another organization", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("org_other")}}, refused: `organization "org_other" instead of`},
+		{name: "no organization", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("")}}, refused: `organization "" instead of`},
+		{name: "another organization inside scopes", fault: cabletest.Fault{Grant: &cabletest.Grant{ScopesOrganizationID: ptr("org_other")}}, refused: `the token's scopes are for organization "org_other"`},
+		{name: "a scope not asked for", fault: cabletest.Fault{Grant: ptr(scopes("person:read", "person:write", "transactions:read"))}, refused: `not asked for: "person:write"`},
+		{name: "other case", fault: cabletest.Fault{Grant: ptr(scopes("Person:read"))}, refused: `"Person:read"`},
+		{name: "another order, repeated", fault: cabletest.Fault{Grant: ptr(scopes("transactions:read", "person:read", "transactions:read"))}},
+		{name: "fewer", fault: cabletest.Fault{Grant: ptr(scopes("person:read"))}, scopes: []string{"person:read"}, warning: []string{"fewer scopes", `"transactions:read"`}},
+		{name: "none of them", fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{}}}, scopes: []string{}, warning: []string{"fewer scopes", `"person:read", "transactions:read"`}},
+		{name: "null for the list", fault: cabletest.Fault{Grant: ptr(scopes())}},
+		{name: "no scopes in the answer", fault: cabletest.Fault{Grant: &cabletest.Grant{OmitScopes: true}}},
+		{name: "longer by more than a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(2 * time.Hour)}}, warning: []string{"granted 7200s instead of the 3600s", "lives until"}},
+		{name: "longer by a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(time.Hour + time.Minute)}}},
+		{name: "shorter", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(10 * time.Second)}}, maxLife: 10},
+		{name: "past", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(-time.Second)}}, refused: "its expiry is not in the future"},
+		{name: "over at once", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(time.Duration(0))}}, refused: "its expiry is not in the future"},
+		{name: "expiry missing", fault: cabletest.Fault{Grant: &cabletest.Grant{OmitExpiry: true}}, refused: "holds no expiry"},
+		{name: "expiry null", fault: cabletest.Fault{Grant: &cabletest.Grant{Expiry: json.RawMessage(`null`)}}, refused: "expiry"},
+		{name: "expiry as a string", fault: cabletest.Fault{Grant: &cabletest.Grant{Expiry: json.RawMessage(`"1999999999"`)}}, refused: "not a whole number of seconds"},
+		{name: "expiry as a float", fault: cabletest.Fault{Grant: &cabletest.Grant{Expiry: json.RawMessage(`1999999999.5`)}}, refused: "not a whole number of seconds"},
+		{name: "expiry in milliseconds", fault: cabletest.Fault{Grant: &cabletest.Grant{Expiry: json.RawMessage(`1999999999000`)}}, refused: "not a Unix time in seconds"},
+		{name: "expiry zero", fault: cabletest.Fault{Grant: &cabletest.Grant{Expiry: json.RawMessage(`0`)}}, refused: "not a Unix time in seconds"},
+		{name: "no token", fault: cabletest.Fault{Grant: &cabletest.Grant{OmitToken: true}}, refused: "holds no token"},
+		{name: "empty token", fault: cabletest.Fault{Grant: &cabletest.Grant{Token: ptr("")}}, refused: "holds no token"},
+		{name: "the refresh key as token", fault: cabletest.Fault{Body: `{"token":"{refresh_key}","expiry":1999999999,"organization_id":"` + cabletest.DefaultOrganizationID + `"}`}, refused: "repeats the refresh key"},
+		{name: "not JSON", fault: cabletest.Fault{Body: "<html>"}, refused: "not a JSON object"},
+		{name: "too large", fault: cabletest.Fault{BodySize: 2 << 20}, refused: "larger than 1048576 bytes"},
+		{name: "redirect", fault: cabletest.Fault{Status: 307, Header: map[string]string{"Location": "https://elsewhere.example/"}}, refused: "redirects are not followed"},
+		{name: "clock ahead", fault: cabletest.Fault{ClockSkew: 5 * time.Hour}},
+		{name: "clock behind", fault: cabletest.Fault{ClockSkew: -5 * time.Hour}},
+		{name: "no date", fault: cabletest.Fault{Header: map[string]string{"Date": ""}}},
+		{name: "nonsense date", fault: cabletest.Fault{Header: map[string]string{"Date": "yesterday"}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.sim.SetFault(tt.fault)
+			if tt.refused != "" {
+				m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "cable's answer was refused", tt.refused)
+				if m.sim.CallCount() != 1 {
+					t.Errorf("Cable was called %d times", m.sim.CallCount())
+				}
+				return
+			}
+			resp := m.ok(logical.ReadOperation, "creds/ci", nil)
+			want := tt.scopes
+			if want == nil {
+				want = []string{"person:read", "transactions:read"}
+			}
+			if diff := cmp.Diff(want, resp.Data["scopes"]); diff != "" {
+				t.Error(diff)
+			}
+			if tt.warning == nil && resp.Warnings != nil {
+				t.Errorf("warnings: %q", resp.Warnings)
+			} else if tt.warning != nil {
+				m.wantWarning(resp.Warnings, tt.warning...)
+			}
+			longest := tt.maxLife
+			if longest == 0 {
+				longest = 3600
+			}
+			if got := int64(resp.Secret.TTL / time.Second); got < 1 || got > longest || got < longest-10 {
+				t.Errorf("lease %d, want about %d", got, longest)
+			}
+		})
+	}
+}
+
+// TestRefusedGrantIsLogged pins what an operator finds of a refused token.
+func TestRefusedGrantIsLogged(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}})
+	m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "a token that nobody holds may live at Cable until "+m.until(time.Hour))
+	for _, part := range []string{`"@level":"error"`, `"role":"ci"`, "person:read", "everything:write", `"expires_at":"`, `"request_id":"req-1"`} {
+		if !strings.Contains(m.log.String(), part) {
+			t.Errorf("the log does not say %s: %s", part, m.log)
+		}
+	}
+}
+
+// until is the beginning of an RFC 3339 time that lies d ahead, to the hour.
+func (m *testMount) until(d time.Duration) string {
+	return time.Now().UTC().Add(d).Format("2006-01-02T")
+}
+
+// TestCredsRefusals pins what is a 400 before Cable is called.
+func TestCredsRefusals(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, `role "ci" does not exist: write it to roles/ci`)
+	m.write("roles/ci", map[string]any{"scopes": "person:read"})
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "the mount is not configured: write refresh_key to config")
+	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL})
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "no organization: write organization_id to roles/ci or to config")
+	m.write("roles/ci", map[string]any{"organization_id": cabletest.DefaultOrganizationID, "disabled": true})
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, `role "ci" is disabled: write disabled=false to roles/ci`)
+	m.write("roles/ci", map[string]any{"disabled": false})
+	m.sys.MaxLeaseTTLVal = 299 * time.Second
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "the mount's max_lease_ttl of 299s is below Cable's minimum of 300s")
+	m.sys.MaxLeaseTTLVal = 0
+	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "asking Vault for the mount's lease settings")
+	m.sys.MaxLeaseTTLVal = 10 * time.Minute
+	m.sys.DefaultLeaseTTLVal = 0
+	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "asking Vault for the mount's lease settings")
+	if n := m.sim.CallCount(); n != 0 {
+		t.Errorf("Cable was called %d times", n)
+	}
+	// Mount tuning takes effect at the next read.
+	m.sys.DefaultLeaseTTLVal = time.Hour
+	m.wantWarning(m.ok(logical.ReadOperation, "creds/ci", nil).Warnings, "the default ttl of 3600s is above the mount's max_lease_ttl of 600s: capped at 600s")
+	m.sys.MaxLeaseTTLVal = 24 * time.Hour
+	if w := m.ok(logical.ReadOperation, "creds/ci", nil).Warnings; w != nil {
+		t.Errorf("warnings: %q", w)
+	}
+	// The role's organization comes before config's.
+	m.write("config", map[string]any{"organization_id": "org_unknown"})
+	m.read("creds/ci")
+}
+
+// TestCredsErrors pins design section 7: the status and text of each failure.
+func TestCredsErrors(t *testing.T) {
+	t.Parallel()
+	envelope := func(status int) cabletest.Fault {
+		return cabletest.Fault{Status: status, Message: "cable says why", Errors: []cabletest.FieldError{{Field: "scopes.scopes", Message: "a field's fault"}}}
+	}
+	for _, tt := range []struct {
+		name   string
+		fault  cabletest.Fault
+		status int
+		says   []string
+		calls  int
+	}{
+		{"400", envelope(400), 400, []string{"cable answered 400: cable says why: scopes.scopes: a field's fault", "roles/ci"}, 1},
+		{"401", envelope(401), 400, []string{"cable answered 401", "auth_scheme=raw", "auth_scheme=bearer", "refresh_key"}, 1},
+		{"403", envelope(403), 400, []string{"cable answered 403", "roles/ci"}, 1},
+		{"404", envelope(404), 400, []string{"cable answered 404", "token_url"}, 1},
+		{"409", envelope(409), 400, []string{"cable answered 409"}, 1},
+		{"429", envelope(429), 429, []string{"cable answered 429", "no request is sent for another 5s"}, 1},
+		{"500", envelope(500), 502, []string{"cable answered 500: cable says why"}, 1},
+		{"502", envelope(502), 502, []string{"cable answered 502"}, 1},
+		{"503", envelope(503), 502, []string{"cable answered 503"}, 1},
+		{"504", envelope(504), 502, []string{"cable answered 504"}, 1},
+		{"599", envelope(599), 502, []string{"cable answered 599"}, 1},
+		{"echoed key", cabletest.Fault{Status: 400, Message: "bad key {refresh_key}!"}, 400, []string{"bad key [redacted]!"}, 1},
+		{"escaped", cabletest.Fault{Status: 400, Message: "a\x1b[31m\nb"}, 400, []string{`a\x1b[31m\nb`}, 1},
+		{"HTML", cabletest.Fault{Status: 500, Header: map[string]string{"Content-Type": "text/html"}, Body: "<html>secret page</html>"}, 502, []string{"cable answered 500"}, 1},
+		{"reset before", cabletest.Fault{Reset: cabletest.ResetBefore}, 502, []string{"connection was closed", "may live at Cable until"}, 1},
+		{"reset after", cabletest.Fault{Reset: cabletest.ResetAfter}, 502, []string{"connection was closed", "may live at Cable until"}, 1},
+		{"half", cabletest.Fault{Reset: cabletest.ResetHalf}, 502, []string{"could not be reached", "may live at Cable until"}, 1},
+		{"slow", cabletest.Fault{Delay: time.Minute}, 504, []string{"did not answer in time", "budget of 1s", "may live at Cable until"}, 1},
+		{"stall", cabletest.Fault{Stall: time.Minute}, 504, []string{"did not answer in time", "may live at Cable until"}, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.write("config", map[string]any{"request_timeout": 1})
+			tt.fault.Times = 1
+			m.sim.SetFault(tt.fault)
+			m.refused(tt.status, logical.ReadOperation, "creds/ci", nil, tt.says...)
+			if n := m.sim.CallCount(); n != tt.calls {
+				t.Errorf("Cable was called %d times, want %d", n, tt.calls)
+			}
+			if tt.status != http.StatusTooManyRequests {
+				m.read("creds/ci") // the next good one works
+			}
+		})
+	}
+	t.Run("unreachable", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.sim.Close()
+		m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "could not be reached: connection refused")
+	})
+	t.Run("caller gone", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.sim.SetFault(cabletest.Fault{Delay: time.Minute})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() {
+			_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
+			done <- err
+		}()
+		for m.sim.CallCount() == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		cancel()
+		if status, err := statusOf(nil, <-done); status != http.StatusBadGateway || !strings.Contains(err.Error(), "the caller went away") {
+			t.Errorf("%d %v", status, err)
+		}
+	})
+}
+
+// TestHold pins that after a 429 the mount calls nobody until the time that
+// Cable named, says so with a Retry-After, and that a new key starts without.
+func TestHold(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("config", map[string]any{"request_timeout": 1})
+	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	for range 3 {
+		resp := m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil, "another 90s")
+		if got := resp.Headers["Retry-After"]; !slices.Equal(got, []string{"90"}) {
+			t.Errorf("Retry-After %q", got)
+		}
+	}
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			resp, err := m.request(logical.ReadOperation, "creds/ci", nil)
+			if status, _ := statusOf(resp, err); status != http.StatusTooManyRequests {
+				t.Errorf("status %d in a hold", status)
+			}
+		})
+	}
+	wg.Wait()
+	m.b.InvalidateKey(t.Context(), "config")
+	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil, "asked for a pause")
+	m.write("config", map[string]any{"request_timeout": 2})
+	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil, "asked for a pause")
+	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey()})
+	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil, "asked for a pause")
+	if n := m.sim.CallCount(); n != 1 {
+		t.Errorf("Cable was called %d times in a hold, want once", n)
+	}
+	newKey := cabletest.NewRefreshKey()
+	m.sim.SetRefreshKey(newKey)
+	m.write("config", map[string]any{"refresh_key": newKey})
+	m.read("creds/ci")
+}
+
+// TestRevoke pins that a lease can always be let go: without storage, config,
+// role or Cable, and with whatever data an older version stored.
+func TestRevoke(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	secret := m.ok(logical.ReadOperation, "creds/ci", nil).Secret
+	m.ok(logical.DeleteOperation, "roles/ci", nil)
+	m.ok(logical.DeleteOperation, "config", nil)
+	m.sim.Close()
+	m.storage.FailGet(true)
+	for _, data := range []map[string]any{secret.InternalData, {"secret_type": "cable_token"}, {"secret_type": "cable_token", "role": 7, "expiry": "soon"}} {
+		resp, err := m.b.HandleRequest(t.Context(), &logical.Request{
+			Operation: logical.RevokeOperation, Path: "creds/ci", Storage: nil,
+			Secret: &logical.Secret{InternalData: overJSON(t, data), LeaseOptions: secret.LeaseOptions},
+		})
+		if resp != nil || err != nil {
+			t.Errorf("%v: %v %v", data, resp, err)
+		}
+	}
+	if !strings.Contains(m.log.String(), "cannot be revoked and lives on") {
+		t.Errorf("the log does not say that the token lives on: %s", m.log)
+	}
+	if _, err := m.b.HandleRequest(t.Context(), &logical.Request{
+		Operation: logical.RenewOperation, Path: "creds/ci", Secret: &logical.Secret{InternalData: secret.InternalData},
+	}); err == nil {
+		t.Error("a lease can be renewed")
+	}
+}
+
+// TestConcurrency reads from many goroutines while config and roles are written
+// and invalidated: every answer is a promised one, no token is handed out
+// twice, and connections are reused.
+func TestConcurrency(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	ctx, stop := context.WithCancel(t.Context())
+	var writers sync.WaitGroup
+	writers.Go(func() {
+		for i := 0; ctx.Err() == nil && i < 200; i++ {
+			m.write("config", map[string]any{"request_timeout": 10 + i%10})
+			m.write("roles/ci", map[string]any{"ttl": 300 + i})
+			m.b.InvalidateKey(ctx, "config")
+			m.b.InvalidateKey(ctx, "roles/ci")
+		}
+	})
+	var mu sync.Mutex
+	seen := make(map[any]bool)
+	var readers sync.WaitGroup
+	for range 64 {
+		readers.Go(func() {
+			for range 20 {
+				resp, err := m.request(logical.ReadOperation, "creds/ci", nil)
+				if err != nil || resp.IsError() || resp.Secret == nil {
+					t.Errorf("%v %v", err, resp)
+					return
+				}
+				mu.Lock()
+				if seen[resp.Data["token"]] {
+					t.Error("a token was handed out twice")
+				}
+				seen[resp.Data["token"]] = true
+				mu.Unlock()
+			}
+		})
+	}
+	readers.Wait()
+	stop()
+	writers.Wait()
+
+	before := m.sim.Connections()
+	for range 2 {
+		for range 64 {
+			readers.Go(func() { m.read("creds/ci") })
+		}
+		readers.Wait()
+	}
+	// 128 mints: a pool of two would make about 126 connections.
+	if made := m.sim.Connections() - before; made > 70 {
+		t.Errorf("%d connections for two rounds of 64 mints", made)
+	}
+}

@@ -1,0 +1,323 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+	"pgregory.net/rapid"
+)
+
+func TestRoleWrite(t *testing.T) {
+	t.Parallel()
+	m := newMount(t) // roles can be written before config
+	if w := m.write("roles/ci", map[string]any{"scopes": " person:read, ,transactions:read,person:read"}); w != nil {
+		t.Errorf("warnings: %q", w)
+	}
+	want := map[string]any{"organization_id": "", "scopes": []string{"person:read", "transactions:read"}, "ttl": int64(0), "max_ttl": int64(0), "disabled": false}
+	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
+		t.Error(diff)
+	}
+	for _, step := range []struct {
+		op    logical.Operation
+		field string
+		value any
+		want  any
+	}{
+		{logical.UpdateOperation, "ttl", "10m", int64(600)},
+		{logical.PatchOperation, "ttl", 300, int64(300)},
+		{logical.UpdateOperation, "max_ttl", "1d", int64(86400)},
+		{logical.UpdateOperation, "max_ttl", "300", int64(300)},
+		{logical.UpdateOperation, "max_ttl", 0, int64(0)},
+		{logical.PatchOperation, "ttl", "0", int64(0)},
+		{logical.UpdateOperation, "organization_id", "org_a", "org_a"},
+		{logical.UpdateOperation, "scopes", []string{"transactions:write"}, []string{"transactions:write"}},
+		{logical.PatchOperation, "scopes", []string{"b:x,a:x", "a:x"}, []string{"a:x", "b:x"}},
+		{logical.UpdateOperation, "disabled", "true", true},
+		{logical.UpdateOperation, "disabled", false, false},
+	} {
+		m.ok(step.op, "roles/ci", map[string]any{step.field: step.value})
+		want[step.field] = step.want
+		if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
+			t.Errorf("after %s %s=%v: %s", step.op, step.field, step.value, diff)
+		}
+	}
+}
+
+func TestRoleRefusals(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	m.write("roles/ci", map[string]any{"scopes": "person:read", "ttl": 600, "max_ttl": 1200, "organization_id": "org"})
+	before := m.read("roles/ci")
+	many := make([]string, 65)
+	for i := range many {
+		many[i] = fmt.Sprintf("r%d:read", i)
+	}
+	for _, tt := range []struct {
+		data map[string]any
+		says string
+	}{
+		{map[string]any{"scopes": ""}, "scopes must not be empty"},
+		{map[string]any{"scopes": " , ,"}, "scopes must not be empty"},
+		{map[string]any{"scopes": []string{}}, "scopes must not be empty"},
+		{map[string]any{"scopes": []string{"", " "}}, "scopes must not be empty"},
+		{map[string]any{"scopes": nil}, "scopes must not be null"},
+		{map[string]any{"scopes": 7}, "scopes must be a comma-separated list or an array of strings, not a number"},
+		{map[string]any{"scopes": []any{"a:b", 7}}, "must be a list of strings, but holds a number"},
+		{map[string]any{"scopes": []any{"a:b", nil}}, "holds null"},
+		{map[string]any{"scopes": []any{[]any{"a:b"}}}, "holds a list"},
+		{map[string]any{"scopes": map[string]any{"a:b": true}}, "not an object"},
+		{map[string]any{"scopes": `["a:b","c:d"]`}, `scope "[\"a:b\"" must not hold white space, quotes`},
+		{map[string]any{"scopes": "a b"}, `scope "a b" must not hold white space`},
+		{map[string]any{"scopes": "a:\u200bb"}, "control characters"},
+		{map[string]any{"scopes": "a:b\x00c"}, "control characters"},
+		{map[string]any{"scopes": strings.Repeat("s", 129)}, "is 129 characters long: at most 128"},
+		{map[string]any{"scopes": many}, "scopes names 65: at most 64"},
+		{map[string]any{"ttl": 299}, "ttl is 299s: Cable's tokens live 300s to 86400s"},
+		{map[string]any{"ttl": 86401}, "ttl is 86401s"},
+		{map[string]any{"ttl": -1}, "cannot be negative"},
+		{map[string]any{"ttl": ""}, "ttl must not be empty"},
+		{map[string]any{"ttl": nil}, "ttl must not be null"},
+		{map[string]any{"ttl": "x"}, `ttl is "x"`},
+		{map[string]any{"ttl": 300.5}, "whole seconds"},
+		{map[string]any{"ttl": "1h0.5s"}, "whole seconds"},
+		{map[string]any{"ttl": 9223372036854775807}, "whole seconds"},
+		{map[string]any{"ttl": []any{300}}, "ttl must be a duration, not a list"},
+		{map[string]any{"ttl": true}, "ttl must be a duration, not a boolean"},
+		{map[string]any{"ttl": 1201}, "ttl of 1201s is above max_ttl of 1200s"},
+		{map[string]any{"max_ttl": 599}, "ttl of 600s is above max_ttl of 599s"},
+		{map[string]any{"max_ttl": 86401}, "max_ttl is 86401s"},
+		{map[string]any{"max_ttl": ""}, "max_ttl must not be empty"},
+		{map[string]any{"organization_id": ""}, "organization_id must not be empty"},
+		{map[string]any{"organization_id": `o"`}, "must not hold white space, quotes"},
+		{map[string]any{"organization_id": []string{"o"}}, "must be a string"},
+		{map[string]any{"disabled": ""}, "disabled must not be empty"},
+	} {
+		m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/ci", tt.data, tt.says)
+		m.refused(http.StatusBadRequest, logical.PatchOperation, "roles/ci", tt.data, tt.says)
+	}
+	if diff := cmp.Diff(before, m.read("roles/ci")); diff != "" {
+		t.Error(diff)
+	}
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/new", map[string]any{"ttl": 600}, "scopes is missing")
+	m.refused(http.StatusBadRequest, logical.PatchOperation, "roles/new", map[string]any{"scopes": "person:read"}, `role "new" does not exist: write it to roles/new`)
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/"+strings.Repeat("n", 129), map[string]any{"scopes": "person:read"}, "129 characters long: at most 128")
+	m.write("roles/"+strings.Repeat("n", 128), map[string]any{"scopes": "person:read"})
+	if m.read("roles/new") != nil {
+		t.Error("a refused write created a role")
+	}
+}
+
+func TestRoleWarnings(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	w := m.write("roles/odd", map[string]any{"scopes": "transactions:read,alerts:read,everything,a:b:c,:x"})
+	m.wantWarning(w, "not of the form resource:action", `":x", "a:b:c", "everything"`)
+	m.wantWarning(w, "Cable's reference does not name", `"alerts:read"`)
+	if len(w) != 2 {
+		t.Errorf("warnings: %q", w)
+	}
+	if w := m.write("roles/odd", map[string]any{"ttl": 600}); w != nil {
+		t.Errorf("a write without scopes warns of them: %q", w)
+	}
+	for _, s := range scopesOfReference() {
+		if w := scopeWarnings([]string{s}); w != nil {
+			t.Errorf("%s: %q", s, w)
+		}
+	}
+}
+
+// TestRoleAliveUntil pins the time until which tokens may live, also after a
+// role's max_ttl was lowered.
+func TestRoleAliveUntil(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	until := func(w []string) time.Time {
+		t.Helper()
+		if len(w) != 1 {
+			t.Fatalf("warnings: %q", w)
+		}
+		_, text, _ := strings.Cut(w[0], "may live until ")
+		at, err := time.Parse(time.RFC3339, strings.TrimSuffix(text, "."))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return at
+	}
+	near := func(got time.Time, life time.Duration) {
+		t.Helper()
+		want := time.Now().Add(life + time.Minute) // a mint that is under way may take a minute
+		if d := want.Sub(got); d < -time.Second || d > 10*time.Second {
+			t.Errorf("says %s, want %s", got, want)
+		}
+	}
+	m.write("roles/a", map[string]any{"scopes": "person:read", "max_ttl": 600})
+	near(until(m.write("roles/a", map[string]any{"disabled": true})), 600*time.Second)
+	m.write("roles/a", map[string]any{"max_ttl": 7200})
+	m.write("roles/a", map[string]any{"max_ttl": 300})
+	near(until(m.write("roles/a", map[string]any{"disabled": true})), 7200*time.Second)
+	resp := m.ok(logical.DeleteOperation, "roles/a", nil)
+	near(until(resp.Warnings), 7200*time.Second)
+	if resp := m.ok(logical.DeleteOperation, "roles/a", nil); resp != nil {
+		t.Errorf("deleting nothing answered %v", resp)
+	}
+	m.write("roles/b", map[string]any{"scopes": "person:read"})
+	near(until(m.ok(logical.DeleteOperation, "roles/b", nil).Warnings), 24*time.Hour)
+}
+
+func TestRoleList(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	names := []string{"Team-B", "a", "b", "b.1", "c_3", "team-a"}
+	for _, n := range names {
+		m.write("roles/"+n, map[string]any{"scopes": "person:read"})
+	}
+	for _, tt := range []struct {
+		data map[string]any
+		want []string
+	}{
+		{nil, names},
+		{map[string]any{"limit": 2}, names[:2]},
+		{map[string]any{"limit": "2", "after": "a"}, names[2:4]},
+		{map[string]any{"after": "a0"}, names[2:]},
+		{map[string]any{"after": ""}, names},
+		{map[string]any{"after": "team-a"}, nil},
+		{map[string]any{"limit": 100}, names},
+	} {
+		resp := m.ok(logical.ListOperation, "roles/", tt.data)
+		got, _ := resp.Data["keys"].([]string)
+		if diff := cmp.Diff(tt.want, got); diff != "" {
+			t.Errorf("%v: %s", tt.data, diff)
+		}
+	}
+	// A loop over pages sees each role once.
+	var all []string
+	for after := ""; ; {
+		page, _ := m.ok(logical.ListOperation, "roles/", map[string]any{"after": after, "limit": 1}).Data["keys"].([]string)
+		if len(page) == 0 {
+			break
+		}
+		all = append(all, page...)
+		after = page[0]
+	}
+	if diff := cmp.Diff(names, all); diff != "" {
+		t.Error(diff)
+	}
+	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"limit": 0}, "limit is 0: write 1 or more")
+	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"limit": -3}, "limit is -3")
+	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"limit": ""}, "limit must not be empty")
+	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"limit": "many"}, "whole number")
+	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"after": []string{"a", "b"}}, "after must be a string")
+}
+
+// TestRoleConcurrentWrites pins that concurrent partial updates lose nothing.
+func TestRoleConcurrentWrites(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	m.write("roles/ci", map[string]any{"scopes": "person:read"})
+	var wg sync.WaitGroup
+	for _, data := range []map[string]any{{"organization_id": "org_x"}, {"ttl": 600}, {"max_ttl": 1200}, {"scopes": "person:write"}, {"disabled": true}} {
+		wg.Go(func() { m.write("roles/ci", data) })
+	}
+	wg.Wait()
+	want := map[string]any{"organization_id": "org_x", "scopes": []string{"person:write"}, "ttl": int64(600), "max_ttl": int64(1200), "disabled": true}
+	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestRoleExistence pins create and update for policies: whatever the request
+// carries, the check answers by the name alone.
+func TestRoleExistence(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	m.write("roles/ci", map[string]any{"scopes": "person:read"})
+	for path, want := range map[string]bool{"roles/ci": true, "roles/CI": false, "roles/new": false} {
+		found, exists, err := m.b.HandleExistenceCheck(t.Context(), &logical.Request{
+			Operation: logical.CreateOperation, Path: path, Storage: m.storage, Data: map[string]any{"ttl": []any{"x"}, "scopes": 7},
+		})
+		if !found || exists != want || err != nil {
+			t.Errorf("%s: %v %v %v", path, found, exists, err)
+		}
+	}
+	if found, _, err := m.b.HandleExistenceCheck(t.Context(), &logical.Request{Operation: logical.CreateOperation, Path: "config", Storage: m.storage, Data: map[string]any{"refresh_key": 7}}); found || err != nil {
+		t.Errorf("config has an existence check: %v", err)
+	}
+}
+
+// TestNormalizeScopes protects what a role and a request are compared by.
+func TestNormalizeScopes(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(rt *rapid.T) {
+		in := rapid.SliceOf(rapid.OneOf(rapid.StringMatching(`[a-z]{1,4}:[a-z]{1,4}`), rapid.String())).Draw(rt, "in")
+		got, err := normalizeScopes(in)
+		if err != nil {
+			return
+		}
+		if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) || len(got) < 1 || len(got) > maxScopes {
+			rt.Fatalf("not normal: %q", got)
+		}
+		for _, s := range got {
+			if s != strings.TrimSpace(s) || !slices.ContainsFunc(in, func(x string) bool { return strings.TrimSpace(x) == s }) {
+				rt.Fatalf("%q is not of %q", s, in)
+			}
+		}
+		again, err := normalizeScopes(got)
+		if diff := cmp.Diff(got, again); diff != "" || err != nil {
+			rt.Fatalf("not stable: %s %v", diff, err)
+		}
+	})
+}
+
+// FuzzRoleEntry protects roles on their way through storage: what a write
+// accepts is read as it was written, and what another version stored is read
+// without a panic.
+func FuzzRoleEntry(f *testing.F) {
+	f.Add("transactions:read,person:read", "org_1", 600, 1200, false, []byte(`{"scopes":["a:b"],"of_a_later_version":[1]}`))
+	f.Add("a", "", 0, 0, true, []byte(`{}`))
+	f.Add(" , ", "o o", 299, 86401, false, []byte(`{"scopes":7}`))
+	f.Add("a:b", "org", -1, 1<<62, false, []byte(`{"ttl":1e99}`))
+	f.Fuzz(func(t *testing.T, scopes, org string, ttl, maxTTL int, disabled bool, stored []byte) {
+		if role, err := decodeRole("r", stored); err == nil {
+			_ = role.toResponseData()
+			_ = role.aliveUntil(time.Now())
+			_ = role.validate()
+		}
+		path := newBackend().pathRoles()
+		raw := map[string]any{"scopes": scopes, "ttl": ttl, "max_ttl": maxTTL, "disabled": disabled}
+		if org != "" {
+			raw["organization_id"] = org
+		}
+		data, err := checkFields(path, nil, &logical.Request{Operation: logical.UpdateOperation, Data: raw})
+		if err != nil {
+			return
+		}
+		role, err := (*roleEntry)(nil).merge(&framework.FieldData{Raw: data, Schema: path.Fields}, time.Now())
+		if err != nil {
+			return
+		}
+		if len(role.Scopes) == 0 || role.TTL > role.lifeCap() || role.lifeCap() > maxLife ||
+			role.TTL != 0 && role.TTL < minLife || role.MaxTTL != 0 && role.MaxTTL < minLife {
+			t.Errorf("accepted %+v", role)
+		}
+		entry, err := json.Marshal(role)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := decodeRole("r", entry)
+		if diff := cmp.Diff(role, again); diff != "" || err != nil {
+			t.Errorf("%s %v", diff, err)
+		}
+	})
+}
