@@ -25,8 +25,9 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, os.Args[1:], os.Getenv, os.Stderr); err != nil {
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stderr)
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "cable-sim:", err)
 		os.Exit(1)
 	}
@@ -124,7 +125,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	failed := make(chan error, 2)
 	if c.control != "" {
 		srv := &http.Server{Handler: control(sim, c.keyOut), ReadHeaderTimeout: headerTimeout, ErrorLog: logger}
-		defer srv.Close()
+		defer func() { _ = srv.Close() }()
 		url, err := serve(srv, c.control, "", c.controlURLFile, failed)
 		if err != nil {
 			return err
@@ -132,7 +133,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		logger.Printf("cable-sim: control listener on %s", url)
 	}
 	srv := &http.Server{Handler: sim, ConnState: sim.ConnState, ReadHeaderTimeout: headerTimeout, ErrorLog: logger}
-	defer srv.Close()
+	defer func() { _ = srv.Close() }()
 	if c.tls {
 		var ca []byte
 		if srv.TLSConfig, ca, err = selfSigned(); err != nil {

@@ -234,7 +234,7 @@ func (f *Fault) write(w http.ResponseWriter, start []byte, wait func() bool) {
 	out, flush := io.Writer(w), func() error { return nil }
 	if f.Gzip {
 		z := gzip.NewWriter(w)
-		defer z.Close()
+		defer func() { _ = z.Close() }()
 		out, flush = z, z.Flush
 	}
 	if f.Stall > 0 || f.Reset == ResetHalf {

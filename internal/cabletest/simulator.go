@@ -36,8 +36,9 @@ const (
 	// RefreshKeyMarker stands verbatim in every refresh key made by NewRefreshKey.
 	RefreshKeyMarker = "REFRESHKEYCANARY"
 
-	// MinExpirySeconds and MaxExpirySeconds bound expiry_seconds, both included (request-token reference).
+	// MinExpirySeconds is the least expiry_seconds, itself included (request-token reference).
 	MinExpirySeconds = 300
+	// MaxExpirySeconds is the most, itself included.
 	MaxExpirySeconds = 86400
 
 	// DefaultOrganizationID and DefaultOrganizationName are those of Cable's own sample (v1.0 reference).

@@ -1,0 +1,58 @@
+# Needs go, git and make. Everything else is built from source, once, into the
+# ignored folders .cache and bin.
+.DEFAULT_GOAL := help
+SHELL := bash
+
+VERSION ?= $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
+COMMIT  ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
+PKG     := github.com/cablesecrets/vault-plugin-secrets-cable
+LDFLAGS := -s -w -X $(PKG).stamped=$(VERSION) -X main.commit=$(COMMIT)
+GOLANGCI = .cache/golangci-lint-$(shell cat tools/lint/go.mod tools/lint/go.sum | cksum | cut -d' ' -f1)
+FUZZTIME ?= 30s
+
+.PHONY: help
+help: ## Print the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+.PHONY: build
+build: ## Build the plugin and the simulator into bin/
+	@mkdir -p bin
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable ./cmd/cable-sim
+
+.PHONY: demo
+demo: ## Show the engine at work on a real Vault, then clean up
+	@scripts/demo
+
+.PHONY: dev
+dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
+	@scripts/dev
+
+.PHONY: test
+test: ## Run the unit tests and the end-to-end tests on a real Vault
+	@scripts/vault --path >/dev/null
+	go test ./...
+
+.PHONY: check
+check: tidy lint shellcheck ## Run what must be green before a change lands
+	@scripts/vault --path >/dev/null
+	go test -race ./...
+
+.PHONY: lint
+lint: $(GOLANGCI) ## Run the linters that .golangci.yml names
+	$(GOLANGCI) run ./...
+
+$(GOLANGCI):
+	@mkdir -p .cache
+	cd tools/lint && GOFLAGS=-mod=readonly go build -trimpath -ldflags '-s -w' -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+.PHONY: tidy
+tidy: ## Check that go.mod and go.sum are tidy
+	go mod tidy -diff
+
+.PHONY: shellcheck
+shellcheck: ## Check the scripts, where shellcheck is installed
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/* .ci/run; else echo 'shellcheck is not installed: skipped'; fi
+
+.PHONY: fuzz
+fuzz: ## Run each fuzz target for FUZZTIME (30s)
+	@scripts/fuzz $(FUZZTIME)
