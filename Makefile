@@ -56,3 +56,8 @@ shellcheck: ## Check the scripts, where shellcheck is installed
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
 	@scripts/fuzz $(FUZZTIME)
+
+.PHONY: bench
+bench: build ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
+	go build -trimpath -o bin/ ./internal/bench/floor ./internal/bench
+	bin/bench -vault "$$(scripts/vault --path)" -bin bin $(BENCH)
