@@ -28,6 +28,9 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 )
 
+// maxCachedRoles bounds the memory that roles take: some MiB.
+const maxCachedRoles = 4096
+
 // operationPrefix begins the operation ids of the OpenAPI document.
 const operationPrefix = "cable"
 
@@ -49,8 +52,12 @@ type backend struct {
 	// current is the configuration in use, or nil until it is needed.
 	current *activeConfig
 
-	// generation counts the changes of the stored configuration. A rebuild that
-	// began before a change finds another number, and is not kept.
+	// roles are those that were minted for, up to maxCachedRoles. Entries are
+	// never changed, only replaced.
+	roles map[string]*roleEntry
+
+	// generation counts the changes of what is stored. What was read before a
+	// change finds another number after it, and is not kept.
 	generation uint64
 
 	// hold is the pause of the last client, with what it applies to: a
@@ -76,6 +83,11 @@ type holdKey struct {
 // network, so it cannot fail for a passing reason.
 func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
 	b := newBackend()
+	if conf.System != nil {
+		c := *conf
+		c.System = &systemView{SystemView: conf.System}
+		conf = &c
+	}
 	if err := b.Setup(ctx, conf); err != nil {
 		return nil, fmt.Errorf("setting up the backend: %w", err)
 	}
@@ -84,7 +96,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 // newBackend returns a backend that is yet to be set up.
 func newBackend() *backend {
-	b := new(backend)
+	b := &backend{roles: make(map[string]*roleEntry)}
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		Help:           strings.TrimSpace(backendHelp),
@@ -212,6 +224,37 @@ func (b *backend) dropLocked() {
 	b.current = nil
 }
 
+// cachedRole is getRole with a memory: a read from storage is a call to Vault.
+func (b *backend) cachedRole(ctx context.Context, s logical.Storage, name string) (*roleEntry, error) {
+	b.mu.Lock()
+	role, generation := b.roles[name], b.generation
+	b.mu.Unlock()
+	if role != nil {
+		return role, nil
+	}
+	role, err := getRole(ctx, s, name)
+	if role == nil || err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.generation == generation {
+		if len(b.roles) >= maxCachedRoles {
+			clear(b.roles)
+		}
+		b.roles[name] = role
+	}
+	return role, nil
+}
+
+// forgetRole drops a role that was changed, or may have been.
+func (b *backend) forgetRole(name string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.generation++
+	delete(b.roles, name)
+}
+
 // replace puts a configuration into use that has just been stored.
 func (b *backend) replace(next *activeConfig) {
 	b.mu.Lock()
@@ -234,6 +277,9 @@ func (b *backend) reset() {
 func (b *backend) invalidate(_ context.Context, key string) {
 	if key == configStoragePath {
 		b.reset()
+	}
+	if name, ok := strings.CutPrefix(key, rolesStoragePrefix); ok {
+		b.forgetRole(name)
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/helper/consts"
 	"github.com/hashicorp/vault/sdk/helper/testhelpers/schema"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/hashicorp/vault/sdk/plugin/pb"
@@ -435,6 +436,141 @@ func (s *slowStorage) Get(ctx context.Context, key string) (*logical.StorageEntr
 	return entry, err
 }
 
+// TestRolesAreCached pins that a role is read from storage once, that a write
+// or an invalidation is seen by the next mint, also by one that was reading
+// meanwhile, and that memory is bounded.
+func TestRolesAreCached(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	put := func(ttl int64) {
+		if err := setRole(t.Context(), m.storage, "ci", &roleEntry{Scopes: []string{"person:read"}, TTL: ttl}); err != nil {
+			t.Error(err)
+		}
+	}
+	asked := func() int64 {
+		m.read("creds/ci")
+		calls := m.sim.Calls()
+		return calls[len(calls)-1].ExpirySeconds
+	}
+	put(400)
+	if got := asked(); got != 3600 {
+		t.Errorf("asked for %ds: the role was read from storage", got)
+	}
+	m.b.InvalidateKey(t.Context(), "roles/ci")
+	if got := asked(); got != 400 {
+		t.Errorf("asked for %ds after an invalidation, want 400s", got)
+	}
+	m.write("roles/ci", map[string]any{"ttl": 500})
+	if got := asked(); got != 500 {
+		t.Errorf("asked for %ds after a write, want 500s", got)
+	}
+
+	m.b.forgetRole("ci")
+	slow := &slowStorage{Storage: m.storage, read: make(chan struct{}), proceed: make(chan struct{})}
+	done := make(chan error)
+	go func() {
+		_, err := m.b.cachedRole(t.Context(), slow, "ci")
+		done <- err
+	}()
+	<-slow.read
+	put(600)
+	m.b.InvalidateKey(t.Context(), "roles/ci")
+	close(slow.proceed)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if got := asked(); got != 600 {
+		t.Errorf("asked for %ds after an invalidation during a read, want 600s", got)
+	}
+
+	m.ok(logical.DeleteOperation, "roles/ci", nil)
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "does not exist")
+
+	for i := range maxCachedRoles + 2 {
+		name := fmt.Sprintf("r%d", i)
+		if err := setRole(t.Context(), m.storage, name, &roleEntry{Scopes: []string{"person:read"}}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.b.cachedRole(t.Context(), m.storage, name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(m.b.roles); n > maxCachedRoles {
+		t.Errorf("%d roles are kept", n)
+	}
+}
+
+// TestReplicationState pins that the node's role is asked for at most once a
+// second, and that no answer is not taken for one.
+func TestReplicationState(t *testing.T) {
+	t.Parallel()
+	asked := &countingView{}
+	view := &systemView{SystemView: asked}
+	for range 3 {
+		if got := view.ReplicationState(); got != consts.ReplicationUnknown {
+			t.Errorf("state %v", got)
+		}
+	}
+	if asked.n != 3 {
+		t.Errorf("asked %d times without an answer, want 3", asked.n)
+	}
+	asked.state = consts.ReplicationPerformanceStandby
+	for range 3 {
+		if got := view.ReplicationState(); got != consts.ReplicationPerformanceStandby {
+			t.Errorf("state %v", got)
+		}
+	}
+	if asked.n != 4 {
+		t.Errorf("asked %d times, want 4", asked.n)
+	}
+	asked.state = consts.ReplicationPerformanceDisabled
+	view.asked = view.asked.Add(-replicationStateLife)
+	if got := view.ReplicationState(); got != consts.ReplicationPerformanceDisabled {
+		t.Errorf("state %v after a second", got)
+	}
+}
+
+type countingView struct {
+	logical.StaticSystemView
+	n     int
+	state consts.ReplicationState
+}
+
+func (c *countingView) ReplicationState() consts.ReplicationState {
+	c.n++
+	return c.state
+}
+
+// TestStandby pins that a performance standby and a secondary hand on what they
+// must, before Cable is called.
+func TestStandby(t *testing.T) {
+	t.Parallel()
+	for state, want := range map[consts.ReplicationState]map[string]bool{
+		consts.ReplicationPerformanceStandby:   {"creds/ci": true, "config": true, "roles/ci": true},
+		consts.ReplicationPerformanceSecondary: {"creds/ci": false, "config": true, "roles/ci": true},
+		consts.ReplicationPerformancePrimary:   {"creds/ci": false, "config": false, "roles/ci": false},
+	} {
+		m := newConfiguredMount(t)
+		m.sys.ReplicationStateVal = state
+		m.b.System().(*systemView).asked = time.Time{}
+		for path, forward := range want {
+			op, data := logical.Operation(logical.UpdateOperation), map[string]any{"organization_id": cabletest.DefaultOrganizationID}
+			if path == "creds/ci" {
+				op, data = logical.ReadOperation, nil
+			}
+			before := m.sim.CallCount()
+			_, err := m.request(op, path, data)
+			if forwarded := err != nil && err.Error() == logical.ErrReadOnly.Error(); forwarded != forward {
+				t.Errorf("state %d: %s: %v", state, path, err)
+			}
+			if forward && m.sim.CallCount() != before {
+				t.Errorf("state %d: %s called Cable", state, path)
+			}
+		}
+	}
+}
+
 // TestStorageFaults pins that a storage that fails gives a 500 with the
 // storage's own error, unwrapped, and that nothing is lost by it.
 func TestStorageFaults(t *testing.T) {
@@ -444,6 +580,10 @@ func TestStorageFaults(t *testing.T) {
 	before, role := m.read("config"), m.read("roles/ci")
 
 	m.storage.FailGet(true)
+	if m.read("creds/ci") == nil { // from memory
+		t.Error("no token while storage does not read")
+	}
+	m.b.InvalidateKey(t.Context(), "roles/ci")
 	for _, path := range []string{"config", "roles/ci", "creds/ci"} {
 		m.refused(http.StatusInternalServerError, logical.ReadOperation, path, nil, "get operations disabled")
 		if path != "creds/ci" {

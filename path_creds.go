@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
@@ -102,7 +103,7 @@ func credsResponseFields() map[string]*framework.FieldSchema {
 // the role, mint, answer.
 func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
-	role, err := getRole(ctx, req.Storage, name)
+	role, err := b.cachedRole(ctx, req.Storage, name)
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +157,9 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 		return nil, err
 	}
 	start := time.Now()
-	log := b.Logger().With("role", want.name, "organization", asked.OrganizationID, "request_id", req.ID)
+	log := func() hclog.Logger {
+		return b.Logger().With("role", want.name, "organization", asked.OrganizationID, "request_id", req.ID, "duration", time.Since(start).String())
+	}
 
 	token, err := active.client.RequestToken(ctx, asked)
 	if err != nil {
@@ -166,8 +169,8 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 			if ce.MaybeMinted {
 				failure.maybeUntil = time.Now().Add(asked.Life).Unix()
 			}
-			log.Warn("no token was minted", "outcome", ce.Kind.String(), "cable_status", ce.StatusCode, "detail", ce.Detail,
-				"attempts", ce.Attempts, "maybe_minted", ce.MaybeMinted, "duration", time.Since(start).String())
+			log().Warn("no token was minted", "outcome", ce.Kind.String(), "cable_status", ce.StatusCode, "detail", ce.Detail,
+				"attempts", ce.Attempts, "maybe_minted", ce.MaybeMinted)
 		}
 		return nil, failure
 	}
@@ -181,10 +184,10 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 		})
 	}
 	if err != nil {
-		log.Error("a minted token was refused and dropped", "outcome", "refused", "detail", err.Error(),
+		log().Error("a minted token was refused and dropped", "outcome", "refused", "detail", err.Error(),
 			"asked_scopes", asked.Scopes, "asked_seconds", int64(asked.Life/time.Second),
 			"granted_organization", nameSome([]string{token.OrganizationID}), "granted_scopes", nameSome(token.Scopes),
-			"expires_at", rfc3339(token.Expiry), "duration", time.Since(start).String())
+			"expires_at", rfc3339(token.Expiry))
 		return nil, &mintError{role: want.name, refused: err, maybeUntil: token.Expiry}
 	}
 	if len(missing) > 0 {
@@ -193,8 +196,9 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 	if asked := int64(asked.Life / time.Second); life > asked+longerGrant {
 		warnings = append(warnings, fmt.Sprintf("Cable granted %ds instead of the %ds that were asked for: the lease ends first, the token lives until %s", life, asked, rfc3339(token.Expiry)))
 	}
-	log.Debug("a token was minted", "outcome", "minted", "lease_seconds", lease, "expires_at", rfc3339(token.Expiry),
-		"attempts", token.Attempts, "duration", time.Since(start).String())
+	if b.Logger().IsDebug() {
+		log().Debug("a token was minted", "outcome", "minted", "lease_seconds", lease, "expires_at", rfc3339(token.Expiry), "attempts", token.Attempts)
+	}
 	return &mintedToken{Token: token, scopes: granted, lease: lease, warnings: warnings}, nil
 }
 

@@ -310,7 +310,9 @@ func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *f
 	if err != nil {
 		return failed(err)
 	}
-	if err := setRole(ctx, req.Storage, name, next); err != nil {
+	err = setRole(ctx, req.Storage, name, next)
+	b.forgetRole(name) // also on failure: whether it was stored is unknown
+	if err != nil {
 		return nil, err
 	}
 	b.Logger().Info("a role was written", "role", name, "organization", next.OrganizationID, "disabled", next.Disabled, "request_id", req.ID)
@@ -340,7 +342,9 @@ func (b *backend) pathRolesDelete(ctx context.Context, req *logical.Request, d *
 	if err != nil {
 		role = new(roleEntry) // it cannot be read, but it can be deleted
 	}
-	if err := req.Storage.Delete(ctx, rolesStoragePrefix+name); err != nil {
+	err = req.Storage.Delete(ctx, rolesStoragePrefix+name)
+	b.forgetRole(name)
+	if err != nil {
 		return nil, err
 	}
 	b.Logger().Info("a role was deleted", "role", name, "request_id", req.ID)

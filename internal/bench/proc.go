@@ -1,0 +1,86 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// clockTick is the unit of /proc/PID/stat: USER_HZ, 100 on every Linux that Go
+// runs on.
+const clockTick = 10 * time.Millisecond
+
+// cpuTime is what a process has used, in its own code and in the kernel.
+func cpuTime(pid int) (time.Duration, error) {
+	if pid == 0 {
+		return 0, nil
+	}
+	fields, err := stat(pid)
+	if err != nil {
+		return 0, err
+	}
+	var ticks int64
+	for _, f := range fields[11:13] { // utime and stime, fields 14 and 15
+		n, err := strconv.ParseInt(f, 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * clockTick, nil
+}
+
+// stat returns the fields of /proc/PID/stat after the command's name.
+func stat(pid int) ([]string, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil, err
+	}
+	_, after, _ := strings.Cut(string(raw), ") ")
+	return strings.Fields(after), nil
+}
+
+// peakMemory is the most resident memory that a process has had, in bytes.
+func peakMemory(pid int) (int64, error) { return memory(pid, "VmHWM:") }
+
+// memory reads one line of /proc/PID/status, in bytes.
+func memory(pid int, line string) (int64, error) {
+	if pid == 0 {
+		return 0, nil
+	}
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	_, after, ok := strings.Cut(string(raw), line)
+	if !ok {
+		return 0, fmt.Errorf("no %s for process %d", line, pid)
+	}
+	kib, err := strconv.ParseInt(strings.Fields(after)[0], 10, 64)
+	return kib << 10, err
+}
+
+// childOf finds the child of parent that runs the named program.
+func childOf(parent int, program string) (int, error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return 0, err
+	}
+	for _, d := range dirs {
+		pid, _ := strconv.Atoi(filepath.Base(d))
+		fields, err := stat(pid)
+		if err != nil || fields[1] != strconv.Itoa(parent) {
+			continue
+		}
+		if exe, err := os.Readlink(d + "/exe"); err == nil && filepath.Base(exe) == program {
+			return pid, nil
+		}
+	}
+	return 0, fmt.Errorf("process %d has no child %s", parent, program)
+}

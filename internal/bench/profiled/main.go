@@ -1,0 +1,43 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Command profiled serves the engine as the plugin does, and writes a CPU
+// profile of its whole life to the file that BENCH_PROFILE names. It stands in
+// for the plugin where bench is run with -profile; it is never shipped.
+package main
+
+import (
+	"context"
+	"os"
+	"runtime/pprof"
+	"sync"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/hashicorp/vault/sdk/plugin"
+
+	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
+)
+
+func main() {
+	logger := hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
+	var once sync.Once
+	start := func() {
+		out, err := os.Create(os.Getenv("BENCH_PROFILE"))
+		if err == nil {
+			err = pprof.StartCPUProfile(out)
+		}
+		if err != nil {
+			logger.Error("no profile is written", "error", err)
+		}
+	}
+	err := plugin.ServeMultiplex(&plugin.ServeOpts{Logger: logger, BackendFactoryFunc: func(ctx context.Context, c *logical.BackendConfig) (logical.Backend, error) {
+		once.Do(start)
+		return cablesecrets.Factory(ctx, c)
+	}})
+	pprof.StopCPUProfile()
+	if err != nil {
+		logger.Error("the plugin cannot be served", "error", err)
+		os.Exit(1)
+	}
+}
