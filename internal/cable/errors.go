@@ -21,18 +21,18 @@ import (
 type Kind int
 
 const (
-	// Answered: Cable answered with a status other than 200, in StatusCode.
+	// Answered means that Cable answered with a status other than 200, in StatusCode.
 	Answered Kind = iota + 1
-	// Held: Cable was not called, because an earlier 429 asked for silence.
+	// Held means that Cable was not called, because an earlier 429 asked for silence.
 	Held
-	// Unreachable: no connection, or one that broke before the answer was whole.
+	// Unreachable means no connection, or one that broke before the answer was whole.
 	Unreachable
-	// InvalidAnswer: Cable answered 200 with something that is no token, or
+	// InvalidAnswer means that Cable answered 200 with something that is no token, or
 	// with a redirect, or with more than it may.
 	InvalidAnswer
-	// TimedOut: the request's budget ran out.
+	// TimedOut means that the request's budget ran out.
 	TimedOut
-	// Canceled: the caller went away.
+	// Canceled means that the caller went away.
 	Canceled
 )
 

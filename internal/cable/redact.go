@@ -24,8 +24,9 @@ const (
 
 // redactor finds a secret, or a part of one, in text that another party wrote.
 type redactor struct {
-	whole   []string            // each spelling, for secrets shorter than a window
-	windows map[string]struct{} // each run of redactWindow bytes of each spelling
+	short   []string            // spellings that are shorter than a window
+	windows map[string]struct{} // each run of redactWindow bytes of the others
+	begins  *[1 << 16]bool      // the first two bytes of each window: most text is passed over by these
 }
 
 // newRedactor knows the secret as it is and as servers like to echo it: in
@@ -35,48 +36,68 @@ func newRedactor(secret Secret) redactor {
 	if key == "" {
 		return redactor{}
 	}
-	r := redactor{windows: make(map[string]struct{})}
+	r := redactor{windows: make(map[string]struct{}), begins: new([1 << 16]bool)}
 	for _, s := range []string{
 		key, url.QueryEscape(key), url.PathEscape(key),
 		base64.RawStdEncoding.EncodeToString([]byte(key)),
 		base64.RawURLEncoding.EncodeToString([]byte(key)),
 	} {
-		r.whole = append(r.whole, s)
+		if len(s) < redactWindow {
+			r.short = append(r.short, s)
+		}
 		for i := 0; i+redactWindow <= len(s); i++ {
 			r.windows[s[i:i+redactWindow]] = struct{}{}
+			r.begins[pair(s, i)] = true
 		}
 	}
 	return r
 }
 
+// pair is the two bytes of s at i, as an index.
+func pair(s string, i int) uint16 { return uint16(s[i])<<8 | uint16(s[i+1]) }
+
+// at reports whether a part of the secret, a window long, stands in s at i.
+func (r redactor) at(s string, i int) bool {
+	if i+redactWindow > len(s) || !r.begins[pair(s, i)] {
+		return false
+	}
+	_, hit := r.windows[s[i:i+redactWindow]]
+	return hit
+}
+
 // contains reports whether s holds the secret, or a part of it.
-func (r redactor) contains(s string) bool { return r.redact(s) != s }
+func (r redactor) contains(s string) bool {
+	for _, short := range r.short {
+		if strings.Contains(s, short) {
+			return true
+		}
+	}
+	for i := range len(s) {
+		if r.at(s, i) {
+			return true
+		}
+	}
+	return false
+}
 
 // redact replaces each part of s that is a part of the secret.
 func (r redactor) redact(s string) string {
-	for _, w := range r.whole {
-		s = strings.ReplaceAll(s, w, redacted)
-	}
-	if len(r.windows) == 0 {
-		return s
+	for _, short := range r.short {
+		s = strings.ReplaceAll(s, short, redacted)
 	}
 	var out strings.Builder
 	kept := 0 // s[:kept] is written or redacted
-	for i := 0; i+redactWindow <= len(s); {
-		if _, hit := r.windows[s[i:i+redactWindow]]; !hit {
-			i++
+	for i := 0; i < len(s); i++ {
+		if !r.at(s, i) {
 			continue
 		}
 		end := i + redactWindow
-		for next := i + 1; next+redactWindow <= len(s); next++ {
-			if _, hit := r.windows[s[next:next+redactWindow]]; !hit {
-				break
-			}
+		for next := i + 1; r.at(s, next); next++ {
 			end = next + redactWindow
 		}
 		out.WriteString(s[kept:i])
 		out.WriteString(redacted)
-		kept, i = end, end
+		kept, i = end, end-1
 	}
 	out.WriteString(s[kept:])
 	return out.String()

@@ -1,0 +1,188 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	goplugin "github.com/hashicorp/go-plugin"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/hashicorp/vault/sdk/plugin"
+
+	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
+)
+
+// canary stands where a secret could be put by mistake.
+const canary = "REFRESHKEYCANARY-0123456789"
+
+// build builds the plugin, once for all tests.
+func build(t *testing.T) string {
+	t.Helper()
+	path, err := binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+var (
+	buildDir string
+	binary   = sync.OnceValues(func() (string, error) {
+		path := filepath.Join(buildDir, "vault-plugin-secrets-cable")
+		out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
+		if err != nil {
+			err = errors.New(string(out))
+		}
+		return path, err
+	})
+)
+
+func TestMain(m *testing.M) { os.Exit(runTests(m)) }
+
+// runTests is TestMain with deferred calls that run.
+func runTests(m *testing.M) int {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "cable-plugin-"); err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(buildDir)
+	return m.Run()
+}
+
+// TestServe starts the plugin as Vault does and speaks to it with Vault's own
+// client: AutoMTLS and protocol version 5. What it answers is tested in e2e.
+func TestServe(t *testing.T) {
+	t.Parallel()
+	var stdout bytes.Buffer
+	client := goplugin.NewClient(&goplugin.ClientConfig{
+		HandshakeConfig:  plugin.HandshakeConfig,
+		VersionedPlugins: plugin.PluginSet,
+		AllowedProtocols: []goplugin.Protocol{goplugin.ProtocolGRPC},
+		AutoMTLS:         true,
+		Cmd:              exec.Command(build(t)),
+		SyncStdout:       &stdout,
+		Logger:           hclog.NewNullLogger(),
+	})
+	t.Cleanup(client.Kill)
+	protocol, err := client.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := client.NegotiatedVersion(); got != 5 {
+		t.Errorf("protocol version %d, want 5", got)
+	}
+	if err := protocol.Ping(); err != nil {
+		t.Errorf("ping: %v", err)
+	}
+	raw, err := protocol.Dispense("backend")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := raw.(logical.Backend); !ok {
+		t.Errorf("the plugin is a %T, want a logical.Backend", raw)
+	}
+	client.Kill()
+	if !client.Exited() {
+		t.Error("the process has not ended")
+	}
+	if stdout.Len() != 0 {
+		t.Errorf("standard output: %q", &stdout)
+	}
+}
+
+// TestStdout: under Vault the handshake is all that is written to standard
+// output: one line, by which the protocol is agreed on.
+func TestStdout(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command(build(t))
+	cmd.Env = append(os.Environ(), plugin.HandshakeConfig.MagicCookieKey+"="+plugin.HandshakeConfig.MagicCookieValue, "PLUGIN_PROTOCOL_VERSIONS=5")
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	timeout := time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() })
+	defer timeout.Stop()
+	var got []byte
+	for chunk := make([]byte, 4096); !bytes.ContainsRune(got, '\n'); {
+		n, err := stdout.Read(chunk)
+		got = append(got, chunk[:n]...)
+		if err != nil {
+			t.Fatalf("standard output ended with %v: %q", err, got)
+		}
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	rest, _ := io.ReadAll(stdout)
+	_ = cmd.Wait()
+	got = append(got, rest...)
+	if line := string(got); !strings.HasPrefix(line, "1|5|") || strings.Count(line, "\n") != 1 || !strings.HasSuffix(line, "\n") || !strings.Contains(line, "|grpc|") {
+		t.Errorf("standard output: %q, want one line: the handshake", line)
+	}
+}
+
+// TestByHand pins what a person sees who runs the plugin in a shell. Arguments
+// are never repeated: they may hold anything.
+func TestByHand(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		args           []string
+		underVault     bool
+		status         int
+		stdout, stderr string // what it begins with; "" for nothing at all
+	}{
+		"no arguments":     {status: 1, stderr: "vault-plugin-secrets-cable " + cablesecrets.Version() + " is a secrets engine for HashiCorp Vault.\n"},
+		"unknown argument": {args: []string{canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but -version and -help"},
+		"unknown flag":     {args: []string{"-refresh-key=" + canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
+		"one too many":     {args: []string{"-version", canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
+		"under Vault":      {args: []string{canary}, underVault: true, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
+		"version":          {args: []string{"-version"}, stdout: "vault-plugin-secrets-cable " + cablesecrets.Version() + ", commit "},
+		"long version":     {args: []string{"--version"}, stdout: "vault-plugin-secrets-cable " + cablesecrets.Version() + ", commit "},
+		"help":             {args: []string{"-help"}, stdout: "vault-plugin-secrets-cable " + cablesecrets.Version() + " is a secrets engine for HashiCorp Vault.\n"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var stdout, stderr strings.Builder
+			cmd := exec.Command(build(t), tt.args...)
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			cmd.Env = os.Environ()
+			if tt.underVault {
+				cmd.Env = append(cmd.Env, plugin.HandshakeConfig.MagicCookieKey+"="+plugin.HandshakeConfig.MagicCookieValue)
+			}
+			_ = cmd.Run()
+			if got := cmd.ProcessState.ExitCode(); got != tt.status {
+				t.Errorf("exit status %d, want %d", got, tt.status)
+			}
+			for _, s := range []struct{ name, got, want string }{{"standard output", stdout.String(), tt.stdout}, {"standard error", stderr.String(), tt.stderr}} {
+				if !strings.HasPrefix(s.got, s.want) || s.want == "" && s.got != "" {
+					t.Errorf("%s: %q, want %q", s.name, s.got, s.want)
+				}
+				if strings.Contains(s.got, canary) {
+					t.Errorf("%s repeats an argument: %q", s.name, s.got)
+				}
+			}
+			if tt.args != nil && tt.args[0] == "-version" && tt.status == 0 && !strings.HasSuffix(stdout.String(), ", "+runtime.Version()+"\n") {
+				t.Errorf("version: %q", &stdout)
+			}
+			if strings.Contains(stdout.String()+stderr.String(), "is a secrets engine") && !strings.Contains(stdout.String()+stderr.String(), "vault plugin register -sha256=") {
+				t.Error("the usage does not say how to register")
+			}
+		})
+	}
+}

@@ -1,0 +1,118 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// The refresh keys and the tokens of the simulator hold markers. Wherever a
+// marker is found that is not the answer to a mint, a secret has leaked: the
+// refresh key nowhere, a token only to who asked for it.
+
+// position is how much of a server's logs was there before a test.
+type position struct{ log, audit int64 }
+
+// watch makes t fail if, from now until its end, a secret is written to the
+// server's log (with the plugin's, at trace level) or to the audit log.
+func watch(t testing.TB, v *vaultServer) {
+	before := v.position()
+	t.Cleanup(func() {
+		for _, leak := range v.leaks(before) {
+			t.Errorf("%s", leak)
+		}
+		if now := v.position(); now.audit == before.audit || now.log == before.log {
+			t.Errorf("the audit log or the server's log is empty: %+v, then %+v", before, now)
+		}
+	})
+}
+
+// position returns the sizes of the logs.
+func (v *vaultServer) position() position {
+	size := func(path string) int64 {
+		info, err := os.Stat(path)
+		if err != nil {
+			return 0
+		}
+		return info.Size()
+	}
+	return position{size(v.log), size(v.audit)}
+}
+
+// leaks returns a line for each line of the logs from a position on that holds
+// a secret. Other tests write to the same logs: the line tells which it was.
+func (v *vaultServer) leaks(from position) (leaks []string) {
+	for path, offset := range map[string]int64{v.log: from.log, v.audit: from.audit} {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			leaks = append(leaks, err.Error())
+		}
+		for line := range bytes.Lines(data[min(offset, int64(len(data))):]) {
+			if secret := findSecret(string(line), false); secret != "" {
+				leaks = append(leaks, fmt.Sprintf("%s holds %s: %s", filepath.Base(path), secret, bytes.TrimSpace(line)))
+			}
+		}
+	}
+	return leaks
+}
+
+// findSecret says which secret text holds, or "". A token is none where a mint
+// is answered.
+func findSecret(text string, mint bool) string {
+	if strings.Contains(text, cabletest.RefreshKeyMarker) {
+		return "the refresh key"
+	}
+	if !mint && strings.Contains(text, cabletest.TokenMarker) {
+		return "an access token"
+	}
+	return ""
+}
+
+// TestCanaryIsFound shows that the check above can fail.
+func TestCanaryIsFound(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	v := &vaultServer{log: filepath.Join(dir, "vault.log"), audit: filepath.Join(dir, "audit.log")}
+	plant := func(path, text string) {
+		t.Helper()
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key := cabletest.NewRefreshKey()
+	plant(v.log, "[TRACE] started\n[TRACE] "+key+"\n")
+	plant(v.audit, "{}\n")
+	before := v.position()
+	if got := v.leaks(position{}); len(got) != 1 || !strings.Contains(got[0], "vault.log holds the refresh key: [TRACE] "+key) {
+		t.Errorf("the log with a key: %q", got)
+	}
+	if got := v.leaks(before); len(got) != 0 {
+		t.Errorf("nothing was written since: %q", got)
+	}
+	plant(v.audit, `{"data":{"token":"`+cabletest.TokenMarker+`123"}}`)
+	if got := v.leaks(before); len(got) != 1 || !strings.Contains(got[0], "audit.log holds an access token") {
+		t.Errorf("the audit log with a token: %q", got)
+	}
+	if err := os.Remove(v.audit); err != nil {
+		t.Fatal(err)
+	}
+	if got := v.leaks(before); len(got) != 1 {
+		t.Errorf("no audit log: %q", got)
+	}
+	if findSecret(key, true) == "" || findSecret(cabletest.TokenMarker, true) != "" {
+		t.Error("an answer to a mint holds the token, and never the key")
+	}
+}

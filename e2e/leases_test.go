@@ -1,0 +1,167 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// expireTime asks Vault when a lease ends.
+func (v *vaultServer) expireTime(t *testing.T, lease string) time.Time {
+	t.Helper()
+	a := v.ok(t, "PUT", "sys/leases/lookup", map[string]any{"lease_id": lease})
+	text, _ := a.Data["expire_time"].(string)
+	end, err := time.Parse(time.RFC3339Nano, text)
+	if err != nil {
+		t.Fatalf("expire_time of %s: %v", a, err)
+	}
+	return end
+}
+
+// TestLeaseAndToken: whatever Cable grants and whatever its clock says, the
+// lease that Vault keeps ends with the token: never after it, and at most three
+// seconds before it, unless the token lives longer than was asked.
+func TestLeaseAndToken(t *testing.T) {
+	t.Parallel()
+	v := sharedServer(t)
+	for name, tt := range map[string]struct {
+		fault cabletest.Fault
+		query string
+		ask   time.Duration
+		life  time.Duration // of the token, if not ask
+	}{
+		"as asked":          {ask: time.Hour},
+		"shortest":          {query: "?ttl=300", ask: 5 * time.Minute},
+		"longest":           {query: "?ttl=24h", ask: 24 * time.Hour},
+		"shorter":           {fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(7 * time.Minute)}}, ask: time.Hour, life: 7 * time.Minute},
+		"longer":            {fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(3 * time.Hour)}}, ask: time.Hour, life: 3 * time.Hour},
+		"Cable runs ahead":  {fault: cabletest.Fault{ClockSkew: 5 * time.Hour}, ask: time.Hour},
+		"Cable runs behind": {fault: cabletest.Fault{ClockSkew: -5 * time.Hour}, ask: time.Hour},
+		"no Date":           {fault: cabletest.Fault{Header: map[string]string{"Date": ""}}, ask: time.Hour},
+		"slow answer":       {fault: cabletest.Fault{Stall: time.Second}, ask: time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newMount(t, v, nil)
+			m.configure(t)
+			m.sim.SetFault(tt.fault)
+			before := time.Now()
+			a := m.ok(t, "GET", m.path+"/creds/app"+tt.query, nil)
+			now := time.Now()
+			end := m.expireTime(t, a.LeaseID)
+
+			expiry := time.Unix(a.number("expiry"), 0).Add(-tt.fault.ClockSkew) // by our clock
+			lease := time.Duration(a.LeaseDuration) * time.Second
+			life := tt.ask
+			if tt.life != 0 {
+				life = tt.life
+			}
+			if d := expiry.Sub(before.Add(life)); d < -time.Second || d > now.Sub(before) {
+				t.Fatalf("the simulator's token lives until %s", expiry)
+			}
+			if want := min(tt.ask, life); lease > want || lease <= want-5*time.Second {
+				t.Errorf("lease_duration %s, asked %s, granted %s", lease, tt.ask, life)
+			}
+			if lease > expiry.Sub(before) || end.After(expiry) {
+				t.Errorf("the lease (%s, until %s) outlives the token (until %s)", lease, end, expiry)
+			}
+			if early := expiry.Sub(end); life <= tt.ask && early > 3*time.Second {
+				t.Errorf("the lease ends %s before the token", early)
+			}
+			if a.Renewable {
+				t.Error("the lease can be renewed")
+			}
+			if got := a.Data["expires_at"]; got != time.Unix(a.number("expiry"), 0).UTC().Format(time.RFC3339) {
+				t.Errorf("expires_at %q and expiry %d differ", got, a.number("expiry"))
+			}
+		})
+	}
+}
+
+// TestVaultEndsLeases: leases that Vault ends by itself, because a token of
+// Cable's or of Vault's dies, leave nothing behind.
+func TestVaultEndsLeases(t *testing.T) {
+	t.Parallel()
+	v := sharedServer(t)
+	policy := func(t *testing.T, m *mount) string {
+		name := m.path + "-app"
+		m.ok(t, "PUT", "sys/policies/acl/"+name, map[string]any{"policy": fmt.Sprintf("path %q { capabilities = [\"read\"] }", m.path+"/creds/app")})
+		return name
+	}
+	login := func(t *testing.T, m *mount, body map[string]any) string {
+		body["policies"] = []string{policy(t, m)}
+		return m.ok(t, "POST", "auth/token/create", body).Auth.ClientToken
+	}
+	read := func(t *testing.T, m *mount, token string) *answer {
+		a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: token})
+		if err != nil || a.status != 200 {
+			t.Fatalf("%s, %v", a, err)
+		}
+		return a
+	}
+	gone := func(t *testing.T, m *mount) {
+		if n := m.leaseCount(m.path + "/creds/app"); n < 1 {
+			t.Errorf("%d leases, want some that are to end", n)
+		}
+		waitFor(t, 30*time.Second, "Vault ends the leases", func() bool { return m.leaseCount(m.path+"/creds/app") == 0 })
+		a := m.ok(t, "GET", "sys/leases?type=irrevocable", nil)
+		if n := a.number("lease_count"); n != 0 || a.Data["lease_count"] == nil {
+			t.Errorf("irrevocable leases: %s", a)
+		}
+	}
+	t.Run("short grants", func(t *testing.T) {
+		t.Parallel()
+		m := newMount(t, v, nil)
+		m.configure(t)
+		m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(5 * time.Second)}})
+		for range 3 {
+			if a := m.read(t); a.LeaseDuration < 3 || a.LeaseDuration > 5 {
+				t.Errorf("lease_duration %d of a token of 5s", a.LeaseDuration)
+			}
+		}
+		m.ok(t, "DELETE", m.path+"/config", nil)
+		gone(t, m)
+	})
+	t.Run("short service token", func(t *testing.T) {
+		t.Parallel()
+		m := newMount(t, v, nil)
+		m.configure(t)
+		token := login(t, m, map[string]any{"ttl": "3s", "explicit_max_ttl": "3s"})
+		read(t, m, token)
+		gone(t, m)
+	})
+	t.Run("batch token", func(t *testing.T) {
+		t.Parallel()
+		m := newMount(t, v, nil)
+		m.configure(t)
+		token := login(t, m, map[string]any{"type": "batch", "ttl": "10m"})
+		a := read(t, m, token)
+		if end := m.expireTime(t, a.LeaseID); end.After(time.Unix(a.number("expiry"), 0)) || end.After(time.Now().Add(10*time.Minute)) {
+			t.Errorf("the lease ends %s, after Vault's token or Cable's", end)
+		}
+		m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": a.LeaseID, "sync": true})
+		if n := m.leaseCount(m.path + "/creds/app"); n != 0 {
+			t.Errorf("%d leases are left", n)
+		}
+	})
+}
+
+// TestRevokeSaysSo: a lease that is revoked before its token dies leaves a line
+// in Vault's log that the token lives on.
+func TestRevokeSaysSo(t *testing.T) {
+	t.Parallel()
+	m := newMount(t, sharedServer(t), nil)
+	m.configure(t)
+	role := m.path + "-logged"
+	m.ok(t, "POST", m.path+"/roles/"+role, map[string]any{"scopes": "person:read"})
+	a := m.ok(t, "GET", m.path+"/creds/"+role, nil)
+	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": a.LeaseID, "sync": true})
+	waitFor(t, 10*time.Second, "a line in the log", func() bool {
+		return m.logHas("[INFO]", "a lease ended before its token, which cannot be revoked and lives on", "role="+role, fmt.Sprintf("expires_at=%s", a.Data["expires_at"]))
+	})
+}

@@ -1,0 +1,182 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Package e2e tests the engine as it runs in the field: a real Vault server
+// starts the real plugin process, which talks to the simulator of Cable's API
+// over HTTP.
+//
+// The transcripts in testdata/script show what a person types; the Go tests
+// beside them do what needs counting or timing. Most share one Vault server in
+// dev mode, where each has a mount and a simulator of its own. At the end of
+// each, canary_test.go looks for secrets where they must not be.
+//
+// A Vault server is found or built by scripts/vault. Where that fails, or with
+// -short, the tests are skipped; with E2E=require in the environment they fail.
+package e2e
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// pluginName is the name of the binary, and of the plugin in Vault's catalog.
+const pluginName = "vault-plugin-secrets-cable"
+
+// pluginVersion is stamped into the plugin that these tests build.
+const pluginVersion = "v0.0.1-e2e"
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// suite is what the tests share: a folder, and what was made in it.
+var suite struct {
+	dir   string // removed at the end
+	bin   string // a folder with vault, to stand first in PATH
+	vault string // the Vault binary
+
+	plugins string // the folder with the plugin
+	sha256  string // the plugin's sum
+
+	shared func() (*vaultServer, error) // starts the one server on first use
+}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(runTests(m))
+}
+
+// runTests is TestMain with deferred calls that run.
+func runTests(m *testing.M) (status int) {
+	dir, err := os.MkdirTemp("", "cable-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	suite.dir = dir
+	var server *vaultServer
+	suite.shared = sync.OnceValues(func() (v *vaultServer, err error) {
+		server, err = startDevServer(filepath.Join(dir, "shared"))
+		return server, err
+	})
+	// A test binary that runs into its -timeout ends without clean-up: the
+	// servers are ended shortly before that.
+	if d := flag.Lookup("test.timeout").Value.(flag.Getter).Get().(time.Duration); d > 0 {
+		defer time.AfterFunc(d-3*time.Second, func() {
+			killServers()
+			_ = os.RemoveAll(dir)
+		}).Stop()
+	}
+	status = m.Run()
+	if server != nil {
+		if a, err := server.call(request{method: "GET", path: "sys/metrics?format=prometheus", token: server.root}); err == nil && findSecret(a.text, false) != "" {
+			fmt.Fprintln(os.Stderr, "e2e: the metrics hold", findSecret(a.text, false))
+			status = 1
+		}
+		server.stop()
+		// The last lines of all, which no test waited for.
+		for _, leak := range server.leaks(position{}) {
+			fmt.Fprintln(os.Stderr, "e2e: after all tests:", leak)
+			status = 1
+		}
+	}
+	return status
+}
+
+// required reports whether missing prerequisites are a failure.
+func required() bool { return os.Getenv("E2E") == "require" }
+
+// findVault finds or builds Vault, once.
+var findVault = sync.OnceValue(func() error {
+	out, err := run("../scripts/vault", "--path")
+	if err != nil {
+		return fmt.Errorf("finding or building Vault: %w", err)
+	}
+	suite.vault = strings.TrimSpace(out)
+	if out, err = run(suite.vault, "version"); err == nil && !strings.HasPrefix(out, "Vault v") {
+		err = fmt.Errorf("%s version: %q", suite.vault, out)
+	}
+	return err
+})
+
+// prepare builds the plugin, and makes the folders for it and for PATH, once.
+var prepare = sync.OnceValue(func() (err error) {
+	suite.bin = filepath.Join(suite.dir, "bin")
+	suite.plugins = filepath.Join(suite.dir, "plugins")
+	for _, d := range []string{suite.bin, suite.plugins} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			return err
+		}
+	}
+	if err := os.Symlink(suite.vault, filepath.Join(suite.bin, "vault")); err != nil {
+		return err
+	}
+	binary := filepath.Join(suite.plugins, pluginName)
+	if _, err := run("go", "build", "-o", binary,
+		"-ldflags", "-X github.com/cablesecrets/vault-plugin-secrets-cable.stamped="+pluginVersion,
+		"../cmd/"+pluginName); err != nil {
+		return err
+	}
+	suite.sha256, err = fileSum(binary)
+	return err
+})
+
+// run returns what a program wrote to its standard output.
+func run(name string, args ...string) (string, error) {
+	var stderr strings.Builder
+	cmd := exec.Command(name, args...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, &stderr)
+	}
+	return string(out), nil
+}
+
+// needVault skips the test where no Vault can be had, or fails it where one is
+// required.
+func needVault(t testing.TB) {
+	t.Helper()
+	if testing.Short() && !required() {
+		t.Skip("-short: no Vault server is started")
+	}
+	if err := findVault(); err != nil {
+		if required() {
+			t.Fatalf("E2E=require: %v", err)
+		}
+		t.Skipf("no Vault server: %v", err)
+	}
+	if err := prepare(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sharedServer returns the server that most tests share.
+func sharedServer(t testing.TB) *vaultServer {
+	t.Helper()
+	needVault(t)
+	v, err := suite.shared()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// waitFor polls until done returns true.
+func waitFor(t testing.TB, limit time.Duration, what string, done func() bool) {
+	t.Helper()
+	for end := time.Now().Add(limit); !done(); time.Sleep(pollInterval) {
+		if time.Now().After(end) {
+			t.Fatalf("waited %s in vain: %s", limit, what)
+		}
+	}
+}
+
+// pollInterval is the time between two looks at something that is to come.
+const pollInterval = 50 * time.Millisecond

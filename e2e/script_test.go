@@ -1,0 +1,267 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// TestScript runs the transcripts of testdata/script. Each has a mount of its
+// own on the shared server, at $cable, and a Cable of its own; its file
+// refresh-key.txt holds the refresh key.
+//
+// In the environment: VAULT_ADDR and VAULT_TOKEN as for any use of Vault's
+// CLI; cable, the mount's path; CABLE_URL; ORG; SHA256 and VERSION of the plugin.
+//
+// Commands besides those of testscript, each of which can be negated:
+//
+//	vault ARG...                          Vault's CLI
+//	http [-token T] [-wrap TTL] METHOD PATH [BODY]
+//	                                      Vault's HTTP API: status line, Retry-After, and indented JSON with
+//	                                      sorted keys; fails for a status from 400 on
+//	expand FILE...                        put variables into files
+//	get VAR KEY.KEY                       set a variable from the last command's JSON
+//	sim fault|add JSON                    misbehave from now on; see cabletest.Fault
+//	sim behave|close                      stop misbehaving; stop answering
+//	sim calls N                           Cable was called N times so far
+//	sim asked                             print what the last call asked for
+//	sim alive FILE                        FILE holds an access token that is alive
+//	waitfor match FILE REGEXP             poll until FILE matches
+//	waitfor differ FILE FILE              poll until FILE differs from the second, and is not empty
+//	waitfor noleases PREFIX               poll until no lease is left below PREFIX
+func TestScript(t *testing.T) {
+	t.Parallel()
+	v := sharedServer(t)
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			m := newMount(env.T().(testing.TB), v, nil)
+			env.Values[mountKey{}] = m
+			for name, value := range map[string]string{
+				"PATH":              suite.bin + string(os.PathListSeparator) + os.Getenv("PATH"),
+				"HOME":              env.WorkDir,
+				"VAULT_ADDR":        v.addr,
+				"VAULT_TOKEN":       v.root,
+				"VAULT_MAX_RETRIES": "0", // or a test of failures would take long
+				"cable":             m.path,
+				"CABLE_URL":         m.sim.URL,
+				"ORG":               cabletest.DefaultOrganizationID,
+				"SHA256":            suite.sha256,
+				"VERSION":           pluginVersion,
+			} {
+				env.Setenv(name, value)
+			}
+			return os.WriteFile(filepath.Join(env.WorkDir, "refresh-key.txt"), []byte(m.sim.RefreshKey()+"\n"), 0o600)
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"expand":  cmdExpand,
+			"vault":   cmdVault,
+			"http":    cmdHTTP,
+			"get":     cmdGet,
+			"sim":     cmdSim,
+			"waitfor": cmdWaitFor,
+		},
+	})
+}
+
+// mountKey finds a script's mount.
+type mountKey struct{}
+
+// mountOf returns the script's mount.
+func mountOf(ts *testscript.TestScript) *mount { return ts.Value(mountKey{}).(*mount) }
+
+// cmdVault runs Vault's CLI. What it prints may hold a token only if it minted
+// or unwrapped one.
+func cmdVault(ts *testscript.TestScript, neg bool, args []string) {
+	err := ts.Exec(suite.vault, args...)
+	mint := err == nil && len(args) > 0 && (args[0] == "unwrap" ||
+		(args[0] == "read" || args[0] == "write") && strings.Contains(strings.Join(args, " "), "/creds/"))
+	checkOutput(ts, ts.ReadFile("stdout")+ts.ReadFile("stderr"), mint)
+	checkResult(ts, neg, err == nil, fmt.Sprintf("vault: %v", err))
+}
+
+// checkOutput fails the script if text holds a secret.
+func checkOutput(ts *testscript.TestScript, text string, mint bool) {
+	if secret := findSecret(text, mint); secret != "" {
+		ts.Fatalf("the output holds %s", secret)
+	}
+}
+
+// checkResult fails the script if what was done ended other than expected.
+func checkResult(ts *testscript.TestScript, neg, ok bool, what string) {
+	switch {
+	case neg && ok:
+		ts.Fatalf("unexpected success")
+	case !neg && !ok:
+		ts.Fatalf("%s", what)
+	}
+}
+
+// cmdHTTP calls Vault's HTTP API.
+func cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
+	r := request{token: ts.Getenv("VAULT_TOKEN"), header: map[string]string{}}
+	for len(args) > 1 && strings.HasPrefix(args[0], "-") {
+		switch args[0] {
+		case "-token":
+			r.token = args[1]
+		case "-wrap":
+			r.header["X-Vault-Wrap-TTL"] = args[1]
+		default:
+			ts.Fatalf("http: unknown option %s", args[0])
+		}
+		args = args[2:]
+	}
+	if len(args) != 2 && len(args) != 3 {
+		ts.Fatalf("usage: http [-token T] [-wrap TTL] METHOD PATH [BODY]")
+	}
+	r.method, r.path = args[0], args[1]
+	if len(args) == 3 {
+		r.body = args[2]
+	}
+	if r.method == "PATCH" {
+		r.header["Content-Type"] = "application/merge-patch+json"
+	}
+	a, err := mountOf(ts).call(r)
+	ts.Check(err)
+	checkOutput(ts, fmt.Sprint(a.text, a.header), a.status == 200 && strings.HasPrefix(r.path, mountOf(ts).path+"/creds/"))
+	fmt.Fprintf(ts.Stdout(), "HTTP %d\n", a.status)
+	if s := a.header.Get("Retry-After"); s != "" {
+		fmt.Fprintf(ts.Stdout(), "Retry-After: %s\n", s)
+	}
+	var body any
+	if json.Unmarshal([]byte(a.text), &body) == nil {
+		e := json.NewEncoder(ts.Stdout())
+		e.SetEscapeHTML(false)
+		e.SetIndent("", "  ")
+		ts.Check(e.Encode(body))
+	}
+	checkResult(ts, neg, a.status < 400, fmt.Sprintf("HTTP %d", a.status))
+}
+
+// cmdExpand puts the values of variables into files.
+func cmdExpand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: expand FILE...")
+	}
+	for _, file := range args {
+		text := os.Expand(ts.ReadFile(file), ts.Getenv)
+		ts.Check(os.WriteFile(ts.MkAbs(file), []byte(text), 0o600))
+	}
+}
+
+// cmdGet sets a variable from the JSON of the last command.
+func cmdGet(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: get VAR KEY.KEY")
+	}
+	text := ts.ReadFile("stdout")
+	d := json.NewDecoder(strings.NewReader(text[max(0, strings.Index(text, "{")):]))
+	d.UseNumber()
+	var value any
+	ts.Check(d.Decode(&value))
+	for key := range strings.SplitSeq(args[1], ".") {
+		m, _ := value.(map[string]any)
+		if value = m[key]; value == nil {
+			ts.Fatalf("there is no %s in %s", args[1], text)
+		}
+	}
+	ts.Setenv(args[0], fmt.Sprint(value))
+}
+
+// cmdSim tells the script's Cable what to do, or asks what it saw.
+func cmdSim(ts *testscript.TestScript, neg bool, args []string) {
+	sim := mountOf(ts).sim
+	switch {
+	case len(args) == 2 && (args[0] == "fault" || args[0] == "add"):
+		var f cabletest.Fault
+		ts.Check(json.Unmarshal([]byte(args[1]), &f))
+		if args[0] == "fault" {
+			sim.SetFault(f)
+		} else {
+			sim.AddFault(f)
+		}
+	case slices.Equal(args, []string{"behave"}):
+		sim.ClearFaults()
+	case slices.Equal(args, []string{"close"}):
+		sim.Close()
+	case len(args) == 2 && args[0] == "calls":
+		n, err := strconv.Atoi(args[1])
+		ts.Check(err)
+		checkResult(ts, neg, sim.CallCount() == n, fmt.Sprintf("Cable was called %d times", sim.CallCount()))
+	case slices.Equal(args, []string{"asked"}):
+		calls := sim.Calls()
+		if len(calls) == 0 {
+			ts.Fatalf("Cable was never called")
+		}
+		last := calls[len(calls)-1]
+		fmt.Fprintf(ts.Stdout(), "expiry_seconds=%d organization_id=%s scopes=%s\n",
+			last.ExpirySeconds, last.OrganizationID, strings.Join(last.Scopes, ","))
+	case len(args) == 2 && args[0] == "alive":
+		text := ts.ReadFile(args[1])
+		alive := slices.ContainsFunc(sim.Minted(), func(token cabletest.Minted) bool {
+			return strings.Contains(text, token.Token) && time.Now().Before(token.Expiry)
+		})
+		checkResult(ts, neg, alive, "no live token in "+args[1])
+	default:
+		ts.Fatalf("sim: unknown arguments %q", args)
+	}
+}
+
+// waitLimit is how long a script waits for what is to come.
+const waitLimit = 20 * time.Second
+
+// cmdWaitFor polls.
+func cmdWaitFor(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: waitfor match FILE REGEXP, waitfor differ FILE FILE, waitfor noleases PREFIX")
+	}
+	read := func(file string) []byte {
+		data, _ := os.ReadFile(ts.MkAbs(file)) // it may be yet to come
+		return data
+	}
+	var done func() bool
+	switch {
+	case args[0] == "match" && len(args) == 3:
+		re, err := regexp.Compile("(?m)" + args[2])
+		ts.Check(err)
+		done = func() bool { return re.Match(read(args[1])) }
+	case args[0] == "differ" && len(args) == 3:
+		done = func() bool { data := read(args[1]); return len(data) > 0 && !bytes.Equal(data, read(args[2])) }
+	case args[0] == "noleases" && len(args) == 2:
+		done = func() bool { return mountOf(ts).leaseCount(args[1]) == 0 }
+	default:
+		ts.Fatalf("waitfor: unknown arguments %q", args)
+	}
+	for end := time.Now().Add(waitLimit); !done(); time.Sleep(pollInterval) {
+		if time.Now().After(end) {
+			ts.Fatalf("waited %s in vain", waitLimit)
+		}
+	}
+}
+
+// leaseCount counts the leases below a prefix; -1 if Vault cannot say.
+func (v *vaultServer) leaseCount(prefix string) int {
+	a, err := v.call(request{method: "LIST", path: "sys/leases/lookup/" + prefix, token: v.root})
+	if err != nil || a.status != 200 && a.status != 404 {
+		return -1
+	}
+	keys, _ := a.Data["keys"].([]any)
+	return len(keys)
+}
