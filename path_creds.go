@@ -41,10 +41,11 @@ func (m *mintedToken) expiresAt() string { return rfc3339(m.Expiry) }
 func rfc3339(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
 
 func (b *backend) pathCreds() *framework.Path {
-	operation := func(summary string) *framework.PathOperation {
+	operation := func(summary, suffix string) *framework.PathOperation {
 		return &framework.PathOperation{
-			Callback: b.pathCredsRead,
-			Summary:  summary,
+			Callback:     b.pathCredsRead,
+			Summary:      summary,
+			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationVerb: "generate", OperationSuffix: suffix},
 			Responses: map[int][]framework.Response{
 				http.StatusOK: {{Description: "The access token, as a leased secret", Fields: credsResponseFields()}},
 			},
@@ -54,8 +55,7 @@ func (b *backend) pathCreds() *framework.Path {
 		}
 	}
 	return &framework.Path{
-		Pattern:      "creds/" + framework.GenericNameRegex("name"),
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationVerb: "generate", OperationSuffix: "credentials"},
+		Pattern: "creds/" + framework.GenericNameRegex("name"),
 		Fields: map[string]*framework.FieldSchema{
 			"name": {
 				Type:        framework.TypeString,
@@ -74,8 +74,8 @@ func (b *backend) pathCreds() *framework.Path {
 			},
 		},
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation:   operation("Mint an access token for a role."),
-			logical.UpdateOperation: operation("Mint an access token for a role, with the parameters in a body."),
+			logical.ReadOperation:   operation("Mint an access token for a role.", "credentials"),
+			logical.UpdateOperation: operation("Mint an access token for a role, with the parameters in a body.", "credentials-with-parameters"),
 		},
 		HelpSynopsis:    "Mint a short-lived access token for a role.",
 		HelpDescription: strings.TrimSpace(credsHelp),
@@ -188,7 +188,11 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 			"asked_scopes", asked.Scopes, "asked_seconds", int64(asked.Life/time.Second),
 			"granted_organization", nameSome([]string{token.OrganizationID}), "granted_scopes", nameSome(token.Scopes),
 			"expires_at", rfc3339(token.Expiry))
-		return nil, &mintError{role: want.name, refused: err, maybeUntil: token.Expiry}
+		failure := &mintError{role: want.name, refused: err}
+		if token.Expiry > time.Now().Unix() {
+			failure.maybeUntil = token.Expiry
+		}
+		return nil, failure
 	}
 	if len(missing) > 0 {
 		warnings = append(warnings, "Cable granted fewer scopes than were asked for; missing: "+nameSome(missing))

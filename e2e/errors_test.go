@@ -122,7 +122,7 @@ func TestCableFails(t *testing.T) {
 		"no expiry":          {fault: grant(cabletest.Grant{OmitExpiry: true}), status: 502, calls: 1, want: "cable's answer was refused: it holds no expiry" + maybe},
 		"expiry of text":     {fault: grant(cabletest.Grant{Expiry: []byte(`"4102444800"`)}), status: 502, calls: 1, want: "cable's answer was refused: its expiry is not a whole number of seconds" + maybe},
 		"expiry in ms":       {fault: grant(cabletest.Grant{Expiry: []byte(`4102444800000`)}), status: 502, calls: 1, want: "cable's answer was refused: its expiry 4102444800000 is not a Unix time in seconds" + maybe},
-		"past expiry":        {fault: grant(cabletest.Grant{Life: ptr(-time.Minute)}), status: 502, calls: 1, want: "cable's answer was refused: its expiry is not in the future: -60s by Cable's clock" + maybe},
+		"past expiry":        {fault: grant(cabletest.Grant{Life: ptr(-time.Minute)}), status: 502, calls: 1, want: "cable's answer was refused: its expiry is not in the future: -60s by Cable's clock"},
 		"other organization": {fault: grant(cabletest.Grant{OrganizationID: ptr("org_other")}), status: 502, calls: 1, want: `cable's answer was refused: the token is for organization "org_other" instead of "` + cabletest.DefaultOrganizationID + `"` + maybe},
 		"scopes of another organization": {
 			fault:  grant(cabletest.Grant{ScopesOrganizationID: ptr("org_other")}),

@@ -98,7 +98,7 @@ func (v *vaultServer) start(dir, config string, args func(addr string) []string)
 		v.cmd = exec.Command(suite.vault, append([]string{"server", "-log-level=trace", "-config=" + file}, args(addr)...)...)
 		v.cmd.Stdout, v.cmd.Stderr = log, log
 		// The simulator is on loopback: no proxy of this machine is to be asked.
-		v.cmd.Env = append(append(os.Environ(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+dir), v.env...)
+		v.cmd.Env = append(append(os.Environ(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+dir, "VAULT_LOG_LEVEL=trace"), v.env...)
 		err = v.cmd.Start()
 		_ = log.Close()
 		if err != nil {
