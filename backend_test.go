@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -654,4 +655,41 @@ func diffJSON(a, b any) string {
 		return ""
 	}
 	return fmt.Sprintf("%s\n%s", x, y)
+}
+
+// TestNoLeaks pins that a mount leaves no goroutine behind, whatever happened
+// to its mints. It does not run beside others, because it counts.
+func TestNoLeaks(t *testing.T) {
+	before := runtime.NumGoroutine()
+	m := newConfiguredMount(t)
+	m.write("config", map[string]any{"request_timeout": 1})
+	faults := []cabletest.Fault{{}, {Status: 500}, {Reset: cabletest.ResetAfter}, {Stall: time.Minute}, {BodySize: 4 << 20}, {Body: "<html>"}}
+	var wg sync.WaitGroup
+	for i := range 60 {
+		fault := faults[i%len(faults)]
+		fault.Times = 1
+		m.sim.AddFault(fault)
+		ctx, cancel := context.WithCancel(t.Context())
+		if i%10 == 9 {
+			cancel()
+		}
+		wg.Go(func() {
+			defer cancel()
+			_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
+		})
+		if i%20 == 19 {
+			m.write("config", map[string]any{"request_timeout": 1})
+		}
+	}
+	wg.Wait()
+	m.b.Cleanup(t.Context())
+	m.sim.Close()
+	deadline := time.Now().Add(10 * time.Second)
+	for runtime.NumGoroutine() > before {
+		if time.Now().After(deadline) {
+			stacks := make([]byte, 1<<20)
+			t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 }
