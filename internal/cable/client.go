@@ -190,6 +190,12 @@ func New(cfg Config) (*Client, error) {
 		IdleConnTimeout:        idleConnExpiry,
 		MaxResponseHeaderBytes: maxHeader,
 		DisableCompression:     true, // answers are small; and no bomb is ever unpacked
+		OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
+			if resp.StatusCode != http.StatusOK {
+				return proxyRefusal(resp.StatusCode)
+			}
+			return nil
+		},
 	}
 	c.http = &retryablehttp.Client{
 		HTTPClient: &http.Client{
@@ -286,7 +292,11 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	ex := new(exchange)
-	if err := c.hold.enter(ctx); err != nil {
+	err = ctx.Err()
+	if err == nil {
+		err = c.hold.enter(ctx)
+	}
+	if err != nil {
 		return nil, c.failure(caller, ctx, ex, err)
 	}
 	req, err := retryablehttp.FromRequest((&http.Request{
@@ -312,6 +322,10 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 	}
 	if err != nil {
 		return nil, c.failure(caller, ctx, ex, err)
+	}
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		// NOTE: its body is the bare connection, and ends with no context.
+		return nil, c.answered(resp, nil, ex)
 	}
 	limit := int64(maxErrorAnswer)
 	if resp.StatusCode == http.StatusOK {
@@ -394,6 +408,11 @@ func (c *Client) decode(raw []byte) (*Token, error) {
 		}
 		return nil, errors.New("it holds no token")
 	}
+	for _, c := range []byte(a.Token.Reveal()) {
+		if c <= ' ' || c >= 0x7f {
+			return nil, errors.New("its token holds characters that no header can carry")
+		}
+	}
 	if len(a.Expiry) == 0 {
 		return nil, errors.New("it holds no expiry")
 	}
@@ -426,12 +445,12 @@ func (c *Client) decode(raw []byte) (*Token, error) {
 
 // answered turns an answer other than 200 into an *Error.
 func (c *Client) answered(resp *http.Response, raw []byte, ex *exchange) *Error {
-	e := &Error{Kind: Answered, StatusCode: resp.StatusCode, Attempts: ex.attempts}
+	e := &Error{Kind: Answered, StatusCode: resp.StatusCode, MaybeMinted: ex.out.Load(), Attempts: ex.attempts}
 	switch {
 	case resp.StatusCode == http.StatusTooManyRequests:
 		e.RetryAfter = c.hold.Remaining()
 	case resp.StatusCode < 400:
-		e.Kind, e.MaybeMinted = InvalidAnswer, resp.StatusCode < 300
+		e.Kind = InvalidAnswer
 		e.Detail = fmt.Sprintf("its status is %d instead of 200", resp.StatusCode)
 		if resp.StatusCode >= 300 {
 			e.Detail += ", and redirects are not followed: check token_url"
@@ -474,10 +493,14 @@ func (c *Client) failure(caller, ctx context.Context, ex *exchange, err error) *
 	where := "before a request was sent"
 	if e.MaybeMinted {
 		where = "after the request was sent"
+	} else if ex.refused != 0 {
+		where = fmt.Sprintf("after cable answered %d", ex.refused)
 	}
 	switch {
 	case errors.Is(caller.Err(), context.Canceled):
 		e.Kind, e.Detail = Canceled, "the caller went away "+where
+	case caller.Err() != nil:
+		e.Kind, e.Detail = TimedOut, "the caller's deadline passed "+where
 	case ctx.Err() != nil:
 		e.Kind, e.Detail = TimedOut, fmt.Sprintf("the budget of %s ran out %s", c.timeout, where)
 	}
@@ -500,8 +523,11 @@ func certPool(text string) (*x509.CertPool, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the system's certificates: %w", err)
 	}
+	if strings.Contains(text, "PRIVATE KEY") {
+		return nil, errors.New("ca_cert holds a private key: write certificates only")
+	}
 	rest := []byte(strings.TrimSpace(text))
-	for n := 1; len(rest) > 0; n++ {
+	for n := 1; len(rest) > 0 || n == 1; n++ {
 		var block *pem.Block
 		if block, rest = pem.Decode(rest); block == nil {
 			return nil, fmt.Errorf("ca_cert is not PEM at block %d: write one or more CERTIFICATE blocks", n)
@@ -522,6 +548,7 @@ func certPool(text string) (*x509.CertPool, error) {
 // request's context, because that is all that a round trip and a repeat share.
 type exchange struct {
 	attempts int
+	refused  int // the status of the last attempt that was refused for now
 	sentAt   time.Time
 	out      atomic.Bool // bytes may have gone out, and no answer says that they were refused
 }
@@ -556,17 +583,28 @@ func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	ex.out.Store(false)
 	ex.sentAt = time.Now()
 	resp, err := t.base.RoundTrip(req)
-	if err == nil && resp.StatusCode >= 400 {
-		ex.out.Store(false)
+	if err != nil {
+		return nil, err
 	}
-	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
+	switch status := resp.StatusCode; {
+	case status >= 300 && status < 400:
+		// Nobody follows it, but http.Client would fail on one it cannot read.
+		resp.Header.Del("Location")
+		ex.out.Store(false)
+	case status >= 400 && status < 500 || status == http.StatusServiceUnavailable:
+		// NOTE: any other 5xx does not say that nothing was minted: it may be the
+		// word of a gateway that lost the answer.
+		ex.out.Store(false)
+		ex.refused = status
+	}
+	if resp.StatusCode == http.StatusTooManyRequests {
 		wait, ok := retryAfter(resp)
 		if !ok {
 			wait = defaultHold
 		}
 		t.hold.begin(wait)
 	}
-	return resp, err
+	return resp, nil
 }
 
 // checkRepeat says whether the request may be sent again: only where nothing
@@ -614,7 +652,7 @@ func retryAfter(resp *http.Response) (time.Duration, bool) {
 	if now.IsZero() {
 		now = time.Now()
 	}
-	return max(0, at.Sub(now)), true
+	return min(max(0, at.Sub(now)), MaxLife), true
 }
 
 // date reads the Date header, or returns the zero time.

@@ -411,8 +411,8 @@ func TestNew(t *testing.T) {
 		{"no PEM", cable.Config{RefreshKey: key, CACert: "hello"}, "ca_cert is not PEM at block 1: write one or more CERTIFICATE blocks"},
 		{"blank", cable.Config{RefreshKey: key, CACert: " \n"}, "ca_cert is not PEM at block 1: write one or more CERTIFICATE blocks"},
 		{"PEM and something", cable.Config{RefreshKey: key, CACert: cert + "hello"}, "ca_cert is not PEM at block 2: write one or more CERTIFICATE blocks"},
-		{"private key", cable.Config{RefreshKey: key, CACert: privateKey + cert}, "ca_cert holds something other than a CERTIFICATE in block 1: write certificates only"},
-		{"private key after", cable.Config{RefreshKey: key, CACert: cert + privateKey}, "ca_cert holds something other than a CERTIFICATE in block 2: write certificates only"},
+		{"private key", cable.Config{RefreshKey: key, CACert: privateKey + cert}, "ca_cert holds a private key: write certificates only"},
+		{"private key after", cable.Config{RefreshKey: key, CACert: cert + privateKey}, "ca_cert holds a private key: write certificates only"},
 		// pem.Decode takes a block that it cannot read for words between blocks.
 		{"spoilt private key", cable.Config{RefreshKey: key, CACert: strings.Replace(privateKey, "MC4C", "  M!C4C", 1) + cert}, "ca_cert holds a private key: write certificates only"},
 		{"unended private key", cable.Config{RefreshKey: key, CACert: strings.Replace(privateKey, "-----END PRIVATE KEY-----", "", 1) + cert}, "ca_cert holds a private key: write certificates only"},

@@ -113,19 +113,24 @@ func (e *Error) Is(target error) bool {
 // NOTE: the texts of net/http are not used. They can hold a proxy's password
 // or the first line of what the other side sent.
 func describe(err error) string {
-	var dns *net.DNSError
-	var unknownCA x509.UnknownAuthorityError
-	var badCert x509.CertificateInvalidError
-	var badHost x509.HostnameError
-	var notTLS tls.RecordHeaderError
-	var alert tls.AlertError
-	var op *net.OpError
-	prefix := ""
-	if errors.As(err, &op) && op.Op == "proxyconnect" {
+	var (
+		dns       *net.DNSError
+		unknownCA x509.UnknownAuthorityError
+		badCert   x509.CertificateInvalidError
+		badHost   x509.HostnameError
+		badVerify *tls.CertificateVerificationError
+		notTLS    tls.RecordHeaderError
+		proxy     proxyRefusal
+		op        *net.OpError
+	)
+	isOp := errors.As(err, &op)
+	prefix, text := "", ""
+	if isOp && op.Op == "proxyconnect" {
 		prefix = "connecting through the proxy of the environment: "
 	}
-	text := ""
 	switch {
+	case errors.As(err, &proxy):
+		text = proxy.Error()
 	case errors.As(err, &dns) && dns.IsNotFound:
 		text = fmt.Sprintf("looking up the host %q: no such host", dns.Name)
 	case errors.As(err, &dns):
@@ -138,17 +143,19 @@ func describe(err error) string {
 		text = "its certificate is not valid for this use"
 	case errors.As(err, &badHost):
 		text = fmt.Sprintf("its certificate is not valid for the host %q", badHost.Host)
-	case errors.As(err, &notTLS):
+	case errors.As(err, &badVerify):
+		text = "its certificate could not be verified"
+	case errors.As(err, &notTLS), says(err, "server gave HTTP response to HTTPS client"):
 		text = "it does not speak TLS"
-	case errors.As(err, &alert):
-		text = "TLS handshake refused: " + alert.Error()
+	case isOp && (op.Op == "remote error" || op.Op == "local error"): // how crypto/tls wraps its alerts
+		text = "the TLS handshake failed: " + strings.TrimPrefix(op.Err.Error(), "tls: ")
 	case errors.Is(err, errNotLoopback):
 		text = errNotLoopback.Error()
 	case errors.Is(err, syscall.ECONNREFUSED):
 		text = "connection refused"
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE),
 		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF),
-		strings.Contains(err.Error(), "server closed idle connection"): // net/http keeps that error to itself
+		says(err, "server closed idle connection"), says(err, "stream error: "), says(err, "http2: server sent GOAWAY"):
 		text = "the connection was closed before the answer was whole"
 	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
 		text = "no route to the host"
@@ -158,6 +165,17 @@ func describe(err error) string {
 		text = "the exchange broke off or was not HTTP"
 	}
 	return prefix + text
+}
+
+// says looks for the errors that net/http keeps to itself.
+func says(err error, text string) bool { return strings.Contains(err.Error(), text) }
+
+// proxyRefusal is the status with which a proxy refused a CONNECT.
+type proxyRefusal int
+
+// Error implements error.
+func (s proxyRefusal) Error() string {
+	return fmt.Sprintf("the proxy of the environment refused to connect, with status %d", int(s))
 }
 
 // isTimeout reports a time-out of the dialer or of the TLS handshake.

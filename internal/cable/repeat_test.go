@@ -105,7 +105,7 @@ func TestFaults(t *testing.T) {
 		{"no token", cabletest.Fault{Grant: &cabletest.Grant{OmitToken: true}}, invalid("it holds no token"), 1},
 		{"token null", cabletest.Fault{Body: `{"token":null,"expiry":1711929600}`}, invalid("it holds no token"), 1},
 		{"token empty", cabletest.Fault{Body: `{"token":"","expiry":1711929600}`}, invalid("it holds no token"), 1},
-		{"token of another type", cabletest.Fault{Body: `{"token":["a"],"expiry":1711929600}`}, invalid("it is not a JSON object of the documented shape"), 1},
+		{"token of another type", cabletest.Fault{Body: `{"token":["a"],"expiry":1711929600}`}, invalid(`its field "token" is not of the documented type`), 1},
 		{"token that no header can carry", cabletest.Fault{Body: `{"token":"a\u001b[2Jb","expiry":1711929600}`}, invalid("its token holds characters that no header can carry"), 1},
 		{"token of two lines", cabletest.Fault{Body: `{"token":"a\r\nX-Evil: b","expiry":1711929600}`}, invalid("its token holds characters that no header can carry"), 1},
 		{"no expiry", cabletest.Fault{Grant: &cabletest.Grant{OmitExpiry: true}}, invalid("it holds no expiry"), 1},
@@ -221,10 +221,12 @@ func TestRefusedConnection(t *testing.T) {
 	diffError(t, cable.Error{Kind: cable.Unreachable, Detail: "connection refused", Attempts: 3}, failsInTime(t, c))
 	sees(t, srv, 0, 0)
 
-	// Also where a connection was kept that is now dead.
+	// Also where a connection was kept before. (One that is dead, and that
+	// net/http has not yet found dead, counts as "the request was sent".)
 	srv = cabletest.NewServer(t, nil)
 	c = newClient(t, srv, cable.Config{Timeout: budget})
 	mints(t, c)
+	c.Close()
 	srv.Close()
 	diffError(t, cable.Error{Kind: cable.Unreachable, Detail: "connection refused", Attempts: 3}, failsInTime(t, c))
 }
