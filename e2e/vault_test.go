@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -36,7 +37,9 @@ type vaultServer struct {
 	log   string // file
 	audit string // file
 
-	env    []string // for the server, and so for the plugin
+	env     []string // for the server, and so for the plugin
+	plugins string   // the plugin folder; default that of all tests
+
 	cmd    *exec.Cmd
 	exited chan struct{}
 }
@@ -76,7 +79,13 @@ func (v *vaultServer) start(dir, config string, args func(addr string) []string)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	v.log, v.audit = filepath.Join(dir, "vault.log"), filepath.Join(dir, "audit.log")
+	v.log = filepath.Join(dir, "vault.log")
+	if v.audit == "" {
+		v.audit = filepath.Join(dir, "audit.log")
+	}
+	if v.plugins == "" {
+		v.plugins = suite.plugins
+	}
 	for range 5 { // another process may take the port meanwhile
 		listener, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -86,7 +95,7 @@ func (v *vaultServer) start(dir, config string, args func(addr string) []string)
 		_ = listener.Close()
 		v.addr = "http://" + addr
 		file := filepath.Join(dir, "vault.hcl")
-		text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = true\napi_addr = %q\n", suite.plugins, v.addr) +
+		text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = true\napi_addr = %q\n", v.plugins, v.addr) +
 			strings.ReplaceAll(config, "ADDR", addr)
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			return err
@@ -213,8 +222,20 @@ func (a *answer) token() string {
 	return s
 }
 
+// transport keeps the connections of many readers.
+var transport = func() *http.Transport {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.MaxIdleConns, t.MaxIdleConnsPerHost = 0, 128
+	return t
+}()
+
 // call sends r. The error is one of the way only.
 func (v *vaultServer) call(r request) (*answer, error) {
+	return v.callContext(context.Background(), r)
+}
+
+// callContext is call for a caller that may leave.
+func (v *vaultServer) callContext(ctx context.Context, r request) (*answer, error) {
 	var body []byte
 	switch b := r.body.(type) {
 	case nil:
@@ -226,7 +247,7 @@ func (v *vaultServer) call(r request) (*answer, error) {
 			return nil, err
 		}
 	}
-	req, err := http.NewRequest(r.method, v.addr+"/v1/"+r.path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, r.method, v.addr+"/v1/"+r.path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
@@ -237,7 +258,7 @@ func (v *vaultServer) call(r request) (*answer, error) {
 	for k, s := range r.header {
 		req.Header.Set(k, s)
 	}
-	resp, err := http.DefaultTransport.RoundTrip(req)
+	resp, err := transport.RoundTrip(req)
 	if err != nil {
 		return nil, err
 	}

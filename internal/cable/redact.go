@@ -58,7 +58,7 @@ func pair(s string, i int) uint16 { return uint16(s[i])<<8 | uint16(s[i+1]) }
 
 // at reports whether a part of the secret, a window long, stands in s at i.
 func (r redactor) at(s string, i int) bool {
-	if i+redactWindow > len(s) || !r.begins[pair(s, i)] {
+	if r.begins == nil || i+redactWindow > len(s) || !r.begins[pair(s, i)] {
 		return false
 	}
 	_, hit := r.windows[s[i:i+redactWindow]]

@@ -1,0 +1,339 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// sample is how one request went.
+type sample struct {
+	start, end time.Time
+	status     int    // 0 where no answer came
+	lease      string // of a 200, as is
+	token      string
+	text       string // what came instead of a token
+}
+
+// overlaps reports whether the request was under way in a span of time.
+func (s sample) overlaps(from, to time.Time) bool { return s.end.After(from) && s.start.Before(to) }
+
+// String is the sample as test failures show it: never a token.
+func (s sample) String() string {
+	return fmt.Sprintf("%d after %s: %.300s", s.status, s.end.Sub(s.start).Round(time.Millisecond), strings.TrimSpace(s.text))
+}
+
+// readerTimeout is how long a reader waits for an answer.
+const readerTimeout = 20 * time.Second
+
+// timed sends r and says how that went.
+func (v *vaultServer) timed(r request) sample {
+	ctx, cancel := context.WithTimeout(context.Background(), readerTimeout)
+	defer cancel()
+	s := sample{start: time.Now()}
+	a, err := v.callContext(ctx, r)
+	s.end = time.Now()
+	switch {
+	case err != nil:
+		s.text = err.Error()
+	case a.status == http.StatusOK:
+		s.status, s.lease, s.token = a.status, a.LeaseID, a.token()
+	default:
+		s.status, s.text = a.status, a.text
+	}
+	return s
+}
+
+// loop repeats something, at once in n goroutines, until it is stopped.
+type loop struct {
+	wg      sync.WaitGroup
+	stopped atomic.Bool
+	mu      sync.Mutex
+	samples []sample
+}
+
+// startLoop begins to repeat do, which gets the number of the goroutine and of
+// the round. What fails on the way is not repeated at once.
+func startLoop(t *testing.T, n int, do func(i, round int) sample) *loop {
+	l := new(loop)
+	for i := range n {
+		l.wg.Go(func() {
+			for round := 0; !l.stopped.Load(); round++ {
+				s := do(i, round)
+				l.mu.Lock()
+				l.samples = append(l.samples, s)
+				l.mu.Unlock()
+				if s.status == 0 || s.status >= http.StatusInternalServerError {
+					time.Sleep(pollInterval / 2)
+				}
+			}
+		})
+	}
+	t.Cleanup(func() { l.stop() })
+	return l
+}
+
+// seen returns the samples so far.
+func (l *loop) seen() []sample {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.samples)
+}
+
+// stop ends the loop and returns all samples.
+func (l *loop) stop() []sample {
+	l.stopped.Store(true)
+	l.wg.Wait()
+	return l.seen()
+}
+
+// byStatus counts.
+func byStatus(samples []sample) map[int]int {
+	counts := map[int]int{}
+	for _, s := range samples {
+		counts[s.status]++
+	}
+	return counts
+}
+
+// handedOut returns the leases and tokens of the reads that succeeded. Each
+// must have both, and none twice; and no other answer may hold a secret.
+func handedOut(t *testing.T, samples []sample) (leases, tokens map[string]bool) {
+	t.Helper()
+	leases, tokens = map[string]bool{}, map[string]bool{}
+	for _, s := range samples {
+		if secret := findSecret(s.text, false); secret != "" {
+			t.Errorf("an answer other than a token holds %s: %d", secret, s.status)
+		}
+		if s.status != http.StatusOK {
+			continue
+		}
+		if s.lease == "" || leases[s.lease] || s.token == "" || tokens[s.token] {
+			t.Errorf("no token, no lease, or one of them twice: lease %q", s.lease)
+		}
+		leases[s.lease], tokens[s.token] = true, true
+	}
+	return leases, tokens
+}
+
+// leases lists the ids of the leases below a prefix that ends with a slash.
+func (v *vaultServer) leases(t *testing.T, prefix string) map[string]bool {
+	t.Helper()
+	ids := map[string]bool{}
+	a := v.do(t, "LIST", "sys/leases/lookup/"+prefix, nil)
+	if a.status != http.StatusOK && a.status != http.StatusNotFound {
+		t.Fatalf("listing the leases: %s", a)
+	}
+	keys, _ := a.Data["keys"].([]any)
+	for _, key := range keys {
+		ids[prefix+key.(string)] = true
+	}
+	return ids
+}
+
+// missing counts the elements of a that are not in b.
+func missing(a, b map[string]bool) (n int) {
+	for k := range a {
+		if !b[k] {
+			n++
+		}
+	}
+	return n
+}
+
+// durations returns the median and the greatest duration of some samples.
+func durations(samples []sample) (median, most time.Duration) {
+	var all []time.Duration
+	for _, s := range samples {
+		all = append(all, s.end.Sub(s.start))
+	}
+	if len(all) == 0 {
+		return 0, 0
+	}
+	slices.Sort(all)
+	return all[len(all)/2], all[len(all)-1]
+}
+
+// countedSimulator is a simulator of which the connections that are open now
+// are known.
+func countedSimulator(t *testing.T, opts *cabletest.Options) (sim *cabletest.Server, open func() int) {
+	t.Helper()
+	s := cabletest.New(opts)
+	var n atomic.Int64
+	server := httptest.NewUnstartedServer(s)
+	server.Config.ConnState = func(c net.Conn, state http.ConnState) {
+		s.ConnState(c, state)
+		switch state {
+		case http.StateNew:
+			n.Add(1)
+		case http.StateClosed, http.StateHijacked: // the simulator resets what it takes over
+			n.Add(-1)
+		}
+	}
+	server.Start()
+	t.Cleanup(func() {
+		s.Close()
+		server.Close()
+	})
+	return &cabletest.Server{Simulator: s, URL: server.URL + s.Path()}, func() int { return int(n.Load()) }
+}
+
+// openFiles counts the file descriptors of a process.
+func openFiles(t *testing.T, pid int) int {
+	t.Helper()
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+// TestStorm: many readers against a Cable that fails in 1 call of 20, while
+// config and the role are rewritten all the time and the plugin process is
+// killed once.
+//
+//   - Each read gets a token with its lease, or one of the promised errors.
+//   - No token is handed out twice.
+//   - No write waits for a slow mint.
+//   - Afterwards no connection and no file descriptor is left over.
+func TestStorm(t *testing.T) {
+	t.Parallel()
+	const (
+		readers = 64
+		length  = 5 * time.Second
+		hang    = 1500 * time.Millisecond // of every 60th mint: at any time, of several
+		latency = 60 * time.Millisecond   // of the others: keeps the number of leases within reason
+	)
+	m := newMount(t, ownServer(t), nil)
+	sim, open := countedSimulator(t, &cabletest.Options{Default: cabletest.Fault{Delay: latency}})
+	m.sim = sim
+	m.configure(t)
+	m.read(t)
+	before := m.pluginProcesses(t)
+	if len(before) != 1 {
+		t.Fatalf("processes %v, want one", before)
+	}
+	filesBefore := openFiles(t, before[0])
+	sim.Reset()
+	for range cabletest.Recorded / 60 {
+		for _, f := range []cabletest.Fault{{Status: 500}, {Reset: cabletest.ResetAfter}, {Delay: hang}} {
+			f.Every, f.Times = 20, 1
+			sim.AddFault(f)
+		}
+	}
+
+	start := time.Now()
+	reads := startLoop(t, readers, func(int, int) sample {
+		return m.timed(request{method: "GET", path: m.path + "/creds/app", token: m.root})
+	})
+	write := func(path string, body map[string]any) sample {
+		return m.timed(request{method: "POST", path: m.path + path, body: body, token: m.root})
+	}
+	configWrites := startLoop(t, 1, func(_, round int) sample {
+		if round%2 == 0 {
+			return write("/config", map[string]any{"request_timeout": "1s"}) // shorter than a hanging mint
+		}
+		return write("/config", map[string]any{"request_timeout": "20s", "organization_id": cabletest.DefaultOrganizationID})
+	})
+	roleWrites := startLoop(t, 1, func(_, round int) sample {
+		return write("/roles/app", map[string]any{"ttl": 600 + round%600, "disabled": round%8 == 0})
+	})
+
+	// Half-way, with reads under way, the process is killed.
+	waitFor(t, 20*time.Second, "half of the storm", func() bool { return time.Since(start) > length/2 && sim.CallCount() > readers })
+	killed := time.Now()
+	process, err := os.FindProcess(before[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, 20*time.Second, "a token after the kill", func() bool {
+		asked := time.Now()
+		return slices.ContainsFunc(reads.seen(), func(s sample) bool { return s.status == 200 && s.start.After(killed) && s.start.Before(asked) })
+	})
+	recovered := time.Now()
+	waitFor(t, 20*time.Second, "the end of the storm", func() bool { return time.Since(start) > length })
+	read, wroteConfig, wroteRole := reads.stop(), configWrites.stop(), roleWrites.stop()
+	took := time.Since(start)
+	stats := sim.Stats()
+
+	// What each status says. 500 is Vault's own answer to who had a request
+	// with a process that ended ("rpc error: code = Unavailable", "Canceled" or
+	// "plugin is shut down"); it is accepted around the kill only.
+	promised := map[int][]string{
+		400: {`role \"app\" is disabled`},
+		429: {"no request is sent for another"},
+		502: {"Cable answered 500", "after the request was sent"},
+		504: {"the budget of 1s ran out"},
+	}
+	aroundKill := 0
+	for _, s := range read {
+		switch {
+		case s.status == 200:
+		case s.status == 500 && s.overlaps(killed, recovered) && strings.Contains(s.text, "rpc error"):
+			aroundKill++
+		case !slices.ContainsFunc(promised[s.status], func(text string) bool { return strings.Contains(s.text, text) }):
+			t.Errorf("%s after the start, %s after the kill: %s", s.start.Sub(start), s.end.Sub(killed), s)
+		}
+	}
+	for _, s := range slices.Concat(wroteConfig, wroteRole) {
+		if s.status != 204 && s.status != 200 && !(s.status == 500 && s.overlaps(killed, recovered)) {
+			t.Errorf("a write %s after the kill: %s", s.end.Sub(killed), s)
+		}
+	}
+	counts := byStatus(read)
+	for _, status := range []int{200, 400, 502, 504} {
+		if counts[status] == 0 {
+			t.Errorf("no read was answered with %d: %v", status, counts)
+		}
+	}
+	median, most := durations(wroteConfig)
+	calm := slices.DeleteFunc(slices.Clone(wroteConfig), func(s sample) bool { return s.overlaps(killed, recovered) })
+	_, mostCalm := durations(calm)
+	t.Logf("%d reads in %s: %v, of which 500 around the kill: %d; a token again %s after the kill",
+		len(read), took.Round(time.Millisecond), counts, aroundKill, recovered.Sub(killed).Round(time.Millisecond))
+	t.Logf("%d writes of config (median %s, most %s, %s but for the kill), %d of the role; %d mints hung for %s",
+		len(wroteConfig), median, most, mostCalm, len(wroteRole), stats.Calls/60, hang)
+	if len(wroteConfig) < 10 || median > hang/4 || mostCalm >= hang {
+		t.Errorf("writes of config are held up: %d, median %s, most %s", len(wroteConfig), median, mostCalm)
+	}
+
+	leases, _ := handedOut(t, read)
+	held := m.leases(t, m.path+"/creds/app/")
+	if n := missing(leases, held); n > 0 {
+		t.Errorf("%d tokens were handed out without a lease", n)
+	}
+	t.Logf("simulator: %+v; %d leases", stats, len(held))
+	if lost := stats.Minted - len(leases); lost > stats.ByStatus[0]+aroundKill {
+		t.Errorf("%d tokens that nobody holds, but Cable's resets and the kill account for %d", lost, stats.ByStatus[0]+aroundKill)
+	}
+
+	after := m.pluginProcesses(t)
+	if len(after) != 1 || after[0] == before[0] {
+		t.Fatalf("processes %v, before the kill %v", after, before)
+	}
+	t.Logf("connections open now: %d, file descriptors: %d", open(), openFiles(t, after[0]))
+	sim.ClearFaults()
+	m.ok(t, "POST", m.path+"/roles/app", map[string]any{"disabled": false})
+	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "20s"}) // begins with new connections
+	m.read(t)
+	waitFor(t, 10*time.Second, "left-over connections and file descriptors are closed", func() bool {
+		return open() <= 1 && openFiles(t, after[0]) <= filesBefore
+	})
+}
