@@ -359,8 +359,9 @@ func FuzzStoredConfig(f *testing.F) {
 		if diff := diffJSON(cfg, again); diff != "" {
 			t.Error(diff)
 		}
-		if printed, _ := json.Marshal(cfg); strings.Contains(fmt.Sprintf("%v %+v %#v %s", cfg, *cfg, cfg, printed), cfg.RefreshKey.Reveal()) &&
-			len(cfg.RefreshKey.Reveal()) > 12 {
+		cfg.RefreshKey = cable.NewSecret(cabletest.RefreshKeyMarker) // one that nothing else looks like
+		if printed, _ := json.Marshal(cfg); strings.Contains(fmt.Sprintf("%v %+v %#v %s", cfg, *cfg, cfg, printed), cabletest.RefreshKeyMarker) &&
+			!strings.Contains(string(raw), cabletest.RefreshKeyMarker) {
 			t.Error("printing the entry shows the key")
 		}
 	})

@@ -498,3 +498,31 @@ func TestConcurrency(t *testing.T) {
 		t.Errorf("%d connections for two rounds of 64 mints", made)
 	}
 }
+
+// BenchmarkCredsRead measures the handler over in-memory storage, with a mint
+// over loopback in it.
+func BenchmarkCredsRead(b *testing.B) {
+	m := newConfiguredMount(b)
+	read := func() {
+		resp, err := m.b.HandleRequest(b.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
+		if err != nil || resp.IsError() {
+			b.Error(err, resp)
+		}
+	}
+	read()
+	b.Run("serial", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			read()
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.ReportAllocs()
+		b.SetParallelism(16)
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				read()
+			}
+		})
+	})
+}

@@ -75,7 +75,14 @@ func main() {
 	flag.StringVar(&o.bin, "bin", "", "the folder with vault-plugin-secrets-cable, cable-sim and floor")
 	flag.StringVar(&o.jsonOut, "json", "", "write the report to this file")
 	flag.DurationVar(&o.soak, "soak", 0, "instead: run at full load for so long on integrated storage")
+	svg := flag.String("svg", "", "instead: draw the report of -json into this file")
 	flag.Parse()
+	if *svg != "" {
+		if err := chart(o.jsonOut, *svg); err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
 	o.storages, o.tokens = strings.Split(*storages, ","), strings.Split(*tokens, ",")
 	for _, l := range []struct {
 		text string
