@@ -115,7 +115,7 @@ func (c *configEntry) clientConfig() cable.Config {
 		Bearer:     c.AuthScheme == authSchemeBearer,
 		CACert:     c.CACert,
 		Timeout:    time.Duration(c.RequestTimeout) * time.Second,
-		UserAgent:  "vault-plugin-secrets-cable/" + strings.TrimPrefix(Version(), "v"),
+		UserAgent:  "vault-plugin-secrets-cable/" + Version(),
 	}
 }
 

@@ -56,7 +56,7 @@ func TestCredsRead(t *testing.T) {
 			t.Errorf("warnings: %q", resp.Warnings)
 		}
 		call := m.sim.Calls()[0]
-		if call.ExpirySeconds != 3600 || call.Time.Before(start) || !strings.HasPrefix(call.UserAgent, "vault-plugin-secrets-cable/0.") {
+		if call.ExpirySeconds != 3600 || call.Time.Before(start) || !strings.HasPrefix(call.UserAgent, "vault-plugin-secrets-cable/v0.") {
 			t.Errorf("the call: %+v", call)
 		}
 		if again := m.read("creds/ci"); again["token"] == resp.Data["token"] {

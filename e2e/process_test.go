@@ -170,7 +170,7 @@ func TestPluginLog(t *testing.T) {
 		t.Errorf("versions of the mount: %s", a)
 	}
 	calls := m.sim.Calls()
-	if want := "vault-plugin-secrets-cable/" + strings.TrimPrefix(pluginVersion, "v"); calls[0].UserAgent != want {
+	if want := "vault-plugin-secrets-cable/" + pluginVersion; calls[0].UserAgent != want {
 		t.Errorf("User-Agent %q, want %q", calls[0].UserAgent, want)
 	}
 	for _, want := range [][]string{{"using plugin", "version=5"}, {"[INFO]", "config was written", "refresh_key_version=1"}, {"[INFO]", "a role was written", "role=app"}} {
