@@ -121,8 +121,8 @@ func newBackend() *backend {
 // other mounts of this process with it.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp *logical.Response, err error) {
 	defer b.recoverPanic(req, &resp, &err)
-	if path := b.routeWithFields(req); path != nil && path.Operations[req.Operation] != nil {
-		data, err := checkFields(path, clearableFields(path), req)
+	if len(req.Data) > 0 {
+		data, err := b.checkRequest(req)
 		if err != nil {
 			return logical.ErrorResponse(err.Error()), nil
 		}
@@ -131,15 +131,6 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp
 		req = &checked
 	}
 	return b.Backend.HandleRequest(ctx, req)
-}
-
-// routeWithFields is Route for requests that carry fields, which most reads do
-// not: then there is nothing to check.
-func (b *backend) routeWithFields(req *logical.Request) *framework.Path {
-	if len(req.Data) == 0 {
-		return nil
-	}
-	return b.Route(req.Path)
 }
 
 // HandleExistenceCheck answers without looking at the request's fields: they

@@ -43,6 +43,16 @@ func echo(s string) string {
 	return "(not shown)"
 }
 
+// checkRequest is checkFields for a request's own path. Where there is no such
+// path or operation, the framework is left to say so.
+func (b *backend) checkRequest(req *logical.Request) (map[string]any, error) {
+	path := b.Route(req.Path)
+	if path == nil || path.Operations[req.Operation] == nil {
+		return req.Data, nil
+	}
+	return checkFields(path, clearableFields(path), req)
+}
+
 // checkFields returns the request's data with each value in its one Go type,
 // or an error for the caller, which holds no value of a sensitive field.
 func checkFields(path *framework.Path, clearable []string, req *logical.Request) (map[string]any, error) {
