@@ -64,11 +64,10 @@ type options struct {
 
 func main() {
 	var o options
-	list := func(name, value, usage string) *string { return flag.String(name, value, usage) }
-	storages := list("storage", "dev,raft", "storages of Vault")
-	tokens := list("token", "service,batch", "types of the readers' tokens")
-	latencies := list("latency", "0,20", "simulated latencies of Cable, in milliseconds")
-	concurrency := list("concurrency", "1,32,128", "concurrent readers")
+	storages := flag.String("storage", "dev,raft", "storages of Vault")
+	tokens := flag.String("token", "service,batch", "types of the readers' tokens")
+	latencies := flag.String("latency", "0,20", "simulated latencies of Cable, in milliseconds")
+	concurrency := flag.String("concurrency", "1,32,128", "concurrent readers")
 	flag.DurationVar(&o.slice, "slice", time.Second, "length of a slice")
 	flag.IntVar(&o.rounds, "rounds", 5, "slices of each target")
 	flag.StringVar(&o.vault, "vault", "", "the Vault binary (scripts/vault --path)")

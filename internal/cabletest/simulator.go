@@ -41,8 +41,9 @@ const (
 	// MaxExpirySeconds is the most, itself included.
 	MaxExpirySeconds = 86400
 
-	// DefaultOrganizationID and DefaultOrganizationName are those of Cable's own sample (v1.0 reference).
-	DefaultOrganizationID   = "org_9f8b7c6d5e4a3b2c1d0e"
+	// DefaultOrganizationID is that of Cable's own sample (v1.0 reference).
+	DefaultOrganizationID = "org_9f8b7c6d5e4a3b2c1d0e"
+	// DefaultOrganizationName is the same organization's name.
 	DefaultOrganizationName = "Cable Financial Services"
 
 	// Recorded is how many calls, and how many minted tokens, a Simulator remembers: the latest ones. Its counters
