@@ -6,7 +6,7 @@ SHELL := bash
 VERSION ?= $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
 COMMIT  ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 PKG     := github.com/cablesecrets/vault-plugin-secrets-cable
-LDFLAGS := -s -w -X $(PKG).stamped=$(VERSION) -X main.commit=$(COMMIT)
+LDFLAGS := -s -w -X $(PKG)/internal/version.stamped=$(VERSION) -X main.commit=$(COMMIT)
 GOLANGCI = .cache/golangci-lint-$(shell cat tools/lint/go.mod tools/lint/go.sum | cksum | cut -d' ' -f1)
 FUZZTIME ?= 30s
 
@@ -22,6 +22,10 @@ build: ## Build the plugin and the simulator into bin/
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
 	@scripts/demo
+
+.PHONY: ha-demo
+ha-demo: ## Kill the leader of a cluster of three under load, and count the tokens
+	@scripts/ha-demo
 
 .PHONY: dev
 dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C

@@ -26,9 +26,11 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
-// maxCachedRoles bounds the memory that roles take: some MiB.
+// maxCachedRoles bounds the memory that roles take: some MiB where a role names
+// a handful of scopes.
 const maxCachedRoles = 4096
 
 // operationPrefix begins the operation ids of the OpenAPI document.
@@ -100,7 +102,7 @@ func newBackend() *backend {
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		Help:           strings.TrimSpace(backendHelp),
-		RunningVersion: Version(),
+		RunningVersion: version.String(),
 		PathsSpecial: &logical.Paths{
 			SealWrapStorage: []string{configStoragePath},
 		},
@@ -160,9 +162,9 @@ func (b *backend) recoverPanic(req *logical.Request, resp **logical.Response, er
 		fmt.Sprintf("the engine failed on this request by a defect of its own: see the log of Vault for request %s", req.ID))
 }
 
-// getActive returns the configuration in use, building it on first use and
+// getClient returns the configuration in use, building it on first use and
 // after a change; nil where none is stored.
-func (b *backend) getActive(ctx context.Context, s logical.Storage) (*activeConfig, error) {
+func (b *backend) getClient(ctx context.Context, s logical.Storage) (*activeConfig, error) {
 	b.mu.Lock()
 	current, generation := b.current, b.generation
 	b.mu.Unlock()
@@ -173,34 +175,32 @@ func (b *backend) getActive(ctx context.Context, s logical.Storage) (*activeConf
 	if cfg == nil || err != nil {
 		return nil, err
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.current != nil && b.generation == generation {
-		return b.current, nil // another request built it meanwhile
-	}
-	built, err := b.activateLocked(cfg)
+	built, err := b.activate(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("using the stored configuration: %w", err)
 	}
-	if b.generation == generation {
-		b.setCurrentLocked(built)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.generation != generation {
+		return built, nil // the configuration was changed meanwhile: not kept
 	}
+	if b.current != nil {
+		built.client.Close()
+		return b.current, nil // another request built it meanwhile
+	}
+	b.setCurrentLocked(built)
 	return built, nil
 }
 
-// activate makes a client for cfg, without using it yet.
+// activate makes a client for cfg, without using it yet. A pause that applies
+// to the same key and URL goes on.
 func (b *backend) activate(cfg *configEntry) (*activeConfig, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.activateLocked(cfg)
-}
-
-// activateLocked is activate for callers that hold mu.
-func (b *backend) activateLocked(cfg *configEntry) (*activeConfig, error) {
 	clientConfig := cfg.clientConfig()
+	b.mu.Lock()
 	if b.hold != nil && b.holdFor.url == cfg.TokenURL && b.holdFor.key.Reveal() == cfg.RefreshKey.Reveal() {
 		clientConfig.Hold = b.hold
 	}
+	b.mu.Unlock()
 	client, err := cable.New(clientConfig)
 	if err != nil {
 		return nil, err

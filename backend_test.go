@@ -25,6 +25,7 @@ import (
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 // testMount is a mount of the engine over Vault's in-memory storage, with a
@@ -247,7 +248,7 @@ func TestFactory(t *testing.T) {
 	if got := m.b.Type(); got != logical.TypeLogical {
 		t.Errorf("type %v", got)
 	}
-	if got := m.b.PluginVersion().Version; got != release+"-dev" {
+	if got := m.b.PluginVersion().Version; got != version.String() || !strings.HasPrefix(got, "v") {
 		t.Errorf("version %q", got)
 	}
 	// Neither storage nor network nor Vault is asked.
@@ -407,7 +408,7 @@ func TestInvalidateWinsOverRebuild(t *testing.T) {
 		slow := &slowStorage{Storage: m.storage, read: make(chan struct{}), proceed: make(chan struct{})}
 		done := make(chan error)
 		go func() {
-			_, err := m.b.getActive(t.Context(), slow)
+			_, err := m.b.getClient(t.Context(), slow)
 			done <- err
 		}()
 		<-slow.read

@@ -106,7 +106,7 @@ func failed(err error) (*logical.Response, error) {
 			"Retry-After": {strconv.FormatInt(retrySeconds(ce.RetryAfter), 10)},
 		}}
 		return resp, logical.CodedError(http.StatusTooManyRequests, err.Error())
-	case ce.Kind == cable.Answered && ce.StatusCode < 500:
+	case ce.Kind == cable.Answered && ce.StatusCode < 500 && ce.StatusCode != http.StatusRequestTimeout:
 		return logical.ErrorResponse(err.Error()), nil
 	case ce.Kind == cable.TimedOut:
 		return nil, logical.CodedError(http.StatusGatewayTimeout, err.Error())

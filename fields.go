@@ -5,6 +5,7 @@ package cablesecrets
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -32,8 +34,11 @@ import (
 // the framework see the same thing in whichever form a caller wrote it.
 
 // echoable matches field names and values that may be repeated in an error:
-// short words. A refresh key put in the wrong place is longer.
-var echoable = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_.-]{0,23}$`)
+// short words without digits. A refresh key put in the wrong place is none.
+var echoable = regexp.MustCompile(`^[A-Za-z][A-Za-z_.-]{0,23}$`)
+
+// echoableNumber matches what was meant for a number or a duration.
+var echoableNumber = regexp.MustCompile(`^-?[0-9]{1,10}[.e]?[0-9]{0,3}[a-z]{0,2}$`)
 
 // echo names s in an error if it cannot be a secret.
 func echo(s string) string {
@@ -104,11 +109,11 @@ func knownFields(path *framework.Path, op logical.Operation) []string {
 // seconds for a duration) or []string.
 func checkValue(schema *framework.FieldSchema, value any) (any, error) {
 	if value == nil {
-		return nil, fmt.Errorf("must not be null: give it a value or leave it out")
+		return nil, errors.New("must not be null: give it a value or leave it out")
 	}
 	text, isText := value.(string)
 	if isText && !utf8.ValidString(text) {
-		return nil, fmt.Errorf("is not valid UTF-8")
+		return nil, errors.New("is not valid UTF-8")
 	}
 	switch schema.Type {
 	case framework.TypeString:
@@ -116,7 +121,7 @@ func checkValue(schema *framework.FieldSchema, value any) (any, error) {
 			return nil, fmt.Errorf("must be a string, not %s", jsonType(value))
 		}
 		if strings.TrimSpace(text) == "" && !schema.Query {
-			return nil, fmt.Errorf("must not be empty: give it a value or leave it out")
+			return nil, errors.New("must not be empty: give it a value or leave it out")
 		}
 		return text, nil
 	case framework.TypeBool:
@@ -127,7 +132,7 @@ func checkValue(schema *framework.FieldSchema, value any) (any, error) {
 			return nil, fmt.Errorf("must be true or false, not %s", jsonType(value))
 		}
 		if strings.TrimSpace(text) == "" {
-			return nil, fmt.Errorf("must not be empty: write true or false")
+			return nil, errors.New("must not be empty: write true or false")
 		}
 		b, err := strconv.ParseBool(strings.TrimSpace(text))
 		if err != nil {
@@ -162,10 +167,10 @@ func checkSeconds(schema *framework.FieldSchema, value any) (int, error) {
 		shown = echoNumber(v.String())
 	case float64:
 		shown = strconv.FormatFloat(v, 'f', -1, 64)
-		if v != math.Trunc(v) || math.Abs(v) > math.MaxInt32 {
+		if v != math.Trunc(v) {
 			return 0, fmt.Errorf("is %.40s: write %s in whole seconds, %s", shown, kind, example)
 		}
-		value = int64(v)
+		value = int64(min(max(v, -math.MaxInt32), math.MaxInt32))
 	case int:
 		shown = strconv.Itoa(v)
 	case int64:
@@ -181,22 +186,24 @@ func checkSeconds(schema *framework.FieldSchema, value any) (int, error) {
 		return int(n), nil
 	}
 	d, err := parseutil.ParseDurationSecond(value)
-	whole := d.Truncate(1e9)
-	if err != nil || d != whole || math.Abs(d.Seconds()) > math.MaxInt32 {
+	if errors.Is(err, parseutil.ErrDurationMultiplicationOverflow) {
+		d, err = math.MaxInt32*time.Second, nil // longer than anything allowed, which the bounds will say
+	}
+	if err != nil || d != d.Truncate(time.Second) {
 		return 0, fmt.Errorf("is %s: write %s in whole seconds, %s", shown, kind, example)
 	}
 	if d < 0 {
 		return 0, fmt.Errorf("is %s, and a duration cannot be negative: write one %s", shown, example)
 	}
-	return int(whole.Seconds()), nil
+	return int(min(d/time.Second, math.MaxInt32)), nil
 }
 
-// echoNumber quotes what was written for a number, if it is short.
+// echoNumber quotes what was written for a number, if it can be nothing else.
 func echoNumber(s string) string {
-	if len(s) > 24 {
-		return "(not shown)"
+	if echoableNumber.MatchString(s) {
+		return strconv.Quote(s)
 	}
-	return strconv.Quote(s)
+	return echo(s)
 }
 
 // checkList reads a list of strings: comma-separated text, or a JSON array
@@ -226,7 +233,7 @@ func checkList(value any) ([]string, error) {
 		}
 	}
 	if len(list) == 0 {
-		return nil, fmt.Errorf("must not be empty: name at least one, or leave the field out")
+		return nil, errors.New("must not be empty: name at least one, or leave the field out")
 	}
 	return list, nil
 }
@@ -259,7 +266,7 @@ func checkName(s string, maxLen int) error {
 	}
 	for _, c := range s {
 		if unicode.IsSpace(c) || !unicode.IsPrint(c) || strings.ContainsRune("\"'`", c) || c == utf8.RuneError {
-			return fmt.Errorf("must not hold white space, quotes or control characters")
+			return errors.New("must not hold white space, quotes or control characters")
 		}
 	}
 	return nil

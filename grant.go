@@ -6,6 +6,7 @@ package cablesecrets
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
@@ -41,8 +42,16 @@ func without(all, taken []string) []string {
 	return slices.DeleteFunc(slices.Clone(all), func(s string) bool { return slices.Contains(taken, s) })
 }
 
-// nameSome quotes names for a message, with an end: a list can have 64 of 128
-// characters, or come from Cable.
+// nameAll quotes names for a message: those of a role, so at most maxScopes.
+func nameAll(names []string) string {
+	quoted := make([]string, len(names))
+	for i, n := range names {
+		quoted[i] = strconv.Quote(n)
+	}
+	return strings.Join(quoted, ", ")
+}
+
+// nameSome is nameAll with an end, for names that Cable sent.
 func nameSome(names []string) string {
 	const most = 10
 	quoted := make([]string, 0, most+1)

@@ -4,6 +4,7 @@
 package cablesecrets
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -32,9 +33,10 @@ const (
 )
 
 // lifeRequest is what the life to ask for is decided from, in seconds. Zero
-// means "not set" for requestTTL, roleTTL and roleMaxTTL, and "Vault could not
-// be asked" for the mount's.
+// means "not set" for roleTTL and roleMaxTTL, and "Vault could not be asked"
+// for the mount's; requestTTL counts where requested is true.
 type lifeRequest struct {
+	requested    bool
 	requestTTL   int64
 	roleTTL      int64
 	roleMaxTTL   int64
@@ -44,7 +46,7 @@ type lifeRequest struct {
 
 // errNoMountTTL means that Vault did not answer for the mount's lease settings;
 // the SDK reports that as zero.
-var errNoMountTTL = fmt.Errorf("asking Vault for the mount's lease settings: no answer")
+var errNoMountTTL = errors.New("asking Vault for the mount's lease settings: no answer")
 
 // decideAsk returns the life to ask Cable for, in seconds from minLife to
 // maxLife, and a warning for each cap that changed it. The error is a
@@ -66,7 +68,7 @@ func decideAsk(r lifeRequest) (ask int64, warnings []string, err error) {
 
 	var what string
 	switch {
-	case r.requestTTL != 0:
+	case r.requested:
 		ask, what = r.requestTTL, "the requested ttl"
 		if ask < minLife {
 			return 0, nil, refusal(fmt.Sprintf("ttl %ds is below Cable's minimum of %ds: ask for %ds to %ds", ask, minLife, minLife, ceiling))

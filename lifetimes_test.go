@@ -49,6 +49,7 @@ func TestDecideAsk(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
+			tt.in.requested = tt.in.requestTTL != 0
 			ask, warnings, err := decideAsk(tt.in)
 			if tt.refusal != "" {
 				var r refusal
@@ -86,6 +87,7 @@ func TestAskProperties(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		in := lifeRequest{
+			requested:    rapid.Bool().Draw(rt, "requested"),
 			requestTTL:   anySeconds(rt, "request"),
 			roleTTL:      max(0, anySeconds(rt, "role")),
 			roleMaxTTL:   max(0, anySeconds(rt, "roleMax")),
@@ -100,10 +102,10 @@ func TestAskProperties(t *testing.T) {
 			ceiling = min(ceiling, in.roleMaxTTL)
 		}
 		first := in.requestTTL
-		if first == 0 {
+		if !in.requested {
 			first = in.roleTTL
 		}
-		isDefault := first == 0
+		isDefault := !in.requested && first == 0
 		if isDefault {
 			first = min(3600, in.mountDefault)
 		}
@@ -117,7 +119,7 @@ func TestAskProperties(t *testing.T) {
 			}
 			return
 		// Protects the promise that a refusal comes exactly where the page says.
-		case ceiling < 300, in.requestTTL != 0 && in.requestTTL < 300:
+		case ceiling < 300, in.requested && in.requestTTL < 300:
 			if !errors.As(err, &r) {
 				rt.Fatalf("want a refusal, got %d %v", ask, err)
 			}

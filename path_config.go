@@ -17,6 +17,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 const (
@@ -115,7 +116,7 @@ func (c *configEntry) clientConfig() cable.Config {
 		Bearer:     c.AuthScheme == authSchemeBearer,
 		CACert:     c.CACert,
 		Timeout:    time.Duration(c.RequestTimeout) * time.Second,
-		UserAgent:  "vault-plugin-secrets-cable/" + Version(),
+		UserAgent:  "vault-plugin-secrets-cable/" + version.String(),
 	}
 }
 
@@ -219,8 +220,8 @@ func (b *backend) pathConfig() *framework.Path {
 		Pattern:      configStoragePath,
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "configuration"},
 		Fields:       fields,
-		// NOTE: no existence check. The framework would convert the fields for
-		// it, and print what it cannot convert.
+		// NOTE: no existence check, so that every write is an update: a policy
+		// that lets somebody create cannot let them have the key replaced.
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
 				Callback: b.pathConfigRead,
@@ -343,7 +344,7 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, d *fram
 		return nil, err
 	}
 	if verify && !bytes.Equal(before, verified) {
-		return nil, refusal("another request wrote config while verify_role was minting: nothing was stored by this one, read config and write again")
+		return nil, refusal("another request wrote config while verify_role was minting: nothing was stored by this one, read config and write again; " + resp.Warnings[0])
 	}
 	active, err := b.activate(next)
 	if err != nil {
@@ -351,6 +352,9 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, d *fram
 	}
 	if err := setConfig(ctx, req.Storage, next); err != nil {
 		b.reset() // whether it was stored is unknown: the next mint reads what is there
+		for _, w := range resp.Warnings {
+			b.Logger().Warn("config was not stored, but its verification minted", "detail", w, "request_id", req.ID)
+		}
 		return nil, err
 	}
 	b.replace(active)
@@ -403,7 +407,7 @@ func (b *backend) verifyConfig(ctx context.Context, req *logical.Request, cfg *c
 		return "", refusal(err.Error())
 	}
 	defer active.client.Close()
-	m, err := b.mint(ctx, req, active, mintRequest{name: name, role: role, ttl: minLife})
+	m, err := b.mint(ctx, req, active, mintRequest{name: name, role: role, hasTTL: true, ttl: minLife})
 	if err != nil {
 		return "", &verifyError{cause: err, role: name}
 	}

@@ -142,7 +142,10 @@ func TestConfigRefusals(t *testing.T) {
 		{map[string]any{"request_timeout": ""}, "request_timeout must not be empty"},
 		{map[string]any{"request_timeout": "soon"}, `request_timeout is "soon"`},
 		{map[string]any{"request_timeout": 1.5}, "whole seconds"},
-		{map[string]any{"request_timeout": 1e300}, "whole seconds"},
+		{map[string]any{"request_timeout": 1e300}, "request_timeout is 2147483647s: write 1s to 60s"},
+		{map[string]any{"request_timeout": key}, "request_timeout is (not shown)"},
+		{map[string]any{"verify_role": key}, "verify_role (not shown)"},
+		{map[string]any{"disabled": "rk_canary_0123456789"}, "not (not shown)"},
 		{map[string]any{"disabled": ""}, "disabled must not be empty"},
 		{map[string]any{"disabled": "yes"}, `disabled must be true or false, not "yes"`},
 		{map[string]any{"disabled": nil}, "disabled must not be null"},
@@ -274,7 +277,7 @@ func TestVerifyRoleLosesToAWrite(t *testing.T) {
 	<-arrived
 	m.write("config", map[string]any{"request_timeout": 33}) // not held up by the mint
 	close(proceed)
-	if err := <-done; err == nil || !strings.Contains(err.Error(), "another request wrote config") || strings.Contains(err.Error(), "status") {
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "another request wrote config") || !strings.Contains(err.Error(), "it lives until") || strings.Contains(err.Error(), "status") {
 		t.Errorf("the verified write answered %v", err)
 	}
 	if got := m.read("config"); got["request_timeout"] != 33 || got["token_url"] != m.sim.URL {

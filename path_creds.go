@@ -18,11 +18,15 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 )
 
+// refusedEvent is what operators watch the log for.
+const refusedEvent = "an answer of Cable was refused and its token dropped"
+
 // mintRequest is a role with what the caller narrowed it to.
 type mintRequest struct {
 	name   string
 	role   *roleEntry
-	ttl    int64    // seconds; 0 where the caller named none
+	hasTTL bool     // the caller named a ttl
+	ttl    int64    // in seconds
 	scopes []string // nil where the caller named none
 }
 
@@ -110,7 +114,7 @@ func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *fr
 	if role == nil {
 		return failed(noSuchRole(name))
 	}
-	active, err := b.getActive(ctx, req.Storage)
+	active, err := b.getClient(ctx, req.Storage)
 	if err != nil {
 		return nil, err
 	}
@@ -132,10 +136,7 @@ func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *fr
 func credsRequest(name string, role *roleEntry, d *framework.FieldData) (mintRequest, error) {
 	want := mintRequest{name: name, role: role}
 	if v, ok := d.GetOk("ttl"); ok {
-		want.ttl = int64(v.(int))
-		if want.ttl < minLife {
-			return want, refusal(fmt.Sprintf("ttl %ds is below Cable's minimum of %ds: ask for %ds to %ds", want.ttl, minLife, minLife, role.lifeCap()))
-		}
+		want.hasTTL, want.ttl = true, int64(v.(int))
 	}
 	if v, ok := d.GetOk("scopes"); ok {
 		scopes, err := normalizeScopes(v.([]string))
@@ -166,10 +167,15 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 		failure := &mintError{role: want.name, scheme: active.AuthScheme, cause: err}
 		var ce *cable.Error
 		if errors.As(err, &ce) {
+			say, event := log().Warn, "no token was minted"
 			if ce.MaybeMinted {
 				failure.maybeUntil = time.Now().Add(asked.Life).Unix()
+				event = "no token came, and one that nobody holds may live at Cable"
 			}
-			log().Warn("no token was minted", "outcome", ce.Kind.String(), "cable_status", ce.StatusCode, "detail", ce.Detail,
+			if ce.Kind == cable.InvalidAnswer {
+				say, event = log().Error, refusedEvent
+			}
+			say(event, "asked_scopes", asked.Scopes, "asked_seconds", int64(asked.Life/time.Second), "outcome", ce.Kind.String(), "cable_status", ce.StatusCode, "detail", ce.Detail,
 				"attempts", ce.Attempts, "maybe_minted", ce.MaybeMinted)
 		}
 		return nil, failure
@@ -184,18 +190,22 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 		})
 	}
 	if err != nil {
-		log().Error("a minted token was refused and dropped", "outcome", "refused", "detail", err.Error(),
+		log().Error(refusedEvent, "outcome", "refused", "detail", err.Error(),
 			"asked_scopes", asked.Scopes, "asked_seconds", int64(asked.Life/time.Second),
 			"granted_organization", nameSome([]string{token.OrganizationID}), "granted_scopes", nameSome(token.Scopes),
 			"expires_at", rfc3339(token.Expiry))
 		failure := &mintError{role: want.name, refused: err}
-		if token.Expiry > time.Now().Unix() {
+		clock := token.Date // Cable's, where it said so
+		if clock.IsZero() {
+			clock = token.ReceivedAt
+		}
+		if token.Expiry > clock.Unix() {
 			failure.maybeUntil = token.Expiry
 		}
 		return nil, failure
 	}
 	if len(missing) > 0 {
-		warnings = append(warnings, "Cable granted fewer scopes than were asked for; missing: "+nameSome(missing))
+		warnings = append(warnings, "Cable granted fewer scopes than were asked for; missing: "+nameAll(missing))
 	}
 	if asked := int64(asked.Life / time.Second); life > asked+longerGrant {
 		warnings = append(warnings, fmt.Sprintf("Cable granted %ds instead of the %ds that were asked for: the lease ends first, the token lives until %s", life, asked, rfc3339(token.Expiry)))
@@ -228,17 +238,18 @@ func resolveMint(cfg *configEntry, want mintRequest, mountMax, mountDefault func
 	}
 	if want.scopes != nil {
 		if outside := without(want.scopes, want.role.Scopes); len(outside) > 0 {
-			return asked, nil, refusal(fmt.Sprintf("scopes outside role %q: %s; it allows %s", want.name, nameSome(outside), nameSome(want.role.Scopes)))
+			return asked, nil, refusal(fmt.Sprintf("scopes outside role %q: %s; it allows %s", want.name, nameAll(outside), nameAll(want.role.Scopes)))
 		}
 		asked.Scopes = want.scopes
 	}
 	life := lifeRequest{
+		requested:  want.hasTTL,
 		requestTTL: want.ttl,
 		roleTTL:    want.role.TTL,
 		roleMaxTTL: want.role.MaxTTL,
 		mountMax:   mountMax(),
 	}
-	if life.requestTTL == 0 && life.roleTTL == 0 {
+	if !life.requested && life.roleTTL == 0 {
 		life.mountDefault = mountDefault()
 	}
 	ask, warnings, err := decideAsk(life)

@@ -99,6 +99,10 @@ func TestCredsNarrowing(t *testing.T) {
 	resp := m.ok(logical.ReadOperation, "creds/ci", map[string]any{"ttl": "3h"})
 	m.wantWarning(resp.Warnings, "the requested ttl of 10800s is above the role's max_ttl of 7200s")
 
+	for _, huge := range []any{1 << 40, "99999999999", 1e18, "2000000h", "9223372036854775807"} {
+		resp := m.ok(logical.ReadOperation, "creds/ci", map[string]any{"ttl": huge})
+		m.wantWarning(resp.Warnings, "is above the role's max_ttl of 7200s: capped at 7200s")
+	}
 	before := m.sim.CallCount()
 	for _, tt := range []struct {
 		data map[string]any
@@ -256,6 +260,11 @@ func TestCredsGrants(t *testing.T) {
 func TestRefusedGrantIsLogged(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
+	m.sim.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{Expiry: json.RawMessage(`"1999999999"`)}})
+	m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "a token that nobody holds may live at Cable until "+m.until(time.Hour))
+	if log := m.log.String(); !strings.Contains(log, refusedEvent) || !strings.Contains(log, `"@level":"error"`) || !strings.Contains(log, `"asked_seconds":3600`) {
+		t.Errorf("an answer that is refused as a whole is logged so: %s", log)
+	}
 	m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}})
 	m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "a token that nobody holds may live at Cable until "+m.until(time.Hour))
 	for _, part := range []string{`"@level":"error"`, `"role":"ci"`, "person:read", "everything:write", `"expires_at":"`, `"request_id":"req-1"`} {
@@ -321,6 +330,7 @@ func TestCredsErrors(t *testing.T) {
 		{"401", envelope(401), 400, []string{"cable answered 401", "auth_scheme=raw", "auth_scheme=bearer", "refresh_key"}, 1},
 		{"403", envelope(403), 400, []string{"cable answered 403", "roles/ci"}, 1},
 		{"404", envelope(404), 400, []string{"cable answered 404", "token_url"}, 1},
+		{"408", envelope(408), 502, []string{"cable answered 408", "may live at Cable until"}, 1},
 		{"409", envelope(409), 400, []string{"cable answered 409"}, 1},
 		{"429", envelope(429), 429, []string{"cable answered 429", "no request is sent for another 5s"}, 1},
 		{"500", envelope(500), 502, []string{"cable answered 500: cable says why", "may live at Cable until"}, 1},

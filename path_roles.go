@@ -295,7 +295,7 @@ func (b *backend) pathRolesRead(ctx context.Context, req *logical.Request, d *fr
 func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
 	if len(name) > maxRoleName {
-		return logical.ErrorResponse("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName), nil
+		return failed(refusal(fmt.Sprintf("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName)))
 	}
 	b.rolesMu.Lock()
 	defer b.rolesMu.Unlock()
@@ -370,7 +370,7 @@ func (b *backend) pathRolesListNames(ctx context.Context, req *logical.Request, 
 	if v, ok := d.GetOk("limit"); ok {
 		limit := v.(int)
 		if limit < 1 {
-			return logical.ErrorResponse("limit is %d: write 1 or more, or leave it out for all", limit), nil
+			return failed(refusal(fmt.Sprintf("limit is %d: write 1 or more, or leave it out for all", limit)))
 		}
 		names = names[:min(limit, len(names))]
 	}

@@ -12,7 +12,8 @@ children=()
 
 # stop_stack ends what this script has started, and nothing else.
 stop_stack() {
-  trap - EXIT INT TERM
+  trap '' INT TERM # a second Ctrl-C must not leave half of this undone
+  trap - EXIT
   local pid
   for ((i = ${#children[@]} - 1; i >= 0; i--)); do
     pid=${children[i]}

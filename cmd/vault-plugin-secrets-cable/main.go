@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/vault/sdk/plugin"
 
 	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 // commit is set at build, with -ldflags "-X main.commit=…".
@@ -33,12 +34,12 @@ func main() {
 // write to it. The arguments are never printed; they may hold anything.
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	if len(args) == 1 && (args[0] == "-version" || args[0] == "--version" || args[0] == "version") {
-		_, _ = fmt.Fprintf(stdout, "vault-plugin-secrets-cable %s, commit %s, %s\n", cablesecrets.Version(), revision(), runtime.Version())
+		_, _ = fmt.Fprintf(stdout, "vault-plugin-secrets-cable %s, commit %s, %s\n", version.String(), revision(), runtime.Version())
 		return 0
 	}
 	underVault := getenv(plugin.HandshakeConfig.MagicCookieKey) == plugin.HandshakeConfig.MagicCookieValue
 	if len(args) == 1 && (args[0] == "-h" || args[0] == "-help" || args[0] == "--help") {
-		_, _ = fmt.Fprintf(stdout, usage, cablesecrets.Version())
+		_, _ = fmt.Fprintf(stdout, usage, version.String())
 		return 0
 	}
 	if len(args) > 0 {
@@ -46,7 +47,7 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer) in
 		return 2
 	}
 	if !underVault {
-		_, _ = fmt.Fprintf(stderr, usage, cablesecrets.Version())
+		_, _ = fmt.Fprintf(stderr, usage, version.String())
 		return 1
 	}
 	logger := hclog.New(&hclog.LoggerOptions{

@@ -21,7 +21,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/hashicorp/vault/sdk/plugin"
 
-	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 // canary stands where a secret could be put by mistake.
@@ -146,14 +146,14 @@ func TestByHand(t *testing.T) {
 		status         int
 		stdout, stderr string // what it begins with; "" for nothing at all
 	}{
-		"no arguments":     {status: 1, stderr: "vault-plugin-secrets-cable " + cablesecrets.Version() + " is a secrets engine for HashiCorp Vault.\n"},
+		"no arguments":     {status: 1, stderr: "vault-plugin-secrets-cable " + version.String() + " is a secrets engine for HashiCorp Vault.\n"},
 		"unknown argument": {args: []string{canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but -version and -help"},
 		"unknown flag":     {args: []string{"-refresh-key=" + canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
 		"one too many":     {args: []string{"-version", canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
 		"under Vault":      {args: []string{canary}, underVault: true, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
-		"version":          {args: []string{"-version"}, stdout: "vault-plugin-secrets-cable " + cablesecrets.Version() + ", commit "},
-		"long version":     {args: []string{"--version"}, stdout: "vault-plugin-secrets-cable " + cablesecrets.Version() + ", commit "},
-		"help":             {args: []string{"-help"}, stdout: "vault-plugin-secrets-cable " + cablesecrets.Version() + " is a secrets engine for HashiCorp Vault.\n"},
+		"version":          {args: []string{"-version"}, stdout: "vault-plugin-secrets-cable " + version.String() + ", commit "},
+		"long version":     {args: []string{"--version"}, stdout: "vault-plugin-secrets-cable " + version.String() + ", commit "},
+		"help":             {args: []string{"-help"}, stdout: "vault-plugin-secrets-cable " + version.String() + " is a secrets engine for HashiCorp Vault.\n"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -1,7 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-package cablesecrets
+// Package version knows the version of this build.
+package version
 
 import (
 	"runtime/debug"
@@ -11,14 +12,14 @@ import (
 // release is the version that this source is, or will become.
 const release = "v0.1.0"
 
-// stamped is set at build, with -ldflags "-X …/vault-plugin-secrets-cable.stamped=v1.2.3".
+// stamped is set at build, with -ldflags "-X …/vault-plugin-secrets-cable/internal/version.stamped=v1.2.3".
 var stamped string
 
-// Version is the engine's version: canonical semantic version with a leading
+// String is the engine's version: canonical semantic version with a leading
 // v, as Vault wants it for a plugin's registration. It is what the build set,
 // else the module version that `go install …@v1.2.3` records, else the coming
 // release marked as a development build.
-func Version() string {
+func String() string {
 	if stamped != "" {
 		return stamped
 	}
