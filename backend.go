@@ -182,11 +182,12 @@ func (b *backend) getClient(ctx context.Context, s logical.Storage) (*activeConf
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.generation != generation {
-		return built, nil // the configuration was changed meanwhile: not kept
+		built.client.Close() // for this one request: the configuration was changed meanwhile
+		return built, nil
 	}
 	if b.current != nil {
-		built.client.Close()
-		return b.current, nil // another request built it meanwhile
+		built.client.Close() // another request built it meanwhile
+		return b.current, nil
 	}
 	b.setCurrentLocked(built)
 	return built, nil

@@ -76,8 +76,8 @@ func TestCableFails(t *testing.T) {
 		"409":      {fault: cabletest.Fault{Status: 409}, status: 400, calls: 1, want: "cable answered 409: Conflict"},
 		"429":      {fault: cabletest.Fault{Status: 429}, status: 429, calls: 1, retryAfter: "5", want: "cable answered 429: Too Many Requests; no request is sent for another 5s"},
 		"429 long": {fault: cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "70"}}, status: 429, calls: 1, retryAfter: "70", want: "cable answered 429: Too Many Requests; no request is sent for another 70s"},
-		"500":      {fault: cabletest.Fault{Status: 500}, status: 502, calls: 1, want: "cable answered 500: Internal Server Error"},
-		"502":      {fault: cabletest.Fault{Status: 502}, status: 502, calls: 1, want: "cable answered 502: Bad Gateway"},
+		"500":      {fault: cabletest.Fault{Status: 500}, status: 502, calls: 1, want: "cable answered 500: Internal Server Error" + maybe},
+		"502":      {fault: cabletest.Fault{Status: 502}, status: 502, calls: 1, want: "cable answered 502: Bad Gateway" + maybe},
 		"503":      {fault: cabletest.Fault{Status: 503}, status: 502, calls: 1, want: "cable answered 503: Service Unavailable"},
 		"503 repeated in vain": {
 			fault:  cabletest.Fault{Status: 503, Header: map[string]string{"Retry-After": "0"}},

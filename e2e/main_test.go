@@ -119,7 +119,7 @@ var prepare = sync.OnceValue(func() (err error) {
 	}
 	binary := filepath.Join(suite.plugins, pluginName)
 	if _, err := run("go", "build", "-o", binary,
-		"-ldflags", "-X github.com/cablesecrets/vault-plugin-secrets-cable.stamped="+pluginVersion,
+		"-ldflags", "-X github.com/cablesecrets/vault-plugin-secrets-cable/internal/version.stamped="+pluginVersion,
 		"../cmd/"+pluginName); err != nil {
 		return err
 	}

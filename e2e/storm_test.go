@@ -22,6 +22,7 @@ import (
 
 // sample is how one request went.
 type sample struct {
+	addr       string // of the server
 	start, end time.Time
 	status     int    // 0 where no answer came
 	lease      string // of a 200, as is
@@ -44,7 +45,7 @@ const readerTimeout = 20 * time.Second
 func (v *vaultServer) timed(r request) sample {
 	ctx, cancel := context.WithTimeout(context.Background(), readerTimeout)
 	defer cancel()
-	s := sample{start: time.Now()}
+	s := sample{addr: v.addr, start: time.Now()}
 	a, err := v.callContext(ctx, r)
 	s.end = time.Now()
 	switch {
@@ -67,7 +68,7 @@ type loop struct {
 }
 
 // startLoop begins to repeat do, which gets the number of the goroutine and of
-// the round. What fails on the way is not repeated at once.
+// the round. What nobody answers for is not repeated at once.
 func startLoop(t *testing.T, n int, do func(i, round int) sample) *loop {
 	l := new(loop)
 	for i := range n {
@@ -77,8 +78,8 @@ func startLoop(t *testing.T, n int, do func(i, round int) sample) *loop {
 				l.mu.Lock()
 				l.samples = append(l.samples, s)
 				l.mu.Unlock()
-				if s.status == 0 || s.status >= http.StatusInternalServerError {
-					time.Sleep(pollInterval / 2)
+				if duringChange(s) {
+					time.Sleep(pollInterval)
 				}
 			}
 		})
@@ -217,6 +218,10 @@ func TestStorm(t *testing.T) {
 		length  = 5 * time.Second
 		hang    = 1500 * time.Millisecond // of every 60th mint: at any time, of several
 		latency = 60 * time.Millisecond   // of the others: keeps the number of leases within reason
+
+		// leftOver is how long connections may stay after the storm: those
+		// that a replaced configuration left idle go after 30 s.
+		leftOver = 5 * time.Second
 	)
 	m := newMount(t, ownServer(t), nil)
 	sim, open := countedSimulator(t, &cabletest.Options{Default: cabletest.Fault{Delay: latency}})
@@ -273,45 +278,59 @@ func TestStorm(t *testing.T) {
 	took := time.Since(start)
 	stats := sim.Stats()
 
-	// What each status says. 500 is Vault's own answer to who had a request
-	// with a process that ended ("rpc error: code = Unavailable", "Canceled" or
-	// "plugin is shut down"); it is accepted around the kill only.
+	// Requests that were with the process when it ended, or came to it before
+	// Vault had started another, are Vault's to answer: with a 500 of its own
+	// ("rpc error: code = Unavailable" or "Canceled"), or by asking the new
+	// process once more.
+	//
+	// NOTE: for the latter each takes a lock in turn that waits for all mints
+	// under way (HandleRequest in Vault's builtin/plugin/v5/backend.go). Until
+	// the last of them has its answer, writes do wait for slow mints.
+	underWay, drained := 0, recovered
+	for _, s := range slices.Concat(read, wroteConfig, wroteRole) {
+		if s.overlaps(killed, recovered) && s.end.After(drained) {
+			drained = s.end
+		}
+	}
+	for _, s := range read {
+		if s.overlaps(killed, recovered) {
+			underWay++
+		}
+	}
 	promised := map[int][]string{
 		400: {`role \"app\" is disabled`},
-		429: {"no request is sent for another"},
-		502: {"Cable answered 500", "after the request was sent"},
+		502: {"cable answered 500", "the connection was closed before the answer was whole"},
 		504: {"the budget of 1s ran out"},
 	}
-	aroundKill := 0
 	for _, s := range read {
 		switch {
 		case s.status == 200:
 		case s.status == 500 && s.overlaps(killed, recovered) && strings.Contains(s.text, "rpc error"):
-			aroundKill++
 		case !slices.ContainsFunc(promised[s.status], func(text string) bool { return strings.Contains(s.text, text) }):
 			t.Errorf("%s after the start, %s after the kill: %s", s.start.Sub(start), s.end.Sub(killed), s)
 		}
 	}
 	for _, s := range slices.Concat(wroteConfig, wroteRole) {
-		if s.status != 204 && s.status != 200 && !(s.status == 500 && s.overlaps(killed, recovered)) {
+		aroundKill := s.status == 500 && s.overlaps(killed, recovered)
+		if s.status != 204 && s.status != 200 && !aroundKill {
 			t.Errorf("a write %s after the kill: %s", s.end.Sub(killed), s)
 		}
 	}
 	counts := byStatus(read)
-	for _, status := range []int{200, 400, 502, 504} {
+	for _, status := range []int{200, 400, 502} {
 		if counts[status] == 0 {
 			t.Errorf("no read was answered with %d: %v", status, counts)
 		}
 	}
-	median, most := durations(wroteConfig)
-	calm := slices.DeleteFunc(slices.Clone(wroteConfig), func(s sample) bool { return s.overlaps(killed, recovered) })
-	_, mostCalm := durations(calm)
-	t.Logf("%d reads in %s: %v, of which 500 around the kill: %d; a token again %s after the kill",
-		len(read), took.Round(time.Millisecond), counts, aroundKill, recovered.Sub(killed).Round(time.Millisecond))
-	t.Logf("%d writes of config (median %s, most %s, %s but for the kill), %d of the role; %d mints hung for %s",
-		len(wroteConfig), median, most, mostCalm, len(wroteRole), stats.Calls/60, hang)
-	if len(wroteConfig) < 10 || median > hang/4 || mostCalm >= hang {
-		t.Errorf("writes of config are held up: %d, median %s, most %s", len(wroteConfig), median, mostCalm)
+	_, most := durations(wroteConfig)
+	calm := slices.DeleteFunc(slices.Clone(wroteConfig), func(s sample) bool { return s.overlaps(killed, drained) })
+	median, mostCalm := durations(calm)
+	t.Logf("%d reads in %s: %v; a token again %s after the kill, the last of %d reads around it was answered after %s",
+		len(read), milliseconds(took), counts, milliseconds(recovered.Sub(killed)), underWay, milliseconds(drained.Sub(killed)))
+	t.Logf("%d writes of config, of which the longest took %s; but for the kill %d, median %s, longest %s; %d writes of the role; some %d mints hung for %s",
+		len(wroteConfig), milliseconds(most), len(calm), milliseconds(median), milliseconds(mostCalm), len(wroteRole), stats.Calls/60, hang)
+	if len(calm) < 10 || median > hang/4 || mostCalm >= hang {
+		t.Errorf("writes of config are held up: %d, median %s, longest %s", len(calm), median, mostCalm)
 	}
 
 	leases, _ := handedOut(t, read)
@@ -320,20 +339,22 @@ func TestStorm(t *testing.T) {
 		t.Errorf("%d tokens were handed out without a lease", n)
 	}
 	t.Logf("simulator: %+v; %d leases", stats, len(held))
-	if lost := stats.Minted - len(leases); lost > stats.ByStatus[0]+aroundKill {
-		t.Errorf("%d tokens that nobody holds, but Cable's resets and the kill account for %d", lost, stats.ByStatus[0]+aroundKill)
+	if lost := stats.Minted - len(leases); lost > stats.ByStatus[0]+underWay {
+		t.Errorf("%d tokens that nobody holds, but Cable's resets and the kill account for %d", lost, stats.ByStatus[0]+underWay)
 	}
 
 	after := m.pluginProcesses(t)
 	if len(after) != 1 || after[0] == before[0] {
 		t.Fatalf("processes %v, before the kill %v", after, before)
 	}
-	t.Logf("connections open now: %d, file descriptors: %d", open(), openFiles(t, after[0]))
+	t.Logf("connections open: %d, file descriptors: %d, before the storm: %d", open(), openFiles(t, after[0]), filesBefore)
 	sim.ClearFaults()
 	m.ok(t, "POST", m.path+"/roles/app", map[string]any{"disabled": false})
 	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "20s"}) // begins with new connections
 	m.read(t)
-	waitFor(t, 10*time.Second, "left-over connections and file descriptors are closed", func() bool {
+	quiet := time.Now()
+	waitFor(t, leftOver, "left-over connections and file descriptors are closed", func() bool {
 		return open() <= 1 && openFiles(t, after[0]) <= filesBefore
 	})
+	t.Logf("no connection and no file descriptor is left over %s later", time.Since(quiet).Round(time.Millisecond))
 }

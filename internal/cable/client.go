@@ -17,6 +17,7 @@ import (
 	"net/http/httptrace"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -47,6 +48,8 @@ const (
 	dialTimeout    = 10 * time.Second
 	repeatDelay    = 100 * time.Millisecond // before the first repeat, doubled for the second; jitter doubles it at most
 	idleConnsKept  = 256                    // per host: more than the concurrent mints of a busy mount
+	pingDelay      = 10 * time.Second       // without a frame, before an HTTP/2 connection is asked for a sign of life:
+	pingTimeout    = 5 * time.Second        // requests would be put on a dead one for minutes
 	idleConnExpiry = 30 * time.Second       // below the 60 s after which common load balancers drop one
 )
 
@@ -96,6 +99,7 @@ type Client struct {
 	hold      *Hold
 	http      *retryablehttp.Client
 	transport *http.Transport
+	closed    *atomic.Bool
 }
 
 // TokenRequest is what to ask for.
@@ -166,6 +170,7 @@ func New(cfg Config) (*Client, error) {
 		timeout:   cfg.Timeout,
 		redactor:  newRedactor(cfg.RefreshKey),
 		hold:      cfg.Hold,
+		closed:    new(atomic.Bool),
 	}
 	if cfg.Bearer {
 		c.auth = NewSecret("Bearer " + cfg.RefreshKey.Reveal())
@@ -176,16 +181,17 @@ func New(cfg Config) (*Client, error) {
 	if c.hold == nil {
 		c.hold = new(Hold)
 	}
-	dialer := &net.Dialer{Timeout: dialTimeout}
+	dialer, proxy := &net.Dialer{Timeout: dialTimeout}, http.ProxyFromEnvironment
 	if u.Scheme == "http" {
-		dialer.Control = onlyLoopback
+		dialer.Control, proxy = onlyLoopback, nil // a proxy would read the key
 	}
 	c.transport = &http.Transport{
-		Proxy:                  http.ProxyFromEnvironment,
+		Proxy:                  proxy,
 		DialContext:            dialer.DialContext,
 		TLSClientConfig:        tlsConfig,
 		TLSHandshakeTimeout:    dialTimeout,
 		ForceAttemptHTTP2:      true,
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingDelay, PingTimeout: pingTimeout},
 		MaxIdleConnsPerHost:    idleConnsKept, // Go's default of 2 makes most concurrent calls reconnect
 		IdleConnTimeout:        idleConnExpiry,
 		MaxResponseHeaderBytes: maxHeader,
@@ -205,7 +211,7 @@ func New(cfg Config) (*Client, error) {
 		RetryMax:     maxRepeats,
 		CheckRetry:   checkRepeat,
 		Backoff:      func(_, _ time.Duration, n int, resp *http.Response) time.Duration { return repeatWait(n, resp) },
-		PrepareRetry: func(*http.Request) error { return c.stillHeld() },
+		PrepareRetry: func(req *http.Request) error { return c.hold.enter(req.Context()) }, // a 429 may have come to others meanwhile
 		ErrorHandler: retryablehttp.PassthroughErrorHandler,
 	}
 	return c, nil
@@ -236,8 +242,21 @@ func CheckURL(raw string) (*url.URL, error) {
 		return nil, errors.New("token_url names a port that is not a number from 1 to 65535")
 	case u.Scheme == "http" && !isLoopback(u.Hostname()):
 		return nil, fmt.Errorf("token_url uses plain http for the host %.100q: only a loopback host (localhost, 127.0.0.0/8, [::1]) may go without https", u.Hostname())
+	case !validHost(u.Hostname()):
+		return nil, errors.New("token_url names a host that holds something other than letters, digits, dots, hyphens and underscores: write an international name in its xn-- form")
 	}
 	return u, nil
+}
+
+// validHost reports whether host is an address or a name as it is looked up:
+// one that is read as it is called, by whoever checks the configuration.
+func validHost(host string) bool {
+	if _, err := netip.ParseAddr(host); err == nil {
+		return true
+	}
+	return !strings.ContainsFunc(host, func(c rune) bool {
+		return (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && !strings.ContainsRune("-._", c)
+	})
 }
 
 // validPort reports whether u names no port, or one that can be dialled.
@@ -275,12 +294,21 @@ func onlyLoopback(_, address string, _ syscall.RawConn) error {
 // URL.
 func (c *Client) Hold() *Hold { return c.hold }
 
-// Close lets go of the idle connections. Requests under way end as they would.
-func (c *Client) Close() { c.transport.CloseIdleConnections() }
+// Close lets go of the idle connections. Requests under way, and later ones,
+// end as they would, and let go of theirs.
+func (c *Client) Close() {
+	c.closed.Store(true)
+	c.transport.CloseIdleConnections()
+}
 
 // RequestToken asks Cable for an access token, and returns it or an *Error. It
 // takes at most the client's Timeout, and ends when ctx does.
 func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, error) {
+	defer func() { // after the body is closed, which is when a connection becomes idle
+		if c.closed.Load() {
+			c.transport.CloseIdleConnections()
+		}
+	}()
 	body, err := json.Marshal(requestBody{
 		ExpirySeconds: int64(tr.Life / time.Second),
 		Scopes:        scopesBody{OrganizationID: tr.OrganizationID, Scopes: tr.Scopes},
@@ -339,7 +367,7 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 	if resp.StatusCode != http.StatusOK {
 		return nil, c.answered(resp, raw, ex)
 	}
-	token, err := c.decode(raw)
+	token, err := c.decode(raw, tr)
 	if err != nil {
 		return nil, &Error{Kind: InvalidAnswer, StatusCode: resp.StatusCode, Detail: err.Error(), MaybeMinted: true, Attempts: ex.attempts}
 	}
@@ -390,7 +418,7 @@ func (t *answerToken) UnmarshalJSON(raw []byte) error {
 
 // decode reads the body of a 200. Its errors hold none of the body but the
 // words of an error envelope.
-func (c *Client) decode(raw []byte) (*Token, error) {
+func (c *Client) decode(raw []byte, asked TokenRequest) (*Token, error) {
 	if len(raw) > maxAnswer {
 		return nil, fmt.Errorf("it is larger than %d bytes", maxAnswer)
 	}
@@ -421,24 +449,27 @@ func (c *Client) decode(raw []byte) (*Token, error) {
 		return nil, errors.New("its expiry is not a whole number of seconds")
 	}
 	if expiry <= 0 || expiry > maxExpiry {
-		return nil, fmt.Errorf("its expiry %d is not a Unix time in seconds", expiry)
+		return nil, fmt.Errorf("its expiry %s is not a Unix time in seconds", c.redactor.clean(string(a.Expiry)))
 	}
 	t := &Token{
 		Value:            a.Token.Secret,
 		Expiry:           expiry,
 		OrganizationID:   a.OrganizationID,
-		OrganizationName: a.OrganizationName,
+		OrganizationName: c.redactor.clean(a.OrganizationName),
 	}
 	if a.Scopes != nil {
 		t.ScopesOrganizationID = a.Scopes.OrganizationID
 		t.Scopes = a.Scopes.Scopes
 	}
 	// NOTE: a server that echoes its request would have the key handed out as
-	// a token, or as an organization's name.
-	for _, s := range append([]string{t.Value.Reveal(), t.OrganizationID, t.OrganizationName, t.ScopesOrganizationID}, t.Scopes...) {
-		if c.redactor.contains(s) {
-			return nil, errors.New("it repeats the refresh key: check that token_url is Cable's")
-		}
+	// a token, or as an organization's name. What was asked for may stand in
+	// the key: some keys name their organization.
+	echo := c.redactor.repeats(t.Value.Reveal()) || c.redactor.repeats(a.OrganizationName)
+	for _, s := range append([]string{t.OrganizationID, t.ScopesOrganizationID}, t.Scopes...) {
+		echo = echo || s != asked.OrganizationID && !slices.Contains(asked.Scopes, s) && c.redactor.contains(s)
+	}
+	if echo {
+		return nil, errors.New("it repeats the refresh key: check that token_url is Cable's")
 	}
 	return t, nil
 }
@@ -507,17 +538,9 @@ func (c *Client) failure(caller, ctx context.Context, ex *exchange, err error) *
 	return e
 }
 
-// stillHeld stops a repeat that a later 429 has forbidden meanwhile.
-func (c *Client) stillHeld() error {
-	if left := c.hold.Remaining(); left > 0 {
-		return &Error{Kind: Held, RetryAfter: left}
-	}
-	return nil
-}
-
-// certPool returns the system's roots and those of text, which must be PEM
-// certificates and nothing else: a private key pasted along would be shown to
-// everyone who may read the configuration.
+// certPool returns the system's roots and those of text, whose PEM blocks must
+// be certificates: a private key pasted along would be shown to everyone who
+// may read the configuration.
 func certPool(text string) (*x509.CertPool, error) {
 	pool, err := x509.SystemCertPool()
 	if err != nil {
@@ -559,6 +582,8 @@ type exchangeKey struct{}
 func (ex *exchange) trace(ctx context.Context) context.Context {
 	ctx = context.WithValue(ctx, exchangeKey{}, ex)
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		// net/http looks for another connection only if nothing went out on one.
+		GetConn: func(string) { ex.out.Store(false) },
 		GotConn: func(httptrace.GotConnInfo) { ex.out.Store(true) },
 	})
 }
@@ -591,9 +616,9 @@ func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 		// Nobody follows it, but http.Client would fail on one it cannot read.
 		resp.Header.Del("Location")
 		ex.out.Store(false)
-	case status >= 400 && status < 500 || status == http.StatusServiceUnavailable:
-		// NOTE: any other 5xx does not say that nothing was minted: it may be the
-		// word of a gateway that lost the answer.
+	case status >= 400 && status < 500 && status != http.StatusRequestTimeout || status == http.StatusServiceUnavailable:
+		// NOTE: a 408 or another 5xx does not say that nothing was minted: it may
+		// be the word of a gateway that lost the answer.
 		ex.out.Store(false)
 		ex.refused = status
 	}
@@ -616,13 +641,20 @@ func checkRepeat(ctx context.Context, resp *http.Response, err error) (bool, err
 	if ctx.Err() != nil {
 		return false, ctx.Err()
 	}
+	ex, ok := ctx.Value(exchangeKey{}).(*exchange)
+	var wait time.Duration
 	if err != nil {
-		ex, _ := ctx.Value(exchangeKey{}).(*exchange)
-		return ex != nil && !ex.out.Load() && !isCertificateError(err) && !errors.Is(err, errNotLoopback), nil
+		ok = ok && !ex.out.Load() && !isCertificateError(err) && !errors.Is(err, errNotLoopback)
+	} else if ok {
+		wait, ok = retryAfter(resp)
 	}
-	wait, ok := retryAfter(resp)
+	if !ok {
+		return false, nil
+	}
+	// What repeatWait says can be longer by this: a wait that ran into the end of
+	// the budget would hide what Cable had answered.
 	deadline, bounded := ctx.Deadline()
-	return ok && (!bounded || wait+2*repeatDelay < time.Until(deadline)), nil
+	return !bounded || wait+repeatDelay<<ex.attempts < time.Until(deadline), nil
 }
 
 // repeatWait is the time before repeat n (0, 1): what Cable named, else a short

@@ -450,6 +450,7 @@ func TestCheckURL(t *testing.T) {
 		query    = "token_url must not hold a query or a fragment"
 		port     = "token_url names a port that is not a number from 1 to 65535"
 		loopback = "token_url uses plain http for the host"
+		host     = "token_url names a host that holds something other than letters"
 	)
 	for raw, want := range map[string]string{
 		cable.DefaultTokenURL:                      "",
@@ -498,6 +499,17 @@ func TestCheckURL(t *testing.T) {
 		"https://api.cable.tech/\x00":              white,
 		"https://api.cable.tech\t/":                white,
 		`https://api.cable.tech\@evil.example/`:    white,
+		"https://xn--e1aybc.example/":              "",
+		"https://cable_api.internal/":              "",
+		"https://[fe80::1%25eth0]/":                "",
+		"https://арi.cable.tech/":                  host, // Cyrillic
+		"https://api.cable.tech;evil.example/":     host,
+		"https://api.cable.tech,evil.example/":     host,
+		"https://api.cable.tech\"/":                host,
+		"https://api.cable.tech&evil.example/":     host,
+		"https://evil.example⁄api.cable.tech/":     host,
+		"https://api%E2%80%A4cable.tech/":          host,
+		"http://localhoſt/":                        host, // folds to an s
 		"http://api.cable.tech/":                   loopback,
 		"http://10.0.0.1/":                         loopback,
 		"http://0.0.0.0/":                          loopback,

@@ -13,7 +13,7 @@
 //     revoke, so any other repeat could leave a live token that nobody holds.
 //   - After a 429 nobody is called until the time that Cable named; see [Hold].
 //   - Nothing is believed before it was read whole, within a bound, and decoded
-//     strictly. Redirects are not followed: the refresh key goes to one host.
+//     by the documented types. Redirects are not followed: the refresh key goes to one host.
 //   - No error, no formatted value and no JSON of a type of this package holds
 //     the refresh key or an access token; see [Secret] and [Error].
 //

@@ -5,7 +5,12 @@ package cable
 
 import (
 	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"html"
 	"net/url"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -23,77 +28,116 @@ const (
 )
 
 // redactor finds a secret, or a part of one, in text that another party wrote.
-type redactor struct {
-	short   []string            // spellings that are shorter than a window
+//
+// NOTE: what it knows sits behind a func on purpose: fmt prints the address of
+// one for every verb, but looks behind a pointer to a struct for some.
+type redactor struct{ known func() *spellings }
+
+// spellings are a secret as it is and as servers like to echo it.
+type spellings struct {
+	whole   []string            // each of them
+	short   []string            // those that are shorter than a window
 	windows map[string]struct{} // each run of redactWindow bytes of the others
-	begins  *[1 << 16]bool      // the first two bytes of each window: most text is passed over by these
+	begins  [1 << 16]bool       // the first two bytes of each window: most text is passed over by these
 }
 
-// newRedactor knows the secret as it is and as servers like to echo it: in
-// URL encoding and in base64.
+// newRedactor knows the secret as it is, in URL, HTML and hexadecimal encoding,
+// quoted, and in base64 of a text that it stands in.
 func newRedactor(secret Secret) redactor {
 	key := secret.Reveal()
+	k := &spellings{windows: make(map[string]struct{})}
+	r := redactor{func() *spellings { return k }}
 	if key == "" {
-		return redactor{}
+		return r
 	}
-	r := redactor{windows: make(map[string]struct{}), begins: new([1 << 16]bool)}
-	for _, s := range []string{
-		key, url.QueryEscape(key), url.PathEscape(key),
-		base64.RawStdEncoding.EncodeToString([]byte(key)),
-		base64.RawURLEncoding.EncodeToString([]byte(key)),
-	} {
+	inHex := hex.EncodeToString([]byte(key))
+	quoted := strconv.Quote(key)
+	inJSON, _ := json.Marshal(key) // a string always marshals
+	all := append(base64Runs(key), key, html.EscapeString(key), inHex, strings.ToUpper(inHex), quoted[1:len(quoted)-1], string(inJSON[1:len(inJSON)-1]))
+	for _, s := range []string{url.QueryEscape(key), url.PathEscape(key)} {
+		all = append(all, s, percents.ReplaceAllStringFunc(s, strings.ToLower))
+	}
+	slices.Sort(all)
+	for _, s := range slices.Compact(all) {
+		if len(s) < len(key) {
+			continue // a run of a short key's base64
+		}
+		k.whole = append(k.whole, s)
 		if len(s) < redactWindow {
-			r.short = append(r.short, s)
+			k.short = append(k.short, s)
 		}
 		for i := 0; i+redactWindow <= len(s); i++ {
-			r.windows[s[i:i+redactWindow]] = struct{}{}
-			r.begins[pair(s, i)] = true
+			k.windows[s[i:i+redactWindow]] = struct{}{}
+			k.begins[pair(s, i)] = true
 		}
 	}
 	return r
+}
+
+// percents matches what URL encoding makes of a byte: some write it in lower
+// case.
+var percents = regexp.MustCompile(`%[0-9A-F]{2}`)
+
+// base64Runs returns what of a text's base64 depends on the key alone, for each
+// place in the text where the key can begin: three bytes make four characters.
+func base64Runs(key string) []string {
+	var runs []string
+	for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
+		for before := range 3 {
+			s := enc.EncodeToString([]byte(strings.Repeat("\x00", before) + key))
+			s = s[min(len(s), (before*8+5)/6):]
+			runs = append(runs, s)
+			if (before+len(key))%3 != 0 && s != "" {
+				runs = append(runs, s[:len(s)-1]) // the last one holds bits of what follows, too
+			}
+		}
+	}
+	return runs
 }
 
 // pair is the two bytes of s at i, as an index.
 func pair(s string, i int) uint16 { return uint16(s[i])<<8 | uint16(s[i+1]) }
 
 // at reports whether a part of the secret, a window long, stands in s at i.
-func (r redactor) at(s string, i int) bool {
-	if r.begins == nil || i+redactWindow > len(s) || !r.begins[pair(s, i)] {
+func (k *spellings) at(s string, i int) bool {
+	if i+redactWindow > len(s) || !k.begins[pair(s, i)] {
 		return false
 	}
-	_, hit := r.windows[s[i:i+redactWindow]]
+	_, hit := k.windows[s[i:i+redactWindow]]
 	return hit
 }
 
 // contains reports whether s holds the secret, or a part of it.
-func (r redactor) contains(s string) bool {
-	for _, short := range r.short {
-		if strings.Contains(s, short) {
-			return true
-		}
-	}
-	for i := range len(s) {
-		if r.at(s, i) {
-			return true
-		}
-	}
-	return false
+func (r redactor) contains(s string) bool { return r.redact(s) != s }
+
+// repeats reports whether s, a token, is the secret in disguise: holds it
+// whole, or is a part of it.
+//
+// NOTE: a part that both hold says nothing. Both may be JWTs of one issuer, and
+// begin alike.
+func (r redactor) repeats(s string) bool {
+	return slices.ContainsFunc(r.known().whole, func(w string) bool {
+		return s == w || len(w) >= redactWindow && strings.Contains(s, w) || len(s) >= redactWindow && strings.Contains(w, s)
+	})
 }
 
 // redact replaces each part of s that is a part of the secret.
 func (r redactor) redact(s string) string {
-	for _, short := range r.short {
-		s = strings.ReplaceAll(s, short, redacted)
-	}
+	k := r.known()
 	var out strings.Builder
 	kept := 0 // s[:kept] is written or redacted
 	for i := 0; i < len(s); i++ {
-		if !r.at(s, i) {
-			continue
-		}
-		end := i + redactWindow
-		for next := i + 1; r.at(s, next); next++ {
+		end := i
+		for next := i; next <= end && k.at(s, next); next++ {
 			end = next + redactWindow
+		}
+		for _, short := range k.short {
+			if strings.HasPrefix(s[i:], short) {
+				end = max(end, i+len(short))
+			}
+		}
+		if end == i {
+			continue
 		}
 		out.WriteString(s[kept:i])
 		out.WriteString(redacted)

@@ -93,7 +93,7 @@ func TestNothingPrintsSecrets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, answer := client.decode([]byte(`{"token":"` + testKey + `","expiry":1}`))
+	_, answer := client.decode([]byte(`{"token":"`+testKey+`","expiry":1}`), ask())
 	token := Token{Value: secret}
 	type nested struct {
 		hidden  Secret
@@ -103,7 +103,7 @@ func TestNothingPrintsSecrets(t *testing.T) {
 		answers answerBody
 	}
 	for _, v := range []any{
-		secret, &secret, Config{RefreshKey: secret}, &Config{RefreshKey: secret}, client, *client, token, &token, //nolint:govet // copied to be printed
+		secret, &secret, Config{RefreshKey: secret}, &Config{RefreshKey: secret}, client, *client, token, &token,
 		answerBody{Token: answerToken{secret}}, &answerBody{Token: answerToken{secret}}, answerToken{secret},
 		&Error{Kind: Answered, StatusCode: 400, Detail: client.redactor.clean(testKey)}, answer,
 		nested{secret, Config{RefreshKey: secret}, client, &token, answerBody{Token: answerToken{secret}}},

@@ -53,7 +53,7 @@ func diffError(t testing.TB, want cable.Error, got *cable.Error) {
 
 // TestFaults pins, for each way in which Cable can misbehave, the error, how
 // often Cable was called and how many tokens that left: only what cannot have
-// minted is repeated.
+// minted is repeated. See also TestRepeats.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	after := func(value string) map[string]string { return map[string]string{"Retry-After": value} }
@@ -89,8 +89,8 @@ func TestFaults(t *testing.T) {
 		{"8 MiB", cabletest.Fault{BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
 		{"8 MiB of an error", cabletest.Fault{Status: 400, BodySize: 8 << 20}, cable.Error{Kind: cable.Answered, StatusCode: 400, Attempts: 1}, 0},
 		{"8 MiB of JSON", cabletest.Fault{Body: `{"token":"`, BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
-		{"gzip bomb", cabletest.Fault{BodySize: 16 << 20, Gzip: true}, invalid("it is not a JSON object of the documented shape"), 1},
-		{"gzip bomb of an error", cabletest.Fault{Status: 400, BodySize: 16 << 20, Gzip: true}, cable.Error{Kind: cable.Answered, StatusCode: 400, Attempts: 1}, 0},
+		{"gzip bomb", cabletest.Fault{BodySize: 2 << 20, Gzip: true}, invalid("it is not a JSON object of the documented shape"), 1},
+		{"gzip bomb of an error", cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true}, cable.Error{Kind: cable.Answered, StatusCode: 400, Attempts: 1}, 0},
 		{"HTML", cabletest.Fault{Body: "<html>sign in</html>", Header: map[string]string{"Content-Type": "text/html"}}, invalid("it is not a JSON object of the documented shape"), 1},
 		{"HTML of an error", cabletest.Fault{Status: 403, Body: "<html>blocked</html>", Header: map[string]string{"Content-Type": "text/html"}}, cable.Error{Kind: cable.Answered, StatusCode: 403, Attempts: 1}, 0},
 		{"empty", cabletest.Fault{Status: 200, Body: " "}, invalid("it is not a JSON object of the documented shape"), 0},
@@ -127,7 +127,7 @@ func TestFaults(t *testing.T) {
 		{"401", cabletest.Fault{Status: 401}, answered(401, 1), 0},
 		{"403", cabletest.Fault{Status: 403}, answered(403, 1), 0},
 		{"404", cabletest.Fault{Status: 404}, answered(404, 1), 0},
-		{"408", cabletest.Fault{Status: 408, Header: after("0")}, answered(408, 1), 0},
+		{"408", cabletest.Fault{Status: 408, Header: after("0")}, maybe(answered(408, 1)), 0},
 		{"425", cabletest.Fault{Status: 425, Header: after("0")}, answered(425, 1), 0},
 		// Whoever answers these need not know what became of the request.
 		{"500", cabletest.Fault{Status: 500, Header: after("0")}, maybe(answered(500, 1)), 0},
@@ -135,7 +135,6 @@ func TestFaults(t *testing.T) {
 		{"504", cabletest.Fault{Status: 504, Header: after("0")}, maybe(answered(504, 1)), 0},
 
 		{"429", cabletest.Fault{Status: 429}, answered(429, 1), 0},
-		{"429, now", cabletest.Fault{Status: 429, Header: after("0")}, answered(429, 3), 0},
 		{"429, now and hanging", cabletest.Fault{Status: 429, Header: after("0"), Stall: time.Hour}, cable.Error{Kind: cable.TimedOut, Detail: "the budget of 1s ran out after cable answered 429", Attempts: 1}, 0},
 		{"429, in a minute", cabletest.Fault{Status: 429, Header: after("60")}, answered(429, 1), 0},
 		{"429, at the budget's end", cabletest.Fault{Status: 429, Header: after("1")}, answered(429, 1), 0},
@@ -144,8 +143,6 @@ func TestFaults(t *testing.T) {
 		{"429, a fraction", cabletest.Fault{Status: 429, Header: after("0.5")}, answered(429, 1), 0},
 		{"429, beyond int64", cabletest.Fault{Status: 429, Header: after("99999999999999999999")}, answered(429, 1), 0},
 		{"429, int64", cabletest.Fault{Status: 429, Header: after("9223372036854775807")}, answered(429, 1), 0},
-		{"429, dated now", cabletest.Fault{Status: 429, Header: dated("Sun, 31 Mar 2024 23:00:00 GMT")}, answered(429, 3), 0},
-		{"429, dated past", cabletest.Fault{Status: 429, Header: dated("Sat, 30 Mar 2024 23:00:00 GMT")}, answered(429, 3), 0},
 		{"429, dated in a minute", cabletest.Fault{Status: 429, Header: dated("Sun, 31 Mar 2024 23:01:00 GMT")}, answered(429, 1), 0},
 		{"429, dated in the year 9999", cabletest.Fault{Status: 429, Header: dated("Fri, 31 Dec 9999 23:59:59 GMT")}, answered(429, 1), 0},
 		{"503", cabletest.Fault{Status: 503}, answered(503, 1), 0},
@@ -182,33 +179,24 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestRepeatsThatSucceed pins that what is repeated ends well where Cable comes
-// to its senses, with one token minted.
-func TestRepeatsThatSucceed(t *testing.T) {
+// TestRepeatOverNetwork pins that what is repeated ends well where Cable comes
+// to its senses. The rest of it needs no network: see TestRepeats.
+func TestRepeatOverNetwork(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{429, 503} {
-		for times := 1; times <= 2; times++ {
-			t.Run(fmt.Sprintf("%d of %d", times, status), func(t *testing.T) {
-				t.Parallel()
-				srv := cabletest.NewServer(t, nil)
-				srv.SetFault(cabletest.Fault{Status: status, Times: times, Header: map[string]string{"Retry-After": "0"}})
-				if got := mints(t, newClient(t, srv, cable.Config{})); got.Attempts != times+1 {
-					t.Errorf("%d attempts, want %d", got.Attempts, times+1)
-				}
-				sees(t, srv, times+1, 1)
-			})
-		}
+		t.Run(fmt.Sprint(status), func(t *testing.T) {
+			t.Parallel()
+			srv := cabletest.NewServer(t, nil)
+			srv.SetFault(cabletest.Fault{Status: status, Times: 1, Header: map[string]string{"Retry-After": "0"}})
+			if got := mints(t, newClient(t, srv, cable.Config{})); got.Attempts != 2 {
+				t.Errorf("%d attempts, want 2", got.Attempts)
+			}
+			sees(t, srv, 2, 1)
+			if n := srv.Connections(); n != 1 {
+				t.Errorf("%d connections, want 1", n)
+			}
+		})
 	}
-	t.Run("after the second that was named", func(t *testing.T) {
-		t.Parallel()
-		srv := cabletest.NewServer(t, nil)
-		srv.SetFault(cabletest.Fault{Status: 503, Times: 1, Header: map[string]string{"Retry-After": "1"}})
-		mints(t, newClient(t, srv, cable.Config{}))
-		calls := srv.Calls()
-		if wait := calls[1].Time.Sub(calls[0].Time); wait < time.Second {
-			t.Errorf("repeated after %s", wait)
-		}
-	})
 }
 
 // TestRefusedConnection pins the one failure without an answer that is

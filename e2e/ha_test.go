@@ -1,0 +1,611 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// clusterSize is the least number of nodes that lets one fail.
+const clusterSize = 3
+
+// cluster is some Vault servers on integrated storage that share one unseal
+// key, with the engine mounted and a Cable of its own.
+type cluster struct {
+	dir       string
+	nodes     [clusterSize]atomic.Pointer[vaultServer] // a node that is started again is another server
+	ports     [clusterSize]int                         // between the nodes, the same for ever
+	key, root string
+	path      string // of the mount
+	sim       *cabletest.Server
+}
+
+// node returns a node as it runs now.
+func (c *cluster) node(i int) *vaultServer { return c.nodes[i%clusterSize].Load() }
+
+// startCluster starts the nodes, joins them, registers the plugin once and
+// mounts it. At the end of the test the nodes are stopped and what they wrote
+// is searched for secrets.
+func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
+	t.Helper()
+	needVault(t)
+	c := &cluster{dir: t.TempDir(), path: "cable", sim: cabletest.NewServer(t, opts)}
+	t.Cleanup(func() {
+		c.stop()
+		for i := range c.nodes {
+			v := c.node(i)
+			if v == nil {
+				continue
+			}
+			for _, leak := range v.leaks(position{}) {
+				t.Errorf("node %d: %s", i, leak)
+			}
+			if now := v.position(); now.log == 0 || now.audit == 0 {
+				t.Errorf("node %d wrote no log: %+v", i, now)
+			}
+		}
+	})
+	for i := range c.nodes {
+		c.ports[i] = freePort(t)
+		c.install(t, pluginName, filepath.Join(suite.plugins, pluginName))
+	}
+	var wg sync.WaitGroup
+	for i := range c.nodes {
+		wg.Go(func() { c.start(t, i) })
+	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+
+	first := c.node(0)
+	c.key, c.root = initKeys(t, first.ok(t, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}))
+	for i := range c.nodes {
+		c.node(i).root = c.root
+	}
+	c.unseal(t, 0, 200)
+	// Who joins may vote soon, instead of after ten seconds.
+	first.ok(t, "POST", "sys/storage/raft/autopilot/configuration", map[string]any{"server_stabilization_time": "1s"})
+	for i := 1; i < clusterSize; i++ {
+		c.node(i).ok(t, "PUT", "sys/storage/raft/join", map[string]any{"leader_api_addr": first.addr})
+		c.node(i).do(t, "PUT", "sys/unseal", map[string]any{"key": c.key})
+	}
+	for i := 1; i < clusterSize; i++ {
+		c.waitForState(t, i, 429)
+	}
+	c.waitForVoters(t)
+	if err := first.setUp(); err != nil {
+		t.Fatal(err)
+	}
+	first.ok(t, "POST", "sys/mounts/"+c.path, map[string]any{"type": pluginName})
+	return c
+}
+
+// stop stops what runs. All at once: a node that leaves waits for the others.
+func (c *cluster) stop() {
+	var wg sync.WaitGroup
+	for i := range c.nodes {
+		if v := c.node(i); v != nil {
+			wg.Go(v.stop)
+		}
+	}
+	wg.Wait()
+}
+
+// install links a plugin into each node's folder.
+func (c *cluster) install(t *testing.T, name, binary string) {
+	t.Helper()
+	for i := range c.nodes {
+		folder := c.folder(i, "plugins")
+		if err := os.MkdirAll(folder, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Link(binary, filepath.Join(folder, name)); err != nil && !os.IsExist(err) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// folder is a place of a node's own.
+func (c *cluster) folder(i int, name string) string {
+	return filepath.Join(c.dir, fmt.Sprintf("node-%d", i), name)
+}
+
+// freePort finds a port that the system does not give to outgoing connections,
+// so that a node that is started again finds it free.
+func freePort(t *testing.T) int {
+	t.Helper()
+	for range 100 {
+		port := 10_000 + rand.IntN(20_000)
+		if listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			_ = listener.Close()
+			return port
+		}
+	}
+	t.Fatal("no free port was found")
+	return 0
+}
+
+// start starts a node, sealed.
+func (c *cluster) start(t *testing.T, i int) {
+	t.Helper()
+	data := c.folder(i, "raft")
+	if err := os.MkdirAll(data, 0o700); err != nil {
+		t.Error(err)
+		return
+	}
+	config := fmt.Sprintf(`
+storage "raft" {
+  path    = %q
+  node_id = "node-%d"
+
+  performance_multiplier       = 2       # 1 is for production, on a machine of its own
+  autopilot_reconcile_interval = "500ms"
+  autopilot_update_interval    = "250ms"
+}
+listener "tcp" {
+  address         = "ADDR"
+  cluster_address = "127.0.0.1:%d"
+  tls_disable     = true
+}
+cluster_addr = "https://127.0.0.1:%[3]d"
+`, data, i, c.ports[i])
+	// The audit device is one for the cluster: one file that all append to.
+	v := &vaultServer{root: c.root, plugins: c.folder(i, "plugins"), audit: filepath.Join(c.dir, "audit.log")}
+	if err := v.start(c.folder(i, ""), config, func(string) []string { return nil }); err != nil {
+		t.Error(err)
+		return
+	}
+	c.nodes[i].Store(v)
+}
+
+// unseal unseals a node and waits for its state.
+func (c *cluster) unseal(t *testing.T, i int, states ...int) {
+	t.Helper()
+	c.node(i).do(t, "PUT", "sys/unseal", map[string]any{"key": c.key})
+	c.waitForState(t, i, states...)
+}
+
+// waitForState waits until a node is active (200) or a standby (429).
+func (c *cluster) waitForState(t *testing.T, i int, states ...int) {
+	t.Helper()
+	waitFor(t, 30*time.Second, fmt.Sprintf("node %d is in state %v", i, states), func() bool {
+		a, err := c.node(i).call(request{method: "GET", path: "sys/health"})
+		return err == nil && slices.Contains(states, a.status)
+	})
+}
+
+// waitForVoters waits until every node may vote.
+func (c *cluster) waitForVoters(t *testing.T) {
+	t.Helper()
+	waitFor(t, 30*time.Second, "all nodes vote", func() bool {
+		var a struct {
+			Data struct {
+				Config struct {
+					Servers []struct {
+						Voter bool `json:"voter"`
+					} `json:"servers"`
+				} `json:"config"`
+			} `json:"data"`
+		}
+		got, err := c.node(c.leader(t)).call(request{method: "GET", path: "sys/storage/raft/configuration", token: c.root})
+		if err != nil || json.Unmarshal([]byte(got.text), &a) != nil {
+			return false
+		}
+		voters := 0
+		for _, s := range a.Data.Config.Servers {
+			if s.Voter {
+				voters++
+			}
+		}
+		return voters == clusterSize
+	})
+}
+
+// leader waits for the active node and returns its number.
+func (c *cluster) leader(t *testing.T) (leader int) {
+	t.Helper()
+	waitFor(t, 30*time.Second, "a leader", func() bool {
+		for i := range c.nodes {
+			a, err := c.node(i).call(request{method: "GET", path: "sys/health"})
+			if err == nil && a.status == 200 {
+				leader = i
+				return true
+			}
+		}
+		return false
+	})
+	return leader
+}
+
+// mints waits until each of some nodes answers with a token, and returns when
+// the first of them did.
+func (c *cluster) mints(t *testing.T, nodes ...int) (first time.Time) {
+	t.Helper()
+	for _, i := range nodes {
+		waitFor(t, 30*time.Second, fmt.Sprintf("a token through node %d", i), func() bool {
+			return c.node(i).timed(c.read("app")).status == 200
+		})
+		if first.IsZero() {
+			first = time.Now()
+		}
+	}
+	return first
+}
+
+// read is the request for a token.
+func (c *cluster) read(role string) request {
+	return request{method: "GET", path: c.path + "/creds/" + role, token: c.root}
+}
+
+// startReaders starts readers, spread over the nodes. Who gets no token tries
+// the next node.
+func (c *cluster) startReaders(t *testing.T, n int) *loop {
+	var node [1024]int // each reader's own
+	return startLoop(t, n, func(i, _ int) sample {
+		s := c.node(i + node[i]).timed(c.read("app"))
+		if s.status != 200 {
+			node[i]++
+		}
+		return s
+	})
+}
+
+// others returns the numbers of the other nodes.
+func others(i int) []int { return []int{(i + 1) % clusterSize, (i + 2) % clusterSize} }
+
+// narrator logs a line of the story.
+type narrator func(format string, args ...any)
+
+// narrate returns a narrator that tells the time since the test began.
+func narrate(t *testing.T) narrator {
+	start := time.Now()
+	return func(format string, args ...any) {
+		t.Helper()
+		t.Logf("%5.1fs  %s", time.Since(start).Seconds(), fmt.Sprintf(format, args...))
+	}
+}
+
+// milliseconds rounds for reading.
+func milliseconds(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
+
+// duringChange are the answers, other than a token, that are accepted while
+// the active node changes, all of them Vault's own: none from a node that is
+// down; 307 from a standby that could not forward and names who was active; 400
+// and 500 from a node that is on its way to be or not to be active ("Vault is
+// sealed", "local node not active …", "rpc error …"); 503 from one that is
+// sealed or knows nobody who is active.
+func duringChange(s sample) bool {
+	return s.status == 0 || s.status == 307 || s.status == 500 || s.status == 503
+}
+
+// TestHA runs a cluster of three nodes. `make ha-demo` shows the first part to
+// a person.
+func TestHA(t *testing.T) {
+	t.Parallel()
+	say := narrate(t)
+	c := startCluster(t, &cabletest.Options{Default: cabletest.Fault{Delay: 30 * time.Millisecond}})
+	say("%d nodes of Vault run on integrated storage, node %d leads; the plugin was registered once", clusterSize, c.leader(t))
+	t.Run("leader killed", func(t *testing.T) { testLeaderKilled(t, c, say) })
+	if !t.Failed() {
+		t.Run("changes", func(t *testing.T) { testChanges(t, c, say) })
+	}
+}
+
+// testLeaderKilled kills the leader under load.
+//
+//   - What was written through a standby is used by all, and is still there
+//     after the kill.
+//   - Every token that was handed out has its lease on the new leader.
+//   - Tokens without a lease are at most as many as there were requests under
+//     way when the leader was killed.
+func testLeaderKilled(t *testing.T, c *cluster, say narrator) {
+	const readers = 30
+	leader := c.leader(t)
+	standbys := others(leader)
+	c.node(standbys[0]).ok(t, "POST", c.path+"/config", map[string]any{
+		"refresh_key": c.sim.RefreshKey(), "token_url": c.sim.URL, "organization_id": cabletest.DefaultOrganizationID,
+	})
+	c.node(standbys[1]).ok(t, "POST", c.path+"/roles/app", map[string]any{"scopes": "transactions:read,transactions:write", "ttl": "1h"})
+	stored := func(v *vaultServer) map[string]any {
+		return map[string]any{"config": v.ok(t, "GET", c.path+"/config", nil).Data, "role": v.ok(t, "GET", c.path+"/roles/app", nil).Data}
+	}
+	before := stored(c.node(standbys[0]))
+	say("config was written through node %d, a role through node %d: both forwarded", standbys[0], standbys[1])
+	var samples []sample
+	for i := range c.nodes {
+		s := c.node(i).timed(c.read("app"))
+		if s.status != 200 {
+			t.Errorf("a read through node %d: %s", i, s)
+		}
+		samples = append(samples, s)
+	}
+	say("a token was minted through each of the %d addresses", clusterSize)
+
+	load := c.startReaders(t, readers)
+	waitFor(t, 30*time.Second, "a load", func() bool { return len(load.seen()) > 20*readers })
+	old := c.node(leader)
+	orphans := pluginsOf(t, old)
+	killing := time.Now()
+	if err := old.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	killed := time.Now()
+	<-old.exited
+	waitFor(t, 30*time.Second, "the killed node's plugin ends", func() bool { return !slices.ContainsFunc(orphans, runs) })
+	say("under the load of %d readers, node %d was killed (SIGKILL to process %d)", readers, leader, old.cmd.Process.Pid)
+	minted := c.mints(t, standbys...).Sub(killed)
+	settled := time.Now()
+	next := c.leader(t)
+	say("node %d leads now: the first token came %s after the kill", next, milliseconds(minted))
+	if minted > 15*time.Second {
+		t.Errorf("the first token came %s after the kill", minted)
+	}
+	if diff := cmp.Diff(before, stored(c.node(next))); diff != "" {
+		t.Errorf("config and role after the kill (-before +after):\n%s", diff)
+	}
+	say("config and role are what they were (refresh_key_version %s)", before["config"].(map[string]any)["refresh_key_version"])
+
+	c.start(t, leader)
+	c.unseal(t, leader, 200, 429)
+	c.waitForVoters(t)
+	c.mints(t, leader)
+	say("node %d was started again, unsealed, and votes; a token was minted through it", leader)
+	rejoined := time.Now()
+	waitFor(t, 30*time.Second, "reads after the rejoin", func() bool {
+		return slices.ContainsFunc(load.seen(), func(s sample) bool { return s.status == 200 && s.start.After(rejoined) })
+	})
+	samples = append(samples, load.stop()...)
+
+	next = c.leader(t)
+	leases, tokens := handedOut(t, samples)
+	held := c.node(next).leases(t, c.path+"/creds/app/")
+	underWay, failed := 0, map[int]int{}
+	for _, s := range samples {
+		if s.overlaps(killing, killed) {
+			underWay++
+		}
+		switch {
+		case s.status == 200:
+		case s.start.After(killing.Add(-readerTimeout)) && s.end.After(killing) && s.start.Before(settled) && duringChange(s):
+			failed[s.status]++
+		// A reader may still come to the node that is down, or not yet back.
+		case s.start.After(settled) && s.start.Before(rejoined) && (s.addr == old.addr || s.addr == c.node(leader).addr) && duringChange(s):
+			failed[s.status]++
+		default:
+			t.Errorf("%s after the kill, %s after the new leader minted, %s after the rejoin: %s",
+				s.start.Sub(killed), s.start.Sub(settled), s.start.Sub(rejoined), s)
+		}
+	}
+	existing := map[string]bool{}
+	for _, m := range c.sim.Minted() {
+		existing[m.Token] = true
+	}
+	stats := c.sim.Stats()
+	if stats.Minted != len(existing) {
+		t.Fatalf("the simulator minted %d tokens and remembers %d", stats.Minted, len(existing))
+	}
+	unleased := stats.Minted - len(held)
+	say("readers: %d tokens; tries without one, by status (0: no answer): %v", len(tokens), failed)
+	say("Cable minted %d tokens; the new leader holds %d leases", stats.Minted, len(held))
+	say("tokens handed out without a lease: %d; minted without a lease: %d, of %d requests under way at the kill",
+		missing(leases, held), unleased, underWay)
+	if n := missing(leases, held); n > 0 {
+		t.Errorf("%d tokens were handed out whose lease the new leader does not know", n)
+	}
+	if n := missing(tokens, existing); n > 0 {
+		t.Errorf("%d tokens were handed out that Cable did not mint", n)
+	}
+	if unleased < 0 || unleased > underWay {
+		t.Errorf("%d tokens were minted without a lease, but %d requests were under way at the kill", unleased, underWay)
+	}
+	if diff := cmp.Diff(before, stored(c.node(next))); diff != "" {
+		t.Errorf("config and role at the end (-before +after):\n%s", diff)
+	}
+	noneIrrevocable(t, c.node(next))
+}
+
+// pluginsOf returns the plugin processes of a server, where there is a /proc.
+func pluginsOf(t *testing.T, v *vaultServer) []int {
+	if _, err := os.Stat("/proc/self/stat"); err != nil {
+		return nil
+	}
+	return v.pluginProcesses(t)
+}
+
+// runs reports whether a process has not ended.
+func runs(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err == nil && !strings.Contains(string(stat), ") Z ")
+}
+
+// noneIrrevocable checks that Vault could end every lease that was to end.
+func noneIrrevocable(t *testing.T, v *vaultServer) {
+	t.Helper()
+	if a := v.ok(t, "GET", "sys/leases?type=irrevocable", nil); a.Data["lease_count"] == nil || a.number("lease_count") != 0 {
+		t.Errorf("irrevocable leases: %s", a)
+	}
+}
+
+// nextVersion is stamped into the plugin that nextPlugin builds.
+const nextVersion = "v0.0.2-e2e"
+
+// nextPlugin builds the plugin as its next version, once.
+var nextPlugin = sync.OnceValues(func() (binary string, err error) {
+	binary = filepath.Join(suite.dir, pluginName+"-next")
+	_, err = run("go", "build", "-o", binary,
+		"-ldflags", "-X github.com/cablesecrets/vault-plugin-secrets-cable/internal/version.stamped="+nextVersion, "../cmd/"+pluginName)
+	return binary, err
+})
+
+// change is something that an operator does to a cluster under load.
+type change struct {
+	name       string
+	from, to   time.Time
+	newKeyFrom time.Time // the write of the new key had returned
+}
+
+// testChanges: under load the leader steps down, is sealed and unsealed, the
+// plugin is reloaded, and the mount is upgraded to another version; during each
+// of these the refresh key is rotated at Cable and in config.
+//
+//   - Once the write of a new key has returned, no mint uses the old one, which
+//     Cable refuses by then.
+//   - Afterwards each node mints and takes writes of config, and each token
+//     that was handed out has its lease.
+//   - Leases that the old version gave out end under the new one.
+func testChanges(t *testing.T, c *cluster, say narrator) {
+	const readers = 12
+	next, err := nextPlugin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.install(t, pluginName+"-next", next)
+	nextSum, err := fileSum(next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := c.node(c.leader(t))
+	keyVersion := v.ok(t, "GET", c.path+"/config", nil).number("refresh_key_version")
+	v.ok(t, "POST", c.path+"/roles/old", map[string]any{"scopes": "transactions:read"})
+	var oldLeases []string
+	for i := range 10 {
+		oldLeases = append(oldLeases, c.node(i).ok(t, "GET", c.path+"/creds/old", nil).LeaseID)
+	}
+	load := c.startReaders(t, readers)
+
+	var changes []change
+	under := func(name string, do func(leader int) (finish func())) {
+		t.Helper()
+		reads := len(load.seen())
+		waitFor(t, 30*time.Second, "a load", func() bool { return len(load.seen()) > reads+5*readers })
+		ch := change{name: name, from: time.Now()}
+		leader := c.leader(t)
+
+		// Cable takes another key from now on. It is written while the change
+		// is under way, by an operator who tries again until he is told that
+		// it was stored.
+		key := cabletest.NewRefreshKey()
+		c.sim.SetRefreshKey(key)
+		done := make(chan func(), 1)
+		go func() { done <- do(leader) }()
+		tries := map[int]int{}
+		i := leader
+		waitFor(t, 30*time.Second, "the write of a new key", func() bool {
+			i++
+			s := c.node(i).timed(request{method: "POST", path: c.path + "/config", body: map[string]any{"refresh_key": key}, token: c.root})
+			tries[s.status]++
+			if s.status != 204 && !duringChange(s) {
+				t.Errorf("%s: writing config: %s", name, s)
+			}
+			return s.status == 204
+		})
+		ch.newKeyFrom = time.Now()
+		if finish := <-done; finish != nil {
+			finish()
+		}
+		c.mints(t, 0, 1, 2)
+		ch.to = time.Now()
+		changes = append(changes, ch)
+
+		keyVersion++
+		for i := range c.nodes {
+			if s := c.node(i).timed(request{method: "POST", path: c.path + "/config", body: map[string]any{"request_timeout": 10 + i}, token: c.root}); s.status != 204 {
+				t.Errorf("after %s: writing config through node %d: %s", name, i, s)
+			}
+		}
+		if a := c.node(leader).ok(t, "GET", c.path+"/config", nil); a.number("refresh_key_version") != keyVersion || a.number("request_timeout") != 12 {
+			t.Errorf("after %s: config is %s, want refresh_key_version %d", name, a, keyVersion)
+		}
+		say("%s: the new key was stored after %s (answers to its write: %v), all nodes minted after %s; node %d led before, node %d leads now", name,
+			milliseconds(ch.newKeyFrom.Sub(ch.from)), tries, milliseconds(ch.to.Sub(ch.from)), leader, c.leader(t))
+	}
+	put := func(node int, path string, body any) {
+		a, err := c.node(node).call(request{method: "PUT", path: path, body: body, token: c.root})
+		if err != nil || a.status >= 300 {
+			t.Errorf("%s: %s, %v", path, a, err)
+		}
+	}
+
+	under("step-down", func(leader int) func() {
+		put(leader, "sys/step-down", nil)
+		return nil
+	})
+	under("seal and unseal", func(leader int) func() {
+		put(leader, "sys/seal", nil)
+		return func() { c.unseal(t, leader, 200, 429) }
+	})
+	under("reload of the plugin", func(leader int) func() {
+		put(leader, "sys/plugins/reload/backend", map[string]any{"plugin": pluginName})
+		return nil
+	})
+	under("reload of the mount", func(leader int) func() {
+		put(others(leader)[0], "sys/plugins/reload/backend", map[string]any{"mounts": []string{c.path + "/"}})
+		return nil
+	})
+	under("upgrade", func(leader int) func() {
+		put(leader, "sys/plugins/catalog/secret/"+pluginName, map[string]any{"sha256": nextSum, "command": pluginName + "-next", "version": nextVersion})
+		put(leader, "sys/mounts/"+c.path+"/tune", map[string]any{"plugin_version": nextVersion})
+		put(leader, "sys/plugins/reload/backend", map[string]any{"mounts": []string{c.path + "/"}})
+		return nil
+	})
+	a := c.node(c.leader(t)).ok(t, "GET", "sys/mounts/"+c.path, nil)
+	if a.Data["running_plugin_version"] != nextVersion {
+		t.Errorf("after the upgrade: %s", a)
+	}
+	calls := c.sim.Calls()
+	if got := calls[len(calls)-1].UserAgent; !strings.HasSuffix(got, strings.TrimPrefix(nextVersion, "v")) {
+		t.Errorf("after the upgrade: User-Agent %q, want that of %s", got, nextVersion)
+	}
+	samples := load.stop()
+
+	v = c.node(c.leader(t))
+	leases, _ := handedOut(t, samples)
+	held := v.leases(t, c.path+"/creds/app/")
+	if n := missing(leases, held); n > 0 {
+		t.Errorf("%d tokens were handed out without a lease", n)
+	}
+	for _, s := range samples {
+		if s.status == 200 {
+			continue
+		}
+		i := slices.IndexFunc(changes, func(ch change) bool { return s.overlaps(ch.from, ch.to) })
+		switch {
+		case i < 0:
+			t.Errorf("outside of any change: %s", s)
+		case duringChange(s):
+		// The old key is refused until the write of the new one has returned.
+		case s.status == 400 && strings.Contains(s.text, "cable answered 401") && s.start.Before(changes[i].newKeyFrom):
+		default:
+			t.Errorf("%s, %s after it began, %s after the new key was stored: %s", changes[i].name,
+				s.start.Sub(changes[i].from), s.start.Sub(changes[i].newKeyFrom), s)
+		}
+	}
+	say("reads by status (0: no answer): %v; %d leases", byStatus(samples), len(held))
+
+	for _, lease := range oldLeases[:5] {
+		v.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": lease, "sync": true})
+	}
+	v.ok(t, "PUT", "sys/leases/revoke-prefix/"+c.path+"/creds/old", map[string]any{"sync": true})
+	if n := len(v.leases(t, c.path+"/creds/old/")); n != 0 {
+		t.Errorf("%d leases of the old version are left", n)
+	}
+	noneIrrevocable(t, v)
+	say("%d leases of %s were revoked under %s; none is irrevocable", len(oldLeases), pluginVersion, nextVersion)
+}
