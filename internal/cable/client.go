@@ -674,7 +674,7 @@ func repeatWait(n int, resp *http.Response) time.Duration {
 func retryAfter(resp *http.Response) (time.Duration, bool) {
 	text := strings.TrimSpace(resp.Header.Get("Retry-After"))
 	if seconds, err := strconv.ParseUint(text, 10, 63); err == nil {
-		return time.Duration(min(seconds, uint64(MaxLife/time.Second))) * time.Second, true //nolint:gosec // G115: at most 86400
+		return time.Duration(min(seconds, uint64(MaxLife/time.Second))) * time.Second, true
 	}
 	at, err := http.ParseTime(text)
 	if err != nil {
