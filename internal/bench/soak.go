@@ -17,6 +17,9 @@ type Soak struct {
 	Reads    int          `json:"reads"` // each leaves a lease
 	Errors   int          `json:"errors"`
 	Windows  []SoakWindow `json:"windows"`
+
+	// Expiry are windows in which the leases of short grants end all at once.
+	Expiry []SoakWindow `json:"expiry"`
 }
 
 // SoakWindow is a part of it.
@@ -42,14 +45,14 @@ func soak(ctx context.Context, o options) (*Soak, error) {
 	result := &Soak{Duration: o.soak.String(), Readers: readers}
 	start := time.Now()
 	fmt.Println("  at s   reads/s   p50 ms   p99 ms  plugin MiB   leases  errors")
-	for range windows {
-		sl, err := engine.load(ctx, readers, o.soak/windows)
+	window := func(d time.Duration) (SoakWindow, error) {
+		sl, err := engine.load(ctx, readers, d)
 		if err != nil {
-			return nil, err
+			return SoakWindow{}, err
 		}
 		rss, err := memory(engine.pid, "VmRSS:")
 		if err != nil {
-			return nil, err
+			return SoakWindow{}, err
 		}
 		slices.Sort(sl.latencies)
 		at := func(q float64) float64 {
@@ -61,8 +64,34 @@ func soak(ctx context.Context, o options) (*Soak, error) {
 			Seconds: int(time.Since(start).Seconds()), PerSecond: float64(sl.reads) / sl.took.Seconds(),
 			P50: at(.5), P99: at(.99), PluginMiB: float64(rss) / (1 << 20), Leases: result.Reads,
 		}
-		result.Windows = append(result.Windows, w)
 		fmt.Printf("%6d %9.0f %8.2f %8.2f %11.1f %8d %7d\n", w.Seconds, w.PerSecond, w.P50, w.P99, w.PluginMiB, w.Leases, result.Errors)
+		return w, nil
+	}
+	for range windows {
+		w, err := window(o.soak / windows)
+		if err != nil {
+			return nil, err
+		}
+		result.Windows = append(result.Windows, w)
+	}
+
+	// Some thousand leases of half a minute each, and reads while they end.
+	fmt.Println("leases of 30 s for 10 s, then reads while those end:")
+	if err := s.setFault(`{"grant":{"life":"30s"}}`); err != nil {
+		return nil, err
+	}
+	if _, err := window(10 * time.Second); err != nil {
+		return nil, err
+	}
+	if err := s.setFault("{}"); err != nil {
+		return nil, err
+	}
+	for range 8 {
+		w, err := window(5 * time.Second)
+		if err != nil {
+			return nil, err
+		}
+		result.Expiry = append(result.Expiry, w)
 	}
 	return result, nil
 }

@@ -234,10 +234,14 @@ func (s *stack) connections() (int, error) {
 
 // setLatency has the simulator answer after d.
 func (s *stack) setLatency(d time.Duration) error {
-	body := fmt.Sprintf(`{"delay":%q}`, d)
 	if d == 0 {
-		body = "{}"
+		return s.setFault("{}")
 	}
+	return s.setFault(fmt.Sprintf(`{"delay":%q}`, d))
+}
+
+// setFault has the simulator misbehave as a cabletest.Fault in JSON says.
+func (s *stack) setFault(body string) error {
 	resp, err := s.simClient.Post(s.control+"/fault", "application/json", strings.NewReader(body)) //nolint:noctx // see connections
 	if err != nil {
 		return err
@@ -245,7 +249,7 @@ func (s *stack) setLatency(d time.Duration) error {
 	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusNoContent {
 		text, _ := io.ReadAll(resp.Body)
-		return fmt.Errorf("setting the latency: %d %s", resp.StatusCode, text)
+		return fmt.Errorf("setting the fault: %d %s", resp.StatusCode, text)
 	}
 	return nil
 }

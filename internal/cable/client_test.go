@@ -363,7 +363,7 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// TestKeyIsNotSentElsewhere pins that a client neither keeps nor sends cookies
+// TestNothingIsTakenAlong pins that a client neither keeps nor sends cookies
 // and takes nothing of an earlier answer along.
 func TestNothingIsTakenAlong(t *testing.T) {
 	t.Parallel()

@@ -265,7 +265,7 @@ func TestForgottenConnection(t *testing.T) {
 			r := newRelay(t, address)
 			c, err := New(Config{
 				RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: strings.Replace(srv.URL, address, r.address, 1),
-				CACert: srv.CA, Timeout: 500 * time.Millisecond,
+				CACert: srv.CA, Timeout: 3 * time.Second,
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -274,8 +274,8 @@ func TestForgottenConnection(t *testing.T) {
 			if h2 := c.transport.HTTP2; h2 == nil || h2.SendPingTimeout <= 0 || h2.SendPingTimeout+h2.PingTimeout > DefaultTimeout {
 				t.Fatalf("a dead HTTP/2 connection is not found within the budget: %+v", h2)
 			}
-			// The same, faster: pings after a tenth of a second without a frame.
-			c.transport.HTTP2 = &http.HTTP2Config{SendPingTimeout: 100 * time.Millisecond, PingTimeout: 100 * time.Millisecond}
+			// The same, faster, and still with room for a busy machine.
+			c.transport.HTTP2 = &http.HTTP2Config{SendPingTimeout: 500 * time.Millisecond, PingTimeout: time.Second}
 			if _, err := c.RequestToken(t.Context(), ask()); err != nil {
 				t.Fatal(err)
 			}
@@ -285,7 +285,7 @@ func TestForgottenConnection(t *testing.T) {
 			if n := r.forget(); n != 1 {
 				t.Fatalf("%d connections", n)
 			}
-			if e := refused(t, t.Context(), c); !e.MaybeMinted || e.Attempts != 1 {
+			if e := refused(t, t.Context(), c); !e.MaybeMinted || e.Attempts != 1 || tt.name == "HTTP/2.0" && e.Detail != "the connection was closed before the answer was whole" {
 				t.Errorf("on the forgotten connection: %+v", e)
 			}
 			if _, err := c.RequestToken(t.Context(), ask()); err != nil {

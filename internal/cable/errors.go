@@ -155,7 +155,7 @@ func describe(err error) string {
 		text = "connection refused"
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE),
 		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF),
-		says(err, "server closed idle connection"), says(err, "stream error: "), says(err, "http2: server sent GOAWAY"):
+		says(err, "server closed idle connection"), says(err, "stream error: "), says(err, "http2: server sent GOAWAY"), says(err, "http2: client connection lost"):
 		text = "the connection was closed before the answer was whole"
 	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
 		text = "no route to the host"

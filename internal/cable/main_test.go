@@ -17,7 +17,7 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	fuzzing := flag.Lookup("test.fuzz").Value.String() != ""
 	if f := flag.Lookup("test.parallel"); !fuzzing && f.Value.String() == fmt.Sprint(runtime.GOMAXPROCS(0)) {
-		_ = f.Value.Set("8")
+		_ = f.Value.Set("6")
 	}
 	os.Exit(m.Run())
 }

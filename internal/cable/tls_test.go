@@ -200,7 +200,7 @@ func TestClientCertificate(t *testing.T) {
 	}
 }
 
-// TestCACertAddsToTheSystem pins that ca_cert adds an authority, and that the
+// TestCACert pins that ca_cert adds an authority, and that the
 // simulator's certificate, which is its own authority, does as one.
 func TestCACert(t *testing.T) {
 	t.Parallel()
