@@ -232,8 +232,9 @@ func TestCableCannotBeReached(t *testing.T) {
 			m.configure(t, map[string]any{"token_url": tt.url})
 			a := m.do(t, "GET", m.path+"/creds/app", nil)
 			t.Log(a)
-			if name == "no host" && strings.Contains(a.text, "the name server did not answer") {
-				t.Skip("this machine has no name server that says so")
+			if name == "no host" && strings.Contains(a.text, "the name server") {
+				// Where no name server can be asked, that has to be said instead.
+				tt.want = `cable could not be reached: looking up the host "cable.invalid": the name server did not answer`
 			}
 			if a.status != 502 || message(a) != tt.want {
 				t.Errorf("got %s, want %q", a, tt.want)
