@@ -172,6 +172,27 @@ func TestPluginProcess(t *testing.T) {
 	}
 }
 
+// TestVaultKilled: a plugin whose Vault was killed ends, also where it has
+// nothing to do: it holds the refresh key in memory, and nobody else ends it.
+func TestVaultKilled(t *testing.T) {
+	t.Parallel()
+	v := ownServer(t)
+	watch(t, v)
+	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
+	v.ok(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": pluginName})
+	m.configure(t)
+	m.read(t)
+	pids := v.pluginProcesses(t)
+	if len(pids) != 1 {
+		t.Fatalf("plugin processes %v, want one", pids)
+	}
+	if err := v.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-v.exited
+	waitFor(t, 10*time.Second, "the plugin ends", func() bool { return !runs(pids[0]) })
+}
+
 // TestPluginLog: Vault starts the plugin with AutoMTLS and the newest protocol,
 // and knows its version; nothing is logged above a warning.
 func TestPluginLog(t *testing.T) {

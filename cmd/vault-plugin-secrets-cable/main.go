@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/plugin"
@@ -60,6 +61,7 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer) in
 	if getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
 	}
+	go endWithParent()
 	// NOTE: no TLS provider. It serves plugin protocols before version 5, which
 	// Vault 1.16 and later do not speak with a plugin; version 5 uses AutoMTLS.
 	if err := plugin.ServeMultiplex(&plugin.ServeOpts{BackendFactoryFunc: cablesecrets.Factory, Logger: logger}); err != nil {
@@ -67,6 +69,15 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer) in
 		return 1
 	}
 	return 0
+}
+
+// endWithParent ends the process soon after Vault, its parent, is gone. A Vault
+// that was killed ends no plugin, and this one holds the refresh key in memory.
+func endWithParent() {
+	for parent := os.Getppid(); os.Getppid() == parent; {
+		time.Sleep(time.Second)
+	}
+	os.Exit(1) // without a word: nobody reads it
 }
 
 // logLevel is the level of what is sent to Vault, which filters by its own level
