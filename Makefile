@@ -6,7 +6,7 @@ SHELL := bash
 VERSION ?= $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
 COMMIT  ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 PKG     := github.com/cablesecrets/vault-plugin-secrets-cable
-LDFLAGS := -s -w -X $(PKG)/internal/version.stamped=$(VERSION) -X main.commit=$(COMMIT)
+LDFLAGS := -s -w -X $(PKG)/internal/version.stamped=$(VERSION) -X $(PKG)/internal/version.commit=$(COMMIT)
 GOLANGCI = .cache/golangci-lint-$(shell cat tools/lint/go.mod tools/lint/go.sum | cksum | cut -d' ' -f1)
 FUZZTIME ?= 30s
 

@@ -66,6 +66,11 @@ type backend struct {
 	// rebuild for the same key and URL does not forget it.
 	hold    *cable.Hold
 	holdFor holdKey
+
+	// What the mount tells of itself; see record.go.
+	metrics *metrics
+	recent  *recent
+	events  *eventQueue
 }
 
 // activeConfig is a stored configuration with the client made from it. It is
@@ -98,7 +103,8 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 // newBackend returns a backend that is yet to be set up.
 func newBackend() *backend {
-	b := &backend{roles: make(map[string]*roleEntry)}
+	b := &backend{roles: make(map[string]*roleEntry), metrics: newMetrics(), recent: newRecent()}
+	b.events = newEventQueue(b, b.metrics.eventEnded)
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		Help:           strings.TrimSpace(backendHelp),
@@ -111,10 +117,15 @@ func newBackend() *backend {
 			b.pathRolesList(),
 			b.pathRoles(),
 			b.pathCreds(),
+			b.pathStatus(),
+			b.pathMetrics(),
 		},
 		Secrets:    []*framework.Secret{b.cableToken()},
 		Invalidate: b.invalidate,
-		Clean:      func(context.Context) { b.reset() },
+		Clean: func(context.Context) {
+			b.reset()
+			b.events.close()
+		},
 	}
 	return b
 }
@@ -152,6 +163,7 @@ func (b *backend) recoverPanic(req *logical.Request, resp **logical.Response, er
 	if value == nil {
 		return
 	}
+	b.metrics.panics.Inc()
 	b.Logger().Error("a handler panicked; the request failed and the engine goes on",
 		"operation", req.Operation, "path", req.Path, "request_id", req.ID,
 		"panic_type", fmt.Sprintf("%T", value), "stack", string(debug.Stack()))
@@ -197,6 +209,7 @@ func (b *backend) getClient(ctx context.Context, s logical.Storage) (*activeConf
 // to the same key and URL goes on.
 func (b *backend) activate(cfg *configEntry) (*activeConfig, error) {
 	clientConfig := cfg.clientConfig()
+	clientConfig.Observe = b.metrics.called
 	b.mu.Lock()
 	if b.hold != nil && b.holdFor.url == cfg.TokenURL && b.holdFor.key.Reveal() == cfg.RefreshKey.Reveal() {
 		clientConfig.Hold = b.hold

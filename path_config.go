@@ -359,6 +359,7 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, d *fram
 	}
 	b.replace(active)
 	b.Logger().Info("config was written", "refresh_key_version", next.RefreshKeyVersion, "disabled", next.Disabled, "request_id", req.ID)
+	b.sendConfigEvent(req, eventConfigWrite, next.RefreshKeyVersion)
 	if v, ok := d.GetOk("disabled"); ok && v.(bool) {
 		resp.AddWarning("the mount is disabled: no token is minted until disabled=false is written. " + aliveUntil(time.Now(), maxLife))
 	}
@@ -407,7 +408,10 @@ func (b *backend) verifyConfig(ctx context.Context, req *logical.Request, cfg *c
 		return "", refusal(err.Error())
 	}
 	defer active.client.Close()
-	m, err := b.mint(ctx, req, active, mintRequest{name: name, role: role, hasTTL: true, ttl: minLife})
+	r := newRecord(req, name)
+	r.roleExists = true
+	m, err := b.mint(ctx, r, active, mintRequest{name: name, role: role, hasTTL: true, ttl: minLife})
+	b.record(r, m, err)
 	if err != nil {
 		return "", &verifyError{cause: err, role: name}
 	}
@@ -429,6 +433,7 @@ func (b *backend) pathConfigDelete(ctx context.Context, req *logical.Request, _ 
 		return nil, err
 	}
 	b.Logger().Info("config was deleted", "request_id", req.ID)
+	b.sendConfigEvent(req, eventConfigDelete, 0)
 	resp := new(logical.Response)
 	resp.AddWarning("the configuration is deleted: no token is minted until config is written again. " + aliveUntil(time.Now(), maxLife))
 	return resp, nil

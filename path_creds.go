@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
@@ -35,6 +34,7 @@ type mintedToken struct {
 	*cable.Token
 	scopes   []string // as granted, sorted
 	lease    int64    // seconds
+	life     int64    // seconds, as Cable granted it
 	warnings []string
 }
 
@@ -107,29 +107,37 @@ func credsResponseFields() map[string]*framework.FieldSchema {
 // the role, mint, answer.
 func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
-	role, err := b.cachedRole(ctx, req.Storage, name)
-	if err != nil {
-		return nil, err
-	}
-	if role == nil {
-		return failed(noSuchRole(name))
-	}
-	active, err := b.getClient(ctx, req.Storage)
-	if err != nil {
-		return nil, err
-	}
-	if active == nil {
-		return failed(refusal("the mount is not configured: write refresh_key to config"))
-	}
-	want, err := credsRequest(name, role, d)
-	if err != nil {
-		return failed(err)
-	}
-	m, err := b.mint(ctx, req, active, want)
+	r := newRecord(req, name)
+	m, err := b.mintForCaller(ctx, r, d)
+	b.record(r, m, err)
 	if err != nil {
 		return failed(err)
 	}
 	return b.leased(name, m), nil
+}
+
+// mintForCaller mints what the caller asks for, with the settings in use.
+func (b *backend) mintForCaller(ctx context.Context, r *mintRecord, d *framework.FieldData) (*mintedToken, error) {
+	role, err := b.cachedRole(ctx, r.req.Storage, r.role)
+	if err != nil {
+		return nil, err
+	}
+	if role == nil {
+		return nil, noSuchRole(r.role)
+	}
+	r.roleExists = true
+	active, err := b.getClient(ctx, r.req.Storage)
+	if err != nil {
+		return nil, err
+	}
+	if active == nil {
+		return nil, refusal("the mount is not configured: write refresh_key to config")
+	}
+	want, err := credsRequest(r.role, role, d)
+	if err != nil {
+		return nil, err
+	}
+	return b.mint(ctx, r, active, want)
 }
 
 // credsRequest reads the caller's parameters, or refuses them.
@@ -150,36 +158,27 @@ func credsRequest(name string, role *roleEntry, d *framework.FieldData) (mintReq
 
 // mint asks Cable for a token and checks what came. Its error is a refusal, a
 // mintError, or of Vault's.
-func (b *backend) mint(ctx context.Context, req *logical.Request, active *activeConfig, want mintRequest) (*mintedToken, error) {
+func (b *backend) mint(ctx context.Context, r *mintRecord, active *activeConfig, want mintRequest) (*mintedToken, error) {
 	asked, warnings, err := resolveMint(active.configEntry, want,
 		func() int64 { return int64(b.System().MaxLeaseTTL() / time.Second) },
 		func() int64 { return int64(b.System().DefaultLeaseTTL() / time.Second) })
+	r.asked = asked
 	if err != nil {
 		return nil, err
 	}
-	start := time.Now()
-	log := func() hclog.Logger {
-		return b.Logger().With("role", want.name, "organization", asked.OrganizationID, "request_id", req.ID, "duration", time.Since(start).String())
-	}
 
+	b.metrics.mintsInFlight.Inc()
 	token, err := active.client.RequestToken(ctx, asked)
+	b.metrics.mintsInFlight.Dec()
 	if err != nil {
 		failure := &mintError{role: want.name, scheme: active.AuthScheme, cause: err}
 		var ce *cable.Error
-		if errors.As(err, &ce) {
-			say, event := log().Warn, "no token was minted"
-			if ce.MaybeMinted {
-				failure.maybeUntil = time.Now().Add(asked.Life).Unix()
-				event = "no token came, and one that nobody holds may live at Cable"
-			}
-			if ce.Kind == cable.InvalidAnswer {
-				say, event = log().Error, refusedEvent
-			}
-			say(event, "asked_scopes", asked.Scopes, "asked_seconds", int64(asked.Life/time.Second), "outcome", ce.Kind.String(), "cable_status", ce.StatusCode, "detail", ce.Detail,
-				"attempts", ce.Attempts, "maybe_minted", ce.MaybeMinted)
+		if errors.As(err, &ce) && ce.MaybeMinted {
+			failure.maybeUntil = time.Now().Add(asked.Life).Unix()
 		}
 		return nil, failure
 	}
+	r.granted = token
 
 	granted, missing, err := checkGrant(asked, token)
 	var lease, life int64
@@ -190,10 +189,6 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 		})
 	}
 	if err != nil {
-		log().Error(refusedEvent, "outcome", "refused", "detail", err.Error(),
-			"asked_scopes", asked.Scopes, "asked_seconds", int64(asked.Life/time.Second),
-			"granted_organization", nameSome([]string{token.OrganizationID}), "granted_scopes", nameSome(token.Scopes),
-			"expires_at", rfc3339(token.Expiry))
 		failure := &mintError{role: want.name, refused: err}
 		clock := token.Date // Cable's, where it said so
 		if clock.IsZero() {
@@ -210,10 +205,7 @@ func (b *backend) mint(ctx context.Context, req *logical.Request, active *active
 	if asked := int64(asked.Life / time.Second); life > asked+longerGrant {
 		warnings = append(warnings, fmt.Sprintf("Cable granted %ds instead of the %ds that were asked for: the lease ends first, the token lives until %s", life, asked, rfc3339(token.Expiry)))
 	}
-	if b.Logger().IsDebug() {
-		log().Debug("a token was minted", "outcome", "minted", "lease_seconds", lease, "expires_at", rfc3339(token.Expiry), "attempts", token.Attempts)
-	}
-	return &mintedToken{Token: token, scopes: granted, lease: lease, warnings: warnings}, nil
+	return &mintedToken{Token: token, scopes: granted, lease: lease, life: life, warnings: warnings}, nil
 }
 
 // resolveMint decides what to ask Cable for, and says which caps bit. The

@@ -316,6 +316,7 @@ func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *f
 		return nil, err
 	}
 	b.Logger().Info("a role was written", "role", name, "organization", next.OrganizationID, "disabled", next.Disabled, "request_id", req.ID)
+	b.sendRoleEvent(req, eventRoleWrite, name, next)
 	resp := new(logical.Response)
 	if _, ok := d.GetOk("scopes"); ok {
 		resp.Warnings = scopeWarnings(next.Scopes)
@@ -348,6 +349,8 @@ func (b *backend) pathRolesDelete(ctx context.Context, req *logical.Request, d *
 		return nil, err
 	}
 	b.Logger().Info("a role was deleted", "role", name, "request_id", req.ID)
+	b.metrics.roleDeleted(name)
+	b.sendRoleEvent(req, eventRoleDelete, name, nil)
 	resp := new(logical.Response)
 	resp.AddWarning(fmt.Sprintf("role %q is deleted: no token is minted for it any more. %s", name, role.aliveUntil(time.Now())))
 	return resp, nil

@@ -16,6 +16,10 @@ import (
 // cableTokenType is the type of the leases that this engine gives out.
 const cableTokenType = "cable_token"
 
+// endsWithToken is the remaining life of a token up to which its lease counts
+// as one that ended by itself: leases end up to 2 s before their tokens.
+const endsWithToken = 3 * time.Second
+
 // cableToken is the one secret type. It cannot be renewed, because Cable cannot
 // lengthen a token; and its revocation ends the lease only.
 func (b *backend) cableToken() *framework.Secret {
@@ -50,14 +54,21 @@ func (b *backend) revokeToken(_ context.Context, req *logical.Request, _ *framew
 	organization, _ := data["organization_id"].(string)
 	text, _ := data["expiry"].(string)
 	expiry, err := strconv.ParseInt(text, 10, 64)
+	left := time.Duration(-1) // not known
+	if err == nil {
+		left = max(0, time.Until(time.Unix(expiry, 0)))
+	}
 	log := b.Logger().With("role", role, "organization", organization)
-	switch left := time.Until(time.Unix(expiry, 0)).Round(time.Second); {
-	case err != nil:
+	switch {
+	case left < 0:
 		log.Info("a lease ended; when its token dies is not known")
-	case left > time.Second:
+	case left > endsWithToken:
 		log.Info("a lease ended before its token, which cannot be revoked and lives on", "expires_at", rfc3339(expiry), "seconds_left", int64(left/time.Second))
 	default:
 		log.Debug("a lease ended with its token", "expires_at", rfc3339(expiry))
 	}
+	b.metrics.leaseEnded(left)
+	b.recent.leaseEnded()
+	b.sendRevokeEvent(role, organization, expiry, left)
 	return nil, nil
 }

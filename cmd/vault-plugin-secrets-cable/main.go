@@ -20,9 +20,6 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
-// commit is set at build, with -ldflags "-X main.commit=…".
-var commit string
-
 func main() {
 	os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
 }
@@ -35,7 +32,7 @@ func main() {
 // write to it. The arguments are never printed; they may hold anything.
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	if len(args) == 1 && (args[0] == "-version" || args[0] == "--version" || args[0] == "version") {
-		_, _ = fmt.Fprintf(stdout, "vault-plugin-secrets-cable %s, commit %s, %s\n", version.String(), revision(), runtime.Version())
+		_, _ = fmt.Fprintf(stdout, "vault-plugin-secrets-cable %s, commit %s, %s\n", version.String(), version.Commit(), runtime.Version())
 		return 0
 	}
 	underVault := getenv(plugin.HandshakeConfig.MagicCookieKey) == plugin.HandshakeConfig.MagicCookieValue
@@ -92,21 +89,6 @@ func logLevel(level string) hclog.Level {
 		return l
 	}
 	return hclog.Info
-}
-
-// revision is the commit that the build set, or that the Go tool recorded.
-func revision() string {
-	if commit != "" {
-		return commit
-	}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
-				return s.Value
-			}
-		}
-	}
-	return "unknown"
 }
 
 const usage = `vault-plugin-secrets-cable %[1]s is a secrets engine for HashiCorp Vault.

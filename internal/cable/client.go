@@ -70,6 +70,26 @@ type Config struct {
 	// Hold carries on the pause of an earlier Client of the same key and URL;
 	// default a new one.
 	Hold *Hold
+
+	// Observe is told of each call after it was made, before RequestToken
+	// returns; default nobody is. It must be quick and safe for concurrent use.
+	Observe func(Call)
+}
+
+// Call is one HTTP request to Cable; a RequestToken makes up to three.
+type Call struct {
+	// StatusCode is Cable's HTTP status, or 0 where no answer came.
+	StatusCode int
+
+	// Duration is the time until the answer's headers were there, or until the
+	// call failed.
+	Duration time.Duration
+
+	// Repeat reports that it repeats an earlier call of the same RequestToken.
+	Repeat bool
+
+	// HoldBegan reports that its answer, a 429, began a pause.
+	HoldBegan bool
 }
 
 // Client requests access tokens. It is safe for concurrent use and keeps its
@@ -165,6 +185,9 @@ func New(cfg Config) (*Client, error) {
 	if c.hold == nil {
 		c.hold = new(Hold)
 	}
+	if cfg.Observe == nil {
+		cfg.Observe = func(Call) {}
+	}
 	dialer, proxy := &net.Dialer{Timeout: dialTimeout}, http.ProxyFromEnvironment
 	if u.Scheme == "http" {
 		dialer.Control, proxy = onlyLoopback, nil // a proxy would read the key
@@ -189,7 +212,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	c.http = &retryablehttp.Client{
 		HTTPClient: &http.Client{
-			Transport:     roundTripper{c.transport, c.hold},
+			Transport:     roundTripper{c.transport, c.hold, cfg.Observe},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 		RetryMax:     maxRepeats,

@@ -310,7 +310,7 @@ func TestBodyIsWhole(t *testing.T) {
 		r.Body = io.NopCloser(strings.NewReader(string(raw)))
 		return memory{sim}.RoundTrip(r)
 	}))
-	c.http.HTTPClient.Transport = roundTripper{c.transport, c.hold}
+	c.http.HTTPClient.Transport = roundTripper{c.transport, c.hold, func(Call) {}}
 	if _, err := c.RequestToken(t.Context(), ask()); err != nil {
 		t.Fatal(err)
 	}

@@ -40,15 +40,18 @@ func (h *Hold) Remaining() time.Duration {
 	return max(0, time.Until(h.until))
 }
 
-// begin starts or lengthens the pause; a shorter one than is under way changes
-// nothing.
-func (h *Hold) begin(d time.Duration) {
-	until := time.Now().Add(min(d, maxHold))
+// begin starts or lengthens the pause, and reports whether it started; a
+// shorter one than is under way changes nothing.
+func (h *Hold) begin(d time.Duration) (started bool) {
+	now := time.Now()
+	until := now.Add(min(d, maxHold))
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	started = !h.until.After(now) && until.After(now)
 	if until.After(h.until) {
 		h.until = until
 	}
+	return started
 }
 
 // enter lets a request pass, at once or after its share of the spread, or says

@@ -41,8 +41,9 @@ func (ex *exchange) trace(ctx context.Context) context.Context {
 // connections of a client after each failure, and would find the method to do
 // so; under load that would make every other request reconnect.
 type roundTripper struct {
-	base *http.Transport
-	hold *Hold
+	base    *http.Transport
+	hold    *Hold
+	observe func(Call)
 }
 
 // RoundTrip implements [http.RoundTripper].
@@ -55,9 +56,12 @@ func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	ex.out.Store(false)
 	ex.sentAt = time.Now()
 	resp, err := t.base.RoundTrip(req)
+	call := Call{Duration: time.Since(ex.sentAt), Repeat: ex.attempts > 1}
+	defer func() { t.observe(call) }()
 	if err != nil {
 		return nil, err
 	}
+	call.StatusCode = resp.StatusCode
 	switch status := resp.StatusCode; {
 	case status >= 300 && status < 400:
 		// Nobody follows it, but http.Client would fail on one it cannot read.
@@ -74,7 +78,7 @@ func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 		if !ok {
 			wait = defaultHold
 		}
-		t.hold.begin(wait)
+		call.HoldBegan = t.hold.begin(wait)
 	}
 	return resp, nil
 }

@@ -1,0 +1,184 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Types of the events that go to Vault's event system. Their metadata holds
+// Vault's own keys (path, data_path, operation, modified) and those that the
+// functions below add, never a secret. Vault puts the mount's path before path
+// and data_path.
+const (
+	eventConfigWrite     = "cable/config-write"
+	eventConfigDelete    = "cable/config-delete"
+	eventRoleWrite       = "cable/role-write"
+	eventRoleDelete      = "cable/role-delete"
+	eventCredsCreate     = "cable/creds-create"
+	eventCredsCreateFail = "cable/creds-create-fail"
+	eventGrantRefuse     = "cable/grant-refuse"
+	eventLeaseRevoke     = "cable/lease-revoke"
+)
+
+const (
+	// maxQueuedEvents bounds what waits for Vault: some seconds of a busy mount.
+	maxQueuedEvents = 1024
+
+	// eventTimeout bounds how long Vault may take for one event.
+	eventTimeout = 10 * time.Second
+)
+
+// eventResult says what became of an event.
+type eventResult string
+
+const (
+	eventSent    eventResult = "sent"
+	eventFailed  eventResult = "failed"
+	eventDropped eventResult = "dropped" // as maxQueuedEvents waited
+)
+
+// event is one to be sent.
+type event struct {
+	kind     string
+	metadata []string // keys and values in turn
+}
+
+// eventQueue sends events in their order, beside the requests that they tell
+// of: none of these waits for Vault, nor fails with an event.
+type eventQueue struct {
+	sender logical.EventSender
+	result func(eventResult)
+
+	off   atomic.Bool // the server takes no events
+	start sync.Once
+	stop  sync.Once
+	queue chan event
+	done  chan struct{}
+}
+
+// newEventQueue returns a queue that takes nothing from Vault or the system
+// before its first event.
+func newEventQueue(sender logical.EventSender, result func(eventResult)) *eventQueue {
+	return &eventQueue{sender: sender, result: result, queue: make(chan event, maxQueuedEvents), done: make(chan struct{})}
+}
+
+// send puts an event into the queue, or drops it where that is full.
+func (q *eventQueue) send(kind string, metadata ...string) {
+	if q.off.Load() {
+		return
+	}
+	q.start.Do(func() { go q.run() })
+	select {
+	case q.queue <- event{kind, metadata}:
+	default:
+		q.result(eventDropped)
+	}
+}
+
+// close ends the sending. What waits is lost.
+func (q *eventQueue) close() {
+	q.stop.Do(func() { close(q.done) })
+}
+
+// run sends until the queue is closed, or Vault has no event system.
+func (q *eventQueue) run() {
+	for {
+		select {
+		case <-q.done:
+			return
+		case e := <-q.queue:
+			ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
+			err := logical.SendEvent(ctx, q.sender, e.kind, e.metadata...)
+			cancel()
+			switch {
+			case errors.Is(err, framework.ErrNoEvents), status.Code(err) == codes.Unimplemented:
+				q.off.Store(true)
+				return
+			case err != nil:
+				q.result(eventFailed)
+			default:
+				q.result(eventSent)
+			}
+		}
+	}
+}
+
+// sendConfigEvent tells that config was written or deleted; version is that of
+// the refresh key, 0 where there is none any more.
+func (b *backend) sendConfigEvent(req *logical.Request, kind string, version int) {
+	metadata := b.eventMetadata(req.Operation, configStoragePath, configStoragePath, true)
+	if version > 0 {
+		metadata = append(metadata, "refresh_key_version", strconv.Itoa(version))
+	}
+	b.events.send(kind, metadata...)
+}
+
+// sendRoleEvent tells that a role was written, or deleted where it is nil now.
+func (b *backend) sendRoleEvent(req *logical.Request, kind, name string, role *roleEntry) {
+	metadata := append(b.eventMetadata(req.Operation, "roles/"+name, "roles/"+name, true), "role", name)
+	if role != nil {
+		metadata = append(metadata, "organization_id", role.OrganizationID)
+	}
+	b.events.send(kind, metadata...)
+}
+
+// sendMintEvent tells how a request for a token ended. Requests that were
+// refused before Cable was asked are no event: Vault's audit log has them.
+func (b *backend) sendMintEvent(r *mintRecord, o outcome, m *mintedToken, err error, maybeUntil int64) {
+	if o == outcomeRequestRefused || b.events.off.Load() {
+		return
+	}
+	metadata := append(b.eventMetadata(r.req.Operation, r.req.Path, "roles/"+r.role, false),
+		"role", r.role, "organization_id", r.asked.OrganizationID, "request_id", r.req.ID)
+	if m != nil {
+		b.events.send(eventCredsCreate, append(metadata, "scopes", strings.Join(m.scopes, ","),
+			"expiry", strconv.FormatInt(m.Expiry, 10), "expires_at", m.expiresAt())...)
+		return
+	}
+	metadata = append(metadata, "outcome", string(o))
+	if code := statusCode(err); code != 0 {
+		metadata = append(metadata, "cable_status", strconv.Itoa(code))
+	}
+	if maybeUntil > 0 {
+		metadata = append(metadata, "maybe_alive_until", rfc3339(maybeUntil))
+	}
+	kind := eventCredsCreateFail
+	if o == outcomeGrantRefused {
+		kind = eventGrantRefuse
+	}
+	b.events.send(kind, metadata...)
+}
+
+// sendRevokeEvent tells that a lease ended.
+func (b *backend) sendRevokeEvent(role, organization string, expiry int64, left time.Duration) {
+	metadata := append(b.eventMetadata(logical.RevokeOperation, "creds/"+role, "roles/"+role, false),
+		"role", role, "organization_id", organization)
+	if left >= 0 {
+		metadata = append(metadata, "expiry", strconv.FormatInt(expiry, 10), "expires_at", rfc3339(expiry),
+			"seconds_left", strconv.FormatInt(int64(left/time.Second), 10))
+	}
+	b.events.send(eventLeaseRevoke, metadata...)
+}
+
+// eventMetadata is what Vault's event system knows of each event.
+func (b *backend) eventMetadata(op logical.Operation, path, dataPath string, modified bool) []string {
+	return []string{
+		logical.EventMetadataPath, path,
+		logical.EventMetadataDataPath, dataPath,
+		logical.EventMetadataOperation, string(op),
+		logical.EventMetadataModified, strconv.FormatBool(modified),
+	}
+}

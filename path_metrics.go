@@ -1,0 +1,88 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/expfmt"
+)
+
+func (b *backend) pathMetrics() *framework.Path {
+	return &framework.Path{
+		Pattern:      "metrics",
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "metrics"},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ReadOperation: &framework.PathOperation{
+				Callback: b.pathMetricsRead,
+				Summary:  "Read the metrics of this mount on this node, for Prometheus.",
+				Responses: map[int][]framework.Response{
+					http.StatusOK: {{
+						Description: "The metrics in Prometheus' text format",
+						MediaType:   "text/plain",
+						Fields: map[string]*framework.FieldSchema{
+							logical.HTTPContentType: {Type: framework.TypeString, Description: "The text format and its version.", Required: true},
+							logical.HTTPRawBody:     {Type: framework.TypeString, Description: "The text.", Required: true},
+							logical.HTTPStatusCode:  {Type: framework.TypeInt, Description: "200.", Required: true},
+						},
+					}},
+				},
+			},
+		},
+		HelpSynopsis:    "Read the metrics of this mount on this node, for Prometheus.",
+		HelpDescription: strings.TrimSpace(metricsHelp),
+	}
+}
+
+// pathMetricsRead handles GET metrics. The answer is no JSON: Vault hands the
+// body on as it is.
+func (b *backend) pathMetricsRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+	gatherers := prometheus.Gatherers{b.metrics.registry}
+	active, err := b.getClient(ctx, req.Storage)
+	if err != nil {
+		// The other figures are worth having all the more.
+		b.Logger().Warn("metrics are answered without those of the configuration, which cannot be read", "detail", err.Error(), "request_id", req.ID)
+	} else {
+		state := prometheus.NewRegistry()
+		state.MustRegister(stateMetrics{active})
+		gatherers = append(gatherers, state)
+	}
+	families, err := gatherers.Gather()
+	if err != nil {
+		return nil, fmt.Errorf("gathering the metrics: %w", err)
+	}
+	var text bytes.Buffer
+	format := expfmt.NewFormat(expfmt.TypeTextPlain)
+	encoder := expfmt.NewEncoder(&text, format)
+	for _, f := range families {
+		if err := encoder.Encode(f); err != nil {
+			return nil, fmt.Errorf("writing the metric %q: %w", f.GetName(), err)
+		}
+	}
+	return &logical.Response{Data: map[string]any{
+		logical.HTTPContentType: string(format),
+		logical.HTTPRawBody:     text.String(),
+		logical.HTTPStatusCode:  http.StatusOK,
+	}}, nil
+}
+
+const metricsHelp = `
+The answer is text for Prometheus, not JSON:
+
+  vault read -format=raw cable/metrics
+
+The figures are those of this mount on the node that answers, since its plugin
+process started; they are kept in memory. A scrape needs a Vault token that may
+read this path and nothing else.
+
+The engine's own metrics begin with vault_cable_. Those that begin with go_ and
+process_ are of the plugin process, which serves all mounts of the engine.
+`
