@@ -37,6 +37,7 @@ type testMount struct {
 	sys     *logical.StaticSystemView
 	sim     *cabletest.Server
 	log     *syncBuffer
+	events  *logical.MockEventSender
 }
 
 // syncBuffer collects a log that several goroutines write.
@@ -58,7 +59,8 @@ func (s *syncBuffer) String() string {
 }
 
 // newMount returns an unconfigured mount. When the test ends, its log at trace
-// level must hold neither the refresh key nor a token.
+// level, its events, its status and its metrics must hold neither the refresh
+// key nor a token.
 func newMount(t testing.TB) *testMount {
 	t.Helper()
 	m := &testMount{
@@ -67,20 +69,28 @@ func newMount(t testing.TB) *testMount {
 		sys:     &logical.StaticSystemView{DefaultLeaseTTLVal: 768 * time.Hour, MaxLeaseTTLVal: 768 * time.Hour},
 		sim:     cabletest.NewServer(t, nil),
 		log:     new(syncBuffer),
+		events:  logical.NewMockEventSender(),
 	}
 	lb, err := Factory(t.Context(), &logical.BackendConfig{
 		Logger:      hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true}),
 		System:      m.sys,
 		StorageView: m.storage,
 		BackendUUID: "test",
+
+		EventsSender: m.events,
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	m.b = lb.(*backend)
 	t.Cleanup(func() {
-		m.noSecrets("the log", m.log.String())
+		for _, path := range []string{"status", "metrics"} {
+			resp, err := m.b.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: path, Storage: m.storage})
+			m.noSecrets(path, fmt.Sprint(resp, err))
+		}
 		m.b.Cleanup(context.Background())
+		m.noSecrets("the log", m.log.String())
+		m.noSecrets("an event", fmt.Sprint(m.sentEvents()))
 	})
 	return m
 }

@@ -28,11 +28,6 @@ func (b *backend) pathMetrics() *framework.Path {
 					http.StatusOK: {{
 						Description: "The metrics in Prometheus' text format",
 						MediaType:   "text/plain",
-						Fields: map[string]*framework.FieldSchema{
-							logical.HTTPContentType: {Type: framework.TypeString, Description: "The text format and its version.", Required: true},
-							logical.HTTPRawBody:     {Type: framework.TypeString, Description: "The text.", Required: true},
-							logical.HTTPStatusCode:  {Type: framework.TypeInt, Description: "200.", Required: true},
-						},
 					}},
 				},
 			},

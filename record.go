@@ -4,6 +4,7 @@
 package cablesecrets
 
 import (
+	"context"
 	"errors"
 	"net/http"
 	"os"
@@ -12,6 +13,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/logical"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 )
@@ -55,6 +58,8 @@ func outcomeOf(err error) outcome {
 	case errors.As(err, &ce):
 	case errors.As(err, &refused):
 		return outcomeRequestRefused
+	case errors.Is(err, context.Canceled), status.Code(err) == codes.Canceled:
+		return outcomeCanceled // while Vault's storage was read
 	default:
 		return outcomeVaultFailed
 	}

@@ -97,7 +97,7 @@ func TestOpenAPI(t *testing.T) {
 	if err := json.Unmarshal([]byte(m.ok(t, "GET", "sys/internal/specs/openapi", nil).text), &all); err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"config", "creds/{name}", "roles/", "roles/{name}"}
+	want := []string{"config", "creds/{name}", "metrics", "roles/", "roles/{name}", "status"}
 	var got []string
 	for _, path := range slices.Sorted(maps.Keys(all.Paths)) {
 		if name, ok := strings.CutPrefix(path, "/"+m.path+"/"); ok {

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -535,5 +536,41 @@ func TestCallersAreApart(t *testing.T) {
 		if err := <-stay; err != nil {
 			t.Errorf("one that stayed: %v", err)
 		}
+	}
+}
+
+// TestObserve: each call is told once, with its status, whether it repeats
+// another, and whether it began a pause.
+func TestObserve(t *testing.T) {
+	t.Parallel()
+	srv := cabletest.NewServer(t, nil)
+	var mu sync.Mutex
+	var got []cable.Call
+	c, err := cable.New(cable.Config{RefreshKey: cable.NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Observe: func(call cable.Call) {
+		mu.Lock()
+		defer mu.Unlock()
+		if call.Duration <= 0 {
+			t.Errorf("a call that took %s", call.Duration)
+		}
+		call.Duration = 0
+		got = append(got, call)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ask := func() {
+		_, _ = c.RequestToken(t.Context(), cable.TokenRequest{OrganizationID: cabletest.DefaultOrganizationID, Scopes: []string{"person:read"}, Life: cable.MinLife})
+	}
+	srv.SetFault(cabletest.Fault{Status: 503, Times: 1, Header: map[string]string{"Retry-After": "0"}})
+	ask()
+	srv.SetFault(cabletest.Fault{Reset: cabletest.ResetAfter, Times: 1})
+	ask()
+	srv.SetFault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "90"}})
+	ask()
+	ask() // held: no call
+	want := []cable.Call{{StatusCode: 503}, {StatusCode: 200, Repeat: true}, {}, {StatusCode: 429, HoldBegan: true}}
+	if !slices.Equal(got, want) {
+		t.Errorf("calls %+v, want %+v", got, want)
 	}
 }

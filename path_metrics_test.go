@@ -1,0 +1,280 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/http"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
+)
+
+// families reads metrics as a scraper does.
+func (m *testMount) families() map[string]*dto.MetricFamily {
+	m.Helper()
+	data := m.read("metrics")
+	if data[logical.HTTPStatusCode] != http.StatusOK || !strings.HasPrefix(data[logical.HTTPContentType].(string), "text/plain; version=0.0.4") {
+		m.Fatalf("metrics answers %v %v", data[logical.HTTPStatusCode], data[logical.HTTPContentType])
+	}
+	parser := expfmt.NewTextParser(model.LegacyValidation)
+	families, err := parser.TextToMetricFamilies(strings.NewReader(data[logical.HTTPRawBody].(string)))
+	if err != nil {
+		m.Fatal(err)
+	}
+	return families
+}
+
+// figures are the values of the metrics by series; of a histogram, its count
+// and its sum.
+func (m *testMount) figures() map[string]float64 {
+	m.Helper()
+	figures := make(map[string]float64)
+	for name, family := range m.families() {
+		for _, metric := range family.GetMetric() {
+			labels := make([]string, 0, len(metric.GetLabel()))
+			for _, l := range metric.GetLabel() {
+				labels = append(labels, fmt.Sprintf("%s=%q", l.GetName(), l.GetValue()))
+			}
+			series := ""
+			if len(labels) > 0 {
+				slices.Sort(labels)
+				series = "{" + strings.Join(labels, ",") + "}"
+			}
+			if h := metric.GetHistogram(); h != nil {
+				figures[name+"_count"+series] = float64(h.GetSampleCount())
+				figures[name+"_sum"+series] = h.GetSampleSum()
+				continue
+			}
+			figures[name+series] = metric.GetGauge().GetValue() + metric.GetCounter().GetValue() + metric.GetUntyped().GetValue()
+		}
+	}
+	return figures
+}
+
+// TestMetricsLint holds the metrics against the conventions of Prometheus:
+// names, units, help.
+func TestMetricsLint(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	problems, err := promlint.NewWithMetricFamilies(slices.Collect(maps.Values(m.families()))).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		if strings.HasPrefix(p.Metric, metricsNamespace) {
+			t.Errorf("%s: %s", p.Metric, p.Text)
+		}
+	}
+}
+
+// TestMetricsMove makes what each metric counts happen, and wants it to move.
+// A metric without a case fails the test.
+func TestMetricsMove(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	fault := func(f cabletest.Fault) { m.sim.SetFault(f) }
+	mint := func() { _, _ = m.request(logical.ReadOperation, "creds/ci", nil) }
+	good := func() { m.sim.ClearFaults(); m.read("creds/ci") }
+	configure := func() {
+		m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID})
+	}
+	up := func(after, before float64) bool { return after == before+1 }
+	down := func(after, before float64) bool { return before == 1 && after == 0 }
+	moved := func(after, before float64) bool { return after != before }
+
+	steps := []struct {
+		series string
+		do     func()
+		want   func(after, before float64) bool
+	}{
+		{fmt.Sprintf("build_info{commit=%q,goversion=%q,version=%q}", version.Commit(), runtime.Version(), version.String()), func() {}, func(after, _ float64) bool { return after == 1 }},
+		{"configured", configure, up},
+		{"refresh_key_version", configure, func(after, _ float64) bool { return after == 1 }},
+		{"refresh_key_updated_timestamp_seconds", func() {}, func(after, _ float64) bool {
+			return time.Since(time.Unix(int64(after), 0)) < time.Minute
+		}},
+		{"disabled", func() { m.write("config", map[string]any{"disabled": true}) }, up},
+		{"disabled", func() { m.write("config", map[string]any{"disabled": false}) }, down},
+		{`mints_total{outcome="request_refused",role="(unknown)"}`, mint, up},
+		{`mints_total{outcome="minted",role="ci"}`, func() {
+			m.write("roles/ci", map[string]any{"scopes": "transactions:read", "ttl": "10m"})
+			good()
+		}, up},
+		{"mint_duration_seconds_count", good, up},
+		{"mint_duration_seconds_sum", good, moved},
+		{`api_requests_total{code="200"}`, good, up},
+		{`api_requests_total{code="401"}`, func() { fault(cabletest.Fault{Status: 401}); mint() }, up},
+		{`api_requests_total{code="4xx"}`, func() { fault(cabletest.Fault{Status: 418}); mint() }, up},
+		{`api_requests_total{code="none"}`, func() { fault(cabletest.Fault{Reset: cabletest.ResetAfter}); mint() }, up},
+		{"api_request_duration_seconds_count", good, up},
+		{"api_repeats_total", func() {
+			fault(cabletest.Fault{Status: 503, Times: 1, Header: map[string]string{"Retry-After": "0"}})
+			mint()
+		}, up},
+		{"suspected_orphans_total", func() { fault(cabletest.Fault{Status: 500}); mint() }, up},
+		{"grants_refused_total", func() { fault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}}); mint() }, up},
+		{"granted_life_seconds_count", good, up},
+		{"granted_life_seconds_sum", good, func(after, before float64) bool { return after-before >= 599 && after-before <= 601 }},
+		{"revocations_total", func() { m.revoke() }, up},
+		{"revoked_life_seconds_count", func() { m.revoke() }, up},
+		{"revoked_life_seconds_sum", func() { m.revoke() }, func(after, before float64) bool { return after-before > 500 && after-before <= 600 }},
+		{"mints_in_flight", func() {
+			fault(cabletest.Fault{Delay: time.Minute})
+			calls := m.sim.CallCount()
+			go mint() // it ends with its request_timeout
+			for m.sim.CallCount() == calls {
+				time.Sleep(time.Millisecond)
+			}
+		}, up},
+		{"mints_in_flight", func() { m.waitUntil(func() bool { return m.figures()["vault_cable_mints_in_flight"] == 0 }) }, down},
+		{`events_total{result="sent"}`, func() {
+			n := len(m.sentEvents())
+			good()
+			m.waitUntil(func() bool { return len(m.sentEvents()) > n })
+			m.waitUntil(func() bool { return m.figures()[`vault_cable_events_total{result="sent"}`] >= float64(n+1) })
+		}, moved},
+		{"panics_total", func() {
+			op := m.b.Route("creds/ci").Operations[logical.UpdateOperation].(*framework.PathOperation)
+			handler := op.Callback
+			defer func() { op.Callback = handler }()
+			op.Callback = func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
+				panic("a defect")
+			}
+			m.refused(http.StatusInternalServerError, logical.UpdateOperation, "creds/ci", nil)
+		}, up},
+		{"holds_total", func() {
+			fault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "90"}})
+			mint()
+			mint()
+		}, up},
+		{"hold_active", configure, func(after, _ float64) bool { return after == 1 }},
+	}
+	m.sim.ClearFaults()
+	covered := make(map[string]bool)
+	for i, s := range steps {
+		if s.series == "mints_in_flight" && i > 0 && steps[i-1].series != s.series {
+			m.write("config", map[string]any{"request_timeout": 1})
+		}
+		before := m.figures()
+		s.do()
+		after := m.figures()
+		series := metricsNamespace + "_" + s.series
+		if !s.want(after[series], before[series]) {
+			t.Errorf("%s: %v, and %v before", series, after[series], before[series])
+		}
+		covered[strings.TrimSuffix(strings.TrimSuffix(strings.SplitN(series, "{", 2)[0], "_count"), "_sum")] = true
+	}
+	for name := range m.families() {
+		if strings.HasPrefix(name, metricsNamespace) && !covered[name] {
+			t.Errorf("no case makes %s move", name)
+		}
+	}
+	for _, name := range []string{"go_goroutines", "process_resident_memory_bytes"} {
+		if m.families()[name] == nil {
+			t.Errorf("no %s", name)
+		}
+	}
+}
+
+// revoke mints and ends the lease.
+func (m *testMount) revoke() {
+	m.Helper()
+	m.sim.ClearFaults()
+	secret := m.ok(logical.ReadOperation, "creds/ci", nil).Secret
+	if _, err := m.b.HandleRequest(m.Context(), &logical.Request{
+		Operation: logical.RevokeOperation, Path: "creds/ci", Secret: &logical.Secret{InternalData: secret.InternalData},
+	}); err != nil {
+		m.Fatal(err)
+	}
+}
+
+// waitUntil polls until done returns true.
+func (m *testMount) waitUntil(done func() bool) {
+	m.Helper()
+	for end := time.Now().Add(10 * time.Second); !done(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			m.Fatal("waited in vain")
+		}
+	}
+}
+
+// TestMetricsLabelsAreBounded: whatever callers ask for, series are made for
+// roles that exist, and for so many of them; a deleted role's are dropped.
+func TestMetricsLabelsAreBounded(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	for i := range 3 * maxMeteredRoles {
+		m.b.metrics.mints.WithLabelValues(m.b.metrics.roleLabel(&mintRecord{role: fmt.Sprintf("made-up-%d", i)}), string(outcomeRequestRefused)).Inc()
+	}
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/made-up", nil)
+	m.read("creds/ci")
+	series := func() (roles []string) {
+		for _, metric := range m.families()[metricsNamespace+"_mints_total"].GetMetric() {
+			for _, l := range metric.GetLabel() {
+				if l.GetName() == "role" {
+					roles = append(roles, l.GetValue())
+				}
+			}
+		}
+		slices.Sort(roles)
+		return roles
+	}
+	if got := series(); !slices.Equal(got, []string{unknownRole, "ci"}) {
+		t.Errorf("series for the roles %q", got)
+	}
+	for i := range 3 * maxMeteredRoles {
+		m.b.metrics.mintEnded(&mintRecord{role: fmt.Sprintf("role-%d", i), roleExists: true}, outcomeMinted, 0, nil, 0)
+	}
+	if got := series(); len(got) != maxMeteredRoles+2 || !slices.Contains(got, otherRoles) {
+		t.Errorf("%d series of %d roles, want one for each of the first %d, for the others, and for the unknown", len(got), 3*maxMeteredRoles, maxMeteredRoles)
+	}
+	m.ok(logical.DeleteOperation, "roles/ci", nil)
+	if slices.Contains(series(), "ci") {
+		t.Error("the series of a deleted role are still there")
+	}
+}
+
+// TestMetricsWithoutStorage: a scrape works where Vault's storage does not, and
+// claims nothing of what it cannot know.
+func TestMetricsWithoutStorage(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	m.b.InvalidateKey(t.Context(), configStoragePath)
+	m.storage.Underlying().FailGet(true)
+	figures := m.figures()
+	if _, ok := figures["vault_cable_configured"]; ok {
+		t.Error("configured is claimed to be known")
+	}
+	if figures[`vault_cable_mints_total{outcome="minted",role="ci"}`] != 1 {
+		t.Errorf("figures: %v", figures)
+	}
+}
+
+// TestMetricsOfTwoMounts: each mount counts for itself.
+func TestMetricsOfTwoMounts(t *testing.T) {
+	t.Parallel()
+	m, other := newConfiguredMount(t), newConfiguredMount(t)
+	m.read("creds/ci")
+	series := `vault_cable_mints_total{outcome="minted",role="ci"}`
+	if a, b := m.figures()[series], other.figures()[series]; a != 1 || b != 0 {
+		t.Errorf("%v and %v", a, b)
+	}
+}

@@ -1,0 +1,209 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// TestOutcomes ends a request for a token in each way that there is, and wants
+// the same word in the log, in metrics, in status and in an event.
+func TestOutcomes(t *testing.T) {
+	t.Parallel()
+	const warn, fail, debug = "warn", "error", "debug"
+	for _, tt := range []struct {
+		outcome    outcome
+		fault      cabletest.Fault
+		before     func(m *testMount) // besides the fault
+		level, log string
+		cable      int    // its status
+		event      string // "" for none
+		orphan     bool
+	}{
+		{outcome: outcomeMinted, level: debug, log: "a token was minted", event: eventCredsCreate},
+		{
+			outcome: outcomeRequestRefused, level: debug, log: "a request for a token was refused",
+			before: func(m *testMount) { m.write("roles/ci", map[string]any{"disabled": true}) },
+		},
+		{outcome: outcomeKeyRefused, fault: cabletest.Fault{Status: 401}, level: warn, log: "no token was minted", cable: 401, event: eventCredsCreateFail},
+		{outcome: outcomeCableRefused, fault: cabletest.Fault{Status: 403}, level: warn, log: "no token was minted", cable: 403, event: eventCredsCreateFail},
+		{outcome: outcomeRateLimited, fault: cabletest.Fault{Status: 429}, level: warn, log: "no token was minted", cable: 429, event: eventCredsCreateFail},
+		{
+			outcome: outcomeHeld, fault: cabletest.Fault{Status: 429}, level: debug, log: "no token was minted", event: eventCredsCreateFail,
+			before: func(m *testMount) { m.refused(429, logical.ReadOperation, "creds/ci", nil) },
+		},
+		{outcome: outcomeCableFailed, fault: cabletest.Fault{Status: 503}, level: warn, log: "no token was minted", cable: 503, event: eventCredsCreateFail},
+		{outcome: outcomeCableFailed, fault: cabletest.Fault{Status: 500}, level: warn, log: "may live at Cable", cable: 500, event: eventCredsCreateFail, orphan: true},
+		{outcome: outcomeCableFailed, fault: cabletest.Fault{Status: 408}, level: warn, log: "may live at Cable", cable: 408, event: eventCredsCreateFail, orphan: true},
+		{outcome: outcomeUnreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: "no token was minted", event: eventCredsCreateFail},
+		{outcome: outcomeUnreachable, fault: cabletest.Fault{Reset: cabletest.ResetAfter}, level: warn, log: "may live at Cable", event: eventCredsCreateFail, orphan: true},
+		{outcome: outcomeTimedOut, fault: cabletest.Fault{Delay: time.Minute}, level: warn, log: "may live at Cable", event: eventCredsCreateFail, orphan: true},
+		{outcome: outcomeAnswerRefused, fault: cabletest.Fault{Body: "<html>"}, level: fail, log: refusedEvent, cable: 200, event: eventCredsCreateFail, orphan: true},
+		{
+			outcome: outcomeGrantRefused, fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}},
+			level: fail, log: refusedEvent, event: eventGrantRefuse, orphan: true,
+		},
+		{
+			outcome: outcomeVaultFailed, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
+			level: fail, log: "no token was minted", event: eventCredsCreateFail,
+		},
+	} {
+		t.Run(string(tt.outcome), func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.write("config", map[string]any{"request_timeout": 1})
+			m.sim.SetFault(tt.fault)
+			if tt.before != nil {
+				tt.before(m)
+			}
+			before, logged := m.figures(), len(m.log.String())
+			_, _ = m.request(logical.ReadOperation, "creds/ci", nil)
+
+			line := m.logLine(m.log.String()[logged:], tt.log)
+			if line["outcome"] != string(tt.outcome) || line["@level"] != tt.level || line["role"] != "ci" || line["request_id"] != "req-1" {
+				t.Errorf("the line in the log: %v", line)
+			}
+			if _, err := time.ParseDuration(line["duration"].(string)); err != nil {
+				t.Errorf("duration: %v", err)
+			}
+			if got, _ := line["cable_status"].(float64); tt.event != eventCredsCreate && int(got) != tt.cable {
+				t.Errorf("cable_status in the log: %v, want %d", line["cable_status"], tt.cable)
+			}
+			if _, got := line["maybe_alive_until"]; got != tt.orphan {
+				t.Errorf("maybe_alive_until in the log: %v", line)
+			}
+
+			after := m.figures()
+			moved := func(series string) float64 { return after[series] - before[series] }
+			if n := moved(`vault_cable_mints_total{outcome="` + string(tt.outcome) + `",role="ci"}`); n != 1 {
+				t.Errorf("mints_total moved by %v", n)
+			}
+			if n := moved("vault_cable_suspected_orphans_total"); (n == 1) != tt.orphan || n > 1 {
+				t.Errorf("suspected_orphans_total moved by %v", n)
+			}
+			if n := moved("vault_cable_mint_duration_seconds_count"); (n == 1) != tt.outcome.askedCable() {
+				t.Errorf("mint_duration_seconds moved by %v", n)
+			}
+
+			status := m.read("status")
+			if n := status["requests"].(map[string]any)[string(tt.outcome)]; n != int64(1) {
+				t.Errorf("status counts %v: %v", n, status["requests"])
+			}
+			if tt.outcome.isFailure() && (status["last_failure_outcome"] != string(tt.outcome) || status["last_failure_cable_status"] != tt.cable ||
+				status["last_failure_role"] != "ci" || status["last_failure_at"] == "") {
+				t.Errorf("the last failure in status: %v", status)
+			}
+			if minted := tt.outcome == outcomeMinted; minted != (status["last_mint_at"] != "") || minted != (status["last_mint_role"] == "ci") {
+				t.Errorf("the last mint in status: %v", status)
+			}
+
+			if tt.event == "" {
+				return
+			}
+			event := m.waitForEvent(tt.event, func(e map[string]string) bool {
+				return tt.event == eventCredsCreate || e["outcome"] == string(tt.outcome)
+			})
+			if event["path"] != "creds/ci" || event["data_path"] != "roles/ci" || event["operation"] != "read" || event["modified"] != "false" || event["role"] != "ci" {
+				t.Errorf("the event: %v", event)
+			}
+			if _, got := event["maybe_alive_until"]; got != tt.orphan {
+				t.Errorf("maybe_alive_until in the event: %v", event)
+			}
+		})
+	}
+	t.Run("canceled", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, ID: "req-1"})
+		if line := m.logLine(m.log.String(), "no token was minted"); line["outcome"] != "canceled" || line["@level"] != "debug" {
+			t.Errorf("the line in the log: %v", line)
+		}
+		if status := m.read("status"); status["last_failure_at"] != "" {
+			t.Errorf("who leaves is no failure: %v", status)
+		}
+	})
+}
+
+// logLine returns the fields of the last line that says text.
+func (m *testMount) logLine(log, text string) (fields map[string]any) {
+	m.Helper()
+	for line := range strings.Lines(log) {
+		if strings.Contains(line, text) {
+			fields = nil
+			if err := json.Unmarshal([]byte(line), &fields); err != nil {
+				m.Fatal(err)
+			}
+		}
+	}
+	if fields == nil {
+		m.Fatalf("no line says %q:\n%s", text, log)
+	}
+	return fields
+}
+
+// TestOutcomeOfAndFailed: an outcome and its status agree, however an error is
+// wrapped.
+func TestOutcomeOfAndFailed(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		err    error
+		want   outcome
+		status int
+	}{
+		{refusal("no"), outcomeRequestRefused, 400},
+		{errors.New("storage"), outcomeVaultFailed, 500},
+		{fmt.Errorf("reading: %w", context.Canceled), outcomeCanceled, 500},
+		{status.Error(codes.Canceled, "context canceled"), outcomeCanceled, 500},
+		{&verifyError{cause: refusal("no")}, outcomeRequestRefused, 400},
+		{&verifyError{cause: &mintError{refused: errors.New("no")}}, outcomeGrantRefused, 502},
+		{&mintError{cause: &cable.Error{Kind: cable.Canceled}}, outcomeCanceled, 502},
+		{&mintError{cause: &cable.Error{Kind: cable.Held}}, outcomeHeld, 429},
+		{&mintError{cause: &cable.Error{Kind: cable.Answered, StatusCode: 429}}, outcomeRateLimited, 429},
+		{&mintError{cause: &cable.Error{Kind: cable.Answered, StatusCode: 418}}, outcomeCableRefused, 400},
+		{&mintError{cause: &cable.Error{Kind: cable.Answered, StatusCode: 599}}, outcomeCableFailed, 502},
+		{&mintError{cause: &cable.Error{Kind: cable.InvalidAnswer, StatusCode: 302}}, outcomeAnswerRefused, 502},
+	} {
+		if got := outcomeOf(tt.err); got != tt.want {
+			t.Errorf("%v: outcome %s, want %s", tt.err, got, tt.want)
+		}
+		if code, _ := statusOf(failed(tt.err)); code != tt.status {
+			t.Errorf("%v: status %d, want %d", tt.err, code, tt.status)
+		}
+	}
+	if got := outcomeOf(nil); got != outcomeMinted {
+		t.Error(got)
+	}
+}
+
+// TestLogIsLivable: what can come a hundred times a second from callers alone,
+// or as the echo of one answer, is below the level that operators run with.
+func TestLogIsLivable(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	for range 50 {
+		m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil)
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/none", nil)
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", map[string]any{"ttl": "1s"})
+	}
+	if n := strings.Count(m.log.String(), `"@level":"warn"`) + strings.Count(m.log.String(), `"@level":"error"`); n != 1 {
+		t.Errorf("%d warnings and errors in the log, want one of the 429:\n%s", n, m.log)
+	}
+}
