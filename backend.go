@@ -104,7 +104,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 // newBackend returns a backend that is yet to be set up.
 func newBackend() *backend {
 	b := &backend{roles: make(map[string]*roleEntry), metrics: newMetrics(), recent: newRecent()}
-	b.events = newEventQueue(b, b.metrics.eventEnded)
+	b.events = newEventQueue(b, b.eventsAreHeard, b.metrics.eventEnded)
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		Help:           strings.TrimSpace(backendHelp),

@@ -60,9 +60,10 @@ type event struct {
 // of: none of these waits for Vault, nor fails with an event.
 type eventQueue struct {
 	sender logical.EventSender
+	heard  func(context.Context) bool // whether anybody can listen
 	result func(eventResult)
 
-	off   atomic.Bool // the server takes no events
+	off   atomic.Bool // nobody listens
 	start sync.Once
 	stop  sync.Once
 	queue chan event
@@ -71,8 +72,8 @@ type eventQueue struct {
 
 // newEventQueue returns a queue that takes nothing from Vault or the system
 // before its first event.
-func newEventQueue(sender logical.EventSender, result func(eventResult)) *eventQueue {
-	return &eventQueue{sender: sender, result: result, queue: make(chan event, maxQueuedEvents), done: make(chan struct{})}
+func newEventQueue(sender logical.EventSender, heard func(context.Context) bool, result func(eventResult)) *eventQueue {
+	return &eventQueue{sender: sender, heard: heard, result: result, queue: make(chan event, maxQueuedEvents), done: make(chan struct{})}
 }
 
 // send puts an event into the queue, or drops it where that is full.
@@ -93,8 +94,15 @@ func (q *eventQueue) close() {
 	q.stop.Do(func() { close(q.done) })
 }
 
-// run sends until the queue is closed, or Vault has no event system.
+// run sends until the queue is closed, or nobody can listen.
 func (q *eventQueue) run() {
+	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
+	heard := q.heard(ctx)
+	cancel()
+	if !heard {
+		q.off.Store(true)
+		return
+	}
 	for {
 		select {
 		case <-q.done:
@@ -114,6 +122,17 @@ func (q *eventQueue) run() {
 			}
 		}
 	}
+}
+
+// eventsAreHeard reports whether the server lets anybody subscribe to events.
+// Vault Community 1.16 and later does not (sys/events/subscribe is part of
+// Enterprise), though it takes them: at the price of a call for each mint.
+func (b *backend) eventsAreHeard(ctx context.Context) bool {
+	env, err := b.System().PluginEnv(ctx)
+	if err != nil || env == nil {
+		return true // an older or other server: it will say itself if it takes none
+	}
+	return !strings.HasPrefix(env.GetVaultVersion(), "1.") || strings.Contains(env.GetVaultVersionMetadata(), "ent")
 }
 
 // sendConfigEvent tells that config was written or deleted; version is that of

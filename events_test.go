@@ -109,6 +109,7 @@ func (f senderFunc) SendEvent(context.Context, logical.EventType, *logical.Event
 // slow or failing one costs its events and no request.
 func TestEventQueue(t *testing.T) {
 	t.Parallel()
+	heard := func(context.Context) bool { return true }
 	for name, refusal := range map[string]error{
 		"no event system": framework.ErrNoEvents,
 		"older server":    status.Error(codes.Unimplemented, "unknown method SendEvent"),
@@ -116,7 +117,7 @@ func TestEventQueue(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			var asked, results atomic.Int64
-			q := newEventQueue(senderFunc(func() error { asked.Add(1); return refusal }), func(eventResult) { results.Add(1) })
+			q := newEventQueue(senderFunc(func() error { asked.Add(1); return refusal }), heard, func(eventResult) { results.Add(1) })
 			defer q.close()
 			q.send("cable/test")
 			for end := time.Now().Add(10 * time.Second); !q.off.Load(); time.Sleep(time.Millisecond) {
@@ -135,7 +136,7 @@ func TestEventQueue(t *testing.T) {
 	t.Run("failing", func(t *testing.T) {
 		t.Parallel()
 		results := make(chan eventResult, 2)
-		q := newEventQueue(senderFunc(func() error { return errors.New("sealed") }), func(r eventResult) { results <- r })
+		q := newEventQueue(senderFunc(func() error { return errors.New("sealed") }), heard, func(r eventResult) { results <- r })
 		defer q.close()
 		q.send("cable/test")
 		q.send("cable/test")
@@ -147,7 +148,7 @@ func TestEventQueue(t *testing.T) {
 		t.Parallel()
 		release := make(chan struct{})
 		var dropped atomic.Int64
-		q := newEventQueue(senderFunc(func() error { <-release; return nil }), func(r eventResult) {
+		q := newEventQueue(senderFunc(func() error { <-release; return nil }), heard, func(r eventResult) {
 			if r == eventDropped {
 				dropped.Add(1)
 			}
@@ -161,4 +162,29 @@ func TestEventQueue(t *testing.T) {
 			t.Errorf("%d events were dropped", n)
 		}
 	})
+}
+
+// TestEventsAreHeard: no events are made where the server lets nobody
+// subscribe, and all are where that is not certain.
+func TestEventsAreHeard(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		env  *logical.PluginEnvironment
+		want bool
+	}{
+		{nil, true},
+		{&logical.PluginEnvironment{VaultVersion: "1.21.1"}, false},
+		{&logical.PluginEnvironment{VaultVersion: "1.16.0", VaultVersionMetadata: "fips"}, false},
+		{&logical.PluginEnvironment{VaultVersion: "1.21.1", VaultVersionMetadata: "ent"}, true},
+		{&logical.PluginEnvironment{VaultVersion: "1.21.1", VaultVersionMetadata: "ent.hsm.fips1403"}, true},
+		{&logical.PluginEnvironment{VaultVersion: "2.4.0"}, true},
+	} {
+		m := newMount(t)
+		m.sys.PluginEnvironment = tt.env
+		m.write("roles/ci", map[string]any{"scopes": "person:read"})
+		m.waitUntil(func() bool { return m.b.events.off.Load() || len(m.sentEvents()) > 0 })
+		if got := len(m.sentEvents()) > 0; got != tt.want {
+			t.Errorf("%v: an event was sent: %t", tt.env, got)
+		}
+	}
 }
