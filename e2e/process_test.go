@@ -227,29 +227,10 @@ func TestRestart(t *testing.T) {
 	if err := os.Mkdir(data, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	config := fmt.Sprintf(`
-storage "raft" {
-  path    = %q
-  node_id = "one"
-
-  performance_multiplier = 1 # elects itself sooner
-}
-listener "tcp" {
-  address         = "ADDR"
-  cluster_address = "127.0.0.1:0"
-  tls_disable     = true
-}
-cluster_addr = "https://127.0.0.1:1"
-`, data)
 	v := new(vaultServer)
-	unseal := func(key string) {
-		t.Helper()
-		v.ok(t, "PUT", "sys/unseal", map[string]any{"key": key})
-		waitFor(t, 30*time.Second, "the server is active", func() bool { return v.do(t, "GET", "sys/health", nil).status == 200 })
-	}
 	start := func() {
 		t.Helper()
-		if err := v.start(dir, config, func(string) []string { return nil }); err != nil {
+		if err := v.start(dir, raftConfig(data), func(string) []string { return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -257,7 +238,7 @@ cluster_addr = "https://127.0.0.1:1"
 	t.Cleanup(func() { v.stop() })
 	var key string
 	key, v.root = initKeys(t, v.ok(t, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}))
-	unseal(key)
+	v.unseal(t, key)
 	if err := v.setUp(); err != nil {
 		t.Fatal(err)
 	}
@@ -268,7 +249,7 @@ cluster_addr = "https://127.0.0.1:1"
 
 	v.stop()
 	start()
-	unseal(key)
+	v.unseal(t, key)
 	if got := m.ok(t, "GET", m.path+"/roles/app", nil); fmt.Sprint(got.Data) != fmt.Sprint(role.Data) {
 		t.Errorf("the role after the restart: %s, before: %s", got, role)
 	}
