@@ -44,6 +44,8 @@ func TestPathHelp(t *testing.T) {
 		"/roles":   "help-roles.txt",
 		"/roles/x": "help-role.txt",
 		"/creds/x": "help-creds.txt",
+		"/status":  "help-status.txt",
+		"/metrics": "help-metrics.txt",
 	} {
 		golden(t, name, strings.ReplaceAll(m.cli(t, "path-help", m.path+path), m.path, "cable"))
 	}
