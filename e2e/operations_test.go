@@ -308,7 +308,11 @@ func TestOperations(t *testing.T) {
 // revoked or not, and no other.
 func testAliveFromAudit(t *testing.T, m *mount, shell func(string) string, commands string) {
 	t.Helper()
-	command := commands[strings.Index(commands, "jq -r --arg path"):]
+	_, command, found := strings.Cut(commands, "jq -r --arg path")
+	if !found {
+		t.Fatalf("no look into the audit log:\n%s", commands)
+	}
+	command = "jq -r --arg path" + command
 	alive := func(at time.Time) string {
 		return shell(strings.Replace(command, `"$(date -u +%FT%TZ)"`, at.UTC().Format(time.RFC3339), 1))
 	}
