@@ -34,11 +34,13 @@ dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
 .PHONY: test
 test: ## Run the unit tests and the end-to-end tests on a real Vault
 	@scripts/vault --path >/dev/null
+	@scripts/vault --events >/dev/null
 	go test ./...
 
 .PHONY: check
 check: tidy lint shellcheck ## Run what must be green before a change lands
 	@scripts/vault --path >/dev/null
+	@scripts/vault --events >/dev/null
 	go test -race ./...
 
 .PHONY: lint

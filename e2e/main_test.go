@@ -75,8 +75,12 @@ func runTests(m *testing.M) (status int) {
 	}
 	status = m.Run()
 	if server != nil {
-		if a, err := server.call(request{method: "GET", path: "sys/metrics?format=prometheus", token: server.root}); err == nil && findSecret(a.text, false) != "" {
-			fmt.Fprintln(os.Stderr, "e2e: the metrics hold", findSecret(a.text, false))
+		switch a, err := server.call(request{method: "GET", path: "sys/metrics?format=prometheus", token: server.root}); {
+		case err != nil || a.status != 200:
+			fmt.Fprintln(os.Stderr, "e2e: reading Vault's metrics:", a, err)
+			status = 1
+		case findSecret(a.text, false) != "":
+			fmt.Fprintln(os.Stderr, "e2e: Vault's metrics hold", findSecret(a.text, false))
 			status = 1
 		}
 		server.stop()

@@ -39,6 +39,7 @@ type vaultServer struct {
 
 	env     []string // for the server, and so for the plugin
 	plugins string   // the plugin folder; default that of all tests
+	binary  string   // default that of all tests
 
 	cmd    *exec.Cmd
 	exited chan struct{}
@@ -63,14 +64,20 @@ func killServers() {
 // startDevServer starts a server in dev mode that keeps everything in memory,
 // with the plugin registered and the audit log on.
 func startDevServer(dir string, env ...string) (*vaultServer, error) {
-	v := &vaultServer{root: rand.Text(), env: env}
+	v := &vaultServer{env: env}
+	return v, v.startDev(dir)
+}
+
+// startDev is startDevServer for a server with settings of its own.
+func (v *vaultServer) startDev(dir string) error {
+	v.root = rand.Text()
 	err := v.start(dir, "", func(addr string) []string {
 		return []string{"-dev", "-dev-no-store-token", "-dev-root-token-id=" + v.root, "-dev-listen-address=" + addr}
 	})
 	if err == nil {
 		err = v.setUp()
 	}
-	return v, err
+	return err
 }
 
 // start runs `vault server` in dir on a free port and waits until it answers.
@@ -85,6 +92,9 @@ func (v *vaultServer) start(dir, config string, args func(addr string) []string)
 	}
 	if v.plugins == "" {
 		v.plugins = suite.plugins
+	}
+	if v.binary == "" {
+		v.binary = suite.vault
 	}
 	for range 5 { // another process may take the port meanwhile
 		listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -104,7 +114,7 @@ func (v *vaultServer) start(dir, config string, args func(addr string) []string)
 		if err != nil {
 			return err
 		}
-		v.cmd = exec.Command(suite.vault, append([]string{"server", "-log-level=trace", "-config=" + file}, args(addr)...)...)
+		v.cmd = exec.Command(v.binary, append([]string{"server", "-log-level=trace", "-config=" + file}, args(addr)...)...)
 		v.cmd.Stdout, v.cmd.Stderr = log, log
 		// The simulator is on loopback: no proxy of this machine is to be asked.
 		v.cmd.Env = append(append(os.Environ(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+dir, "VAULT_LOG_LEVEL=trace"), v.env...)
@@ -268,6 +278,9 @@ func (v *vaultServer) callContext(ctx context.Context, r request) (*answer, erro
 		return nil, err
 	}
 	a := &answer{status: resp.StatusCode, header: resp.Header, text: string(text)}
+	if !strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {
+		return a, nil // such as the metrics
+	}
 	decoder := json.NewDecoder(bytes.NewReader(text))
 	decoder.UseNumber()
 	if err := decoder.Decode(a); err != nil && !errors.Is(err, io.EOF) {
