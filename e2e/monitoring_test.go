@@ -1,0 +1,490 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// What monitoring/ holds is tried with a real Prometheus: the one that
+// scripts/prometheus finds or builds.
+
+// findPrometheus returns the folder that prometheus and promtool are in.
+var findPrometheus = sync.OnceValues(func() (string, error) {
+	out, err := run("../scripts/prometheus", "--path")
+	if err != nil {
+		return "", fmt.Errorf("finding or building Prometheus: %w", err)
+	}
+	return strings.TrimSpace(out), nil
+})
+
+// needPrometheus is needVault for Prometheus.
+func needPrometheus(t *testing.T) (dir string) {
+	t.Helper()
+	if testing.Short() && !required() {
+		t.Skip("-short: no Prometheus is looked for")
+	}
+	dir, err := findPrometheus()
+	if err != nil {
+		if required() {
+			t.Fatalf("E2E=require: %v", err)
+		}
+		t.Skipf("no Prometheus: %v", err)
+	}
+	return dir
+}
+
+// TestAlertRules runs the unit tests of the alert rules, and follows the link of
+// each into the documents.
+func TestAlertRules(t *testing.T) {
+	t.Parallel()
+	promtool := filepath.Join(needPrometheus(t), "promtool")
+	for _, args := range [][]string{
+		{"check", "rules", "../monitoring/alerts.yml"},
+		{"test", "rules", "../monitoring/alerts_test.yml"},
+		{"check", "config", "--syntax-only", "../monitoring/prometheus.yml"}, // its files are an operator's
+	} {
+		if out, err := exec.Command(promtool, args...).CombinedOutput(); err != nil {
+			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+
+	rules, tests := readFile(t, "../monitoring/alerts.yml"), readFile(t, "../monitoring/alerts_test.yml")
+	for _, m := range regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(rules, -1) {
+		if !strings.Contains(tests, "- alertname: "+m[1]) {
+			t.Errorf("alert %s has no test", m[1])
+		}
+	}
+	links := regexp.MustCompile(`runbook: (\S+)#(\S+)`).FindAllStringSubmatch(rules, -1)
+	if alerts := strings.Count(rules, "- alert: "); len(links) != alerts {
+		t.Errorf("%d alerts have %d links to a runbook", alerts, len(links))
+	}
+	for _, m := range links {
+		if !slices.Contains(anchors(readFile(t, filepath.Join("..", m[1]))), m[2]) {
+			t.Errorf("%s has no heading for #%s", m[1], m[2])
+		}
+	}
+}
+
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+// anchors returns what GitHub names the headings of a page.
+func anchors(page string) (found []string) {
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(page, -1) {
+		name := regexp.MustCompile(`[^\w\- ]`).ReplaceAllString(strings.ToLower(m[1]), "")
+		found = append(found, strings.ReplaceAll(name, " ", "-"))
+	}
+	return found
+}
+
+// promServer is a running Prometheus.
+type promServer struct{ url string }
+
+// startPrometheus scrapes m each second as monitoring/prometheus.yml says, with
+// a token that may do nothing else, and ends with the test.
+func startPrometheus(t *testing.T, m *mount) *promServer {
+	t.Helper()
+	bin, dir := needPrometheus(t), t.TempDir()
+	m.ok(t, "PUT", "sys/policies/acl/"+m.path, map[string]any{"policy": fmt.Sprintf(`path "%s/metrics" { capabilities = ["read"] }`, m.path)})
+	token := m.ok(t, "POST", "auth/token/create", map[string]any{"policies": []string{m.path}, "no_default_policy": true}).Auth.ClientToken
+	if a, err := m.call(request{method: "GET", path: m.path + "/status", token: token}); err != nil || a.status != http.StatusForbidden {
+		t.Fatalf("the token for the metrics reads more than them: %v, %v", a, err)
+	}
+	tokenFile := filepath.Join(dir, "token")
+	if err := os.WriteFile(tokenFile, []byte(token+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	rules, err := filepath.Abs("../monitoring/alerts.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := readFile(t, "../monitoring/prometheus.yml")
+	for _, change := range [][2]string{
+		{"scrape_interval: 15s", "scrape_interval: 1s"},
+		{"evaluation_interval: 15s", "evaluation_interval: 1s"},
+		{"- alerts.yml", "- " + rules},
+		{"metrics_path: /v1/cable/metrics", "metrics_path: /v1/" + m.path + "/metrics"},
+		{"scheme: https", "scheme: http"},
+		{"    tls_config:\n", ""},
+		{"      ca_file: /etc/prometheus/vault-ca.pem", ""},
+		{"credentials_file: /etc/prometheus/vault-token", "credentials_file: " + tokenFile},
+		{"      - targets: [vault.example.com:8200]\n        labels:\n          mount: cable\n", "      - targets: ['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n"},
+	} {
+		if strings.Count(config, change[0]) != 1 {
+			t.Fatalf("monitoring/prometheus.yml does not have %q once", change[0])
+		}
+		config = strings.Replace(config, change[0], change[1], 1)
+	}
+	file := filepath.Join(dir, "prometheus.yml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(filepath.Join(bin, "promtool"), "check", "config", file).CombinedOutput(); err != nil {
+		t.Fatalf("promtool check config: %v\n%s", err, out)
+	}
+
+	log := filepath.Join(dir, "prometheus.log")
+	out, err := os.Create(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(filepath.Join(bin, "prometheus"), "--config.file="+file, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		_ = out.Close()
+		if t.Failed() {
+			t.Logf("Prometheus' log:\n%s", readFile(t, log))
+		}
+	})
+	p := new(promServer)
+	waitFor(t, 30*time.Second, "Prometheus is ready", func() bool {
+		m := regexp.MustCompile(`"Listening on".* address=(127\.0\.0\.1:\d+)`).FindStringSubmatch(readFile(t, log))
+		if m == nil {
+			return false
+		}
+		p.url = "http://" + m[1]
+		resp, err := http.Get(p.url + "/-/ready") // it listens before it can answer
+		if err != nil {
+			return false
+		}
+		_ = resp.Body.Close()
+		return resp.StatusCode == http.StatusOK
+	})
+	return p
+}
+
+// get reads the data of an answer of Prometheus' API, which must succeed.
+func (p *promServer) get(t *testing.T, path string, query url.Values, data any) {
+	t.Helper()
+	resp, err := http.Get(p.url + "/api/v1/" + path + "?" + query.Encode())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	answer := struct {
+		Status, Error string
+		Data          any
+	}{Data: data}
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.Status != "success" {
+		t.Fatalf("Prometheus answers %s with %d: %s, %v", query, resp.StatusCode, answer.Error, err)
+	}
+}
+
+// query returns the values of an expression by the labels that it has.
+func (p *promServer) query(t *testing.T, expr string) map[string]string {
+	t.Helper()
+	var data struct {
+		Result []struct {
+			Metric map[string]string
+			Value  [2]any // time, and value as text
+		}
+	}
+	p.get(t, "query", url.Values{"query": {expr}}, &data)
+	found := map[string]string{}
+	for _, r := range data.Result {
+		var labels []string
+		for _, name := range slices.Sorted(maps.Keys(r.Metric)) {
+			labels = append(labels, r.Metric[name])
+		}
+		found[strings.Join(labels, " ")] = fmt.Sprint(r.Value[1])
+	}
+	return found
+}
+
+// everyOutcome has reads end in every way but vault_failed, for which Vault's
+// storage would have to break, and returns how often each was.
+func everyOutcome(t *testing.T, m *mount) map[string]string {
+	t.Helper()
+	reply := func(status int, f cabletest.Fault) {
+		t.Helper()
+		m.sim.SetFault(f)
+		if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != status {
+			t.Fatalf("with %+v: %s, want %d", f, a, status)
+		}
+		m.sim.ClearFaults()
+	}
+	other := "org_of_somebody_else"
+	lease := m.read(t).LeaseID
+	m.read(t)
+	m.read(t)
+	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": lease})
+	m.do(t, "GET", m.path+"/creds/app?ttl=1s", nil)
+	m.do(t, "GET", m.path+"/creds/none", nil)
+	reply(400, cabletest.Fault{Status: 401})
+	reply(400, cabletest.Fault{Status: 403})
+	reply(502, cabletest.Fault{Status: 500})
+	reply(502, cabletest.Fault{Reset: cabletest.ResetAfter})
+	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "1s"})
+	reply(504, cabletest.Fault{Delay: 10 * time.Second})
+	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "20s"})
+	reply(502, cabletest.Fault{Body: "<html>"})
+	reply(502, cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: &other, ScopesOrganizationID: &other}})
+	func() { // a caller that leaves
+		m.sim.SetFault(cabletest.Fault{Delay: 10 * time.Second})
+		defer m.sim.ClearFaults()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if a, err := m.callContext(ctx, request{method: "GET", path: m.path + "/creds/app", token: m.root}); err == nil {
+			t.Fatalf("the caller that left got %s", a)
+		}
+		waitFor(t, 10*time.Second, "the mint of the caller that left has ended", func() bool {
+			return strings.Contains(m.ok(t, "GET", m.path+"/metrics", nil).text, `outcome="canceled"`)
+		})
+	}()
+	reply(429, cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "100"}})
+	reply(429, cabletest.Fault{})
+	return map[string]string{
+		"minted app": "3", "request_refused app": "1", "request_refused (unknown)": "1",
+		"key_refused app": "1", "cable_refused app": "1", "cable_failed app": "1", "unreachable app": "1", "timed_out app": "1",
+		"answer_refused app": "1", "grant_refused app": "1", "canceled app": "1", "rate_limited app": "1", "held app": "1",
+	}
+}
+
+// selector finds a series in what is served, and a selector in an expression.
+var selector = regexp.MustCompile(`\b((?:vault_cable|go|process)_\w+)(?:\{([^{}]*)\})?`)
+
+// matcher finds a label with its value in either.
+var matcher = regexp.MustCompile(`(\w+)(?:=~|!~|!=|=)"([^"]*)"`)
+
+// TestMonitoring scrapes a mount by a real Prometheus while reads end in every
+// way, and holds the dashboard and the alerts against what it then has.
+func TestMonitoring(t *testing.T) {
+	t.Parallel()
+	needPrometheus(t)
+	m := newMount(t, sharedServer(t), nil)
+	m.configure(t)
+	p := startPrometheus(t, m)
+	waitFor(t, 30*time.Second, "a scrape succeeds", func() bool { return p.query(t, "sum(up)")[""] == "1" })
+	want := everyOutcome(t, m)
+
+	// The numbers.
+	var diff string
+	defer func() {
+		if diff != "" {
+			t.Logf("the mints (-want +in Prometheus):\n%s", diff)
+		}
+	}()
+	waitFor(t, 30*time.Second, "Prometheus has scraped all", func() bool {
+		diff = cmp.Diff(want, p.query(t, fmt.Sprintf(`sum by (outcome, role) (vault_cable_mints_total{mount=%q})`, m.path)))
+		return diff == ""
+	})
+	for expr, value := range map[string]string{
+		`sum(vault_cable_granted_life_seconds_count)`:                          "3",
+		`sum(vault_cable_api_requests_total{code="401"})`:                      "1",
+		`sum(vault_cable_api_requests_total{code=~"401|403|500|429"})`:         "4",
+		`sum(vault_cable_api_requests_total{code=~"502|503|504|400|404|408"})`: "0",
+		`sum(vault_cable_grants_refused_total)`:                                "1",
+		`sum(vault_cable_holds_total)`:                                         "1",
+		`sum(vault_cable_hold_active)`:                                         "1",
+		`sum(vault_cable_revocations_total)`:                                   "1",
+		`sum(vault_cable_panics_total)`:                                        "0",
+	} {
+		if got := p.query(t, expr)[""]; got != value {
+			t.Errorf("%s: %s, want %s", expr, got, value)
+		}
+	}
+
+	dashboard, alerts := readFile(t, "../monitoring/dashboard.json"), readFile(t, "../monitoring/alerts.yml")
+	t.Run("names", func(t *testing.T) { checkNames(t, m, dashboard, alerts) })
+	t.Run("dashboard", func(t *testing.T) { checkDashboard(t, p, m, dashboard) })
+	t.Run("alerts", func(t *testing.T) { checkAlerts(t, p, m) })
+}
+
+// checkNames makes sure that the dashboard and the alerts speak of metrics,
+// labels and values that are served, and that the dashboard has all metrics of
+// the engine's own.
+func checkNames(t *testing.T, m *mount, dashboard, alerts string) {
+	served := map[string]map[string][]string{} // metric, label, values
+	for line := range strings.Lines(m.ok(t, "GET", m.path+"/metrics", nil).text) {
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		s := selector.FindStringSubmatch(line)
+		if s == nil {
+			t.Fatalf("a line of the metrics is none: %q", line)
+		}
+		if served[s[1]] == nil {
+			served[s[1]] = map[string][]string{"mount": nil, "job": nil, "instance": nil} // of each target
+		}
+		for _, l := range matcher.FindAllStringSubmatch(s[2], -1) {
+			served[s[1]][l[1]] = append(served[s[1]][l[1]], l[2])
+		}
+	}
+	labels := map[string]bool{}
+	for _, of := range served {
+		for name := range of {
+			labels[name] = true
+		}
+	}
+	served["vault_cable_mints_total"]["outcome"] = append(served["vault_cable_mints_total"]["outcome"], "vault_failed") // see everyOutcome
+
+	used := map[string]bool{}
+	for name, text := range map[string]string{"dashboard.json": dashboard, "alerts.yml": alerts} {
+		text = strings.ReplaceAll(text, `\"`, `"`)
+		for _, s := range selector.FindAllStringSubmatch(text, -1) {
+			of := served[s[1]]
+			if of == nil {
+				t.Errorf("%s names %s, which is not served", name, s[1])
+				continue
+			}
+			if name == "dashboard.json" {
+				used[family(s[1])] = true
+			}
+			for _, l := range matcher.FindAllStringSubmatch(s[2], -1) {
+				values, ok := of[l[1]]
+				if !ok {
+					t.Errorf("%s: %s has no label %q", name, s[0], l[1])
+				}
+				for v := range strings.SplitSeq(l[2], "|") {
+					if l[1] != "mount" && !slices.Contains(values, v) {
+						t.Errorf("%s: %s=%q of %s is not served, but %q", name, l[1], v, s[1], values)
+					}
+				}
+			}
+		}
+		for _, l := range regexp.MustCompile(`\b(?:by|without|ignoring|on) ?\(([\w, ]*)\)|\{\{(\w+)\}\}|\$labels\.(\w+)|\.Labels\.(\w+)`).FindAllStringSubmatch(text, -1) {
+			for label := range strings.SplitSeq(l[1]+l[2]+l[3]+l[4], ", ") {
+				if !labels[label] {
+					t.Errorf("%s: %s is about a label that is not served", name, l[0])
+				}
+			}
+		}
+	}
+	for metric := range served {
+		if strings.HasPrefix(metric, "vault_cable_") && !used[family(metric)] {
+			t.Errorf("no panel of the dashboard shows %s", metric)
+		}
+	}
+}
+
+// family is a metric without what a histogram adds to its name.
+func family(metric string) string {
+	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+		metric = strings.TrimSuffix(metric, suffix)
+	}
+	return metric
+}
+
+// checkDashboard makes sure that each query of the dashboard finds something.
+func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
+	var d struct {
+		Templating struct {
+			List []struct{ Definition string }
+		}
+		Panels []struct {
+			ID      int
+			Type    string
+			Title   string
+			GridPos struct{ X, Y, W, H int }
+			Targets []struct{ Expr string }
+		}
+	}
+	if err := json.Unmarshal([]byte(text), &d); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.Templating.List[1].Definition; got != "label_values(vault_cable_configured, mount)" {
+		t.Errorf("the variable mount is %q", got)
+	}
+	var mounts []string
+	if p.get(t, "label/mount/values", url.Values{"match[]": {"vault_cable_configured"}}, &mounts); !slices.Contains(mounts, m.path) {
+		t.Errorf("the mounts to choose from are %q", mounts)
+	}
+	variables := strings.NewReplacer("$mount", m.path, "$__rate_interval", "1m", "$__range", "10m")
+	taken := map[[2]int]string{} // of the grid
+	ids := map[int]bool{}
+	for _, panel := range d.Panels {
+		if ids[panel.ID] {
+			t.Errorf("two panels have the id %d", panel.ID)
+		}
+		ids[panel.ID] = true
+		g := panel.GridPos
+		for x := g.X; x < g.X+g.W; x++ {
+			for y := g.Y; y < g.Y+g.H; y++ {
+				if other := taken[[2]int{x, y}]; other != "" || x >= 24 {
+					t.Fatalf("panel %q lies over %q or outside of the grid", panel.Title, other)
+				}
+				taken[[2]int{x, y}] = panel.Title
+			}
+		}
+		if len(panel.Targets) == 0 && panel.Type != "row" {
+			t.Errorf("panel %q asks for nothing", panel.Title)
+		}
+		for _, target := range panel.Targets {
+			if expr := variables.Replace(target.Expr); len(p.query(t, expr)) == 0 {
+				t.Errorf("panel %q: %s finds nothing", panel.Title, expr)
+			}
+		}
+	}
+}
+
+// checkAlerts makes sure that all rules can be evaluated, and that those that
+// wait for nothing fire for what has happened.
+func checkAlerts(t *testing.T, p *promServer, m *mount) {
+	var rules struct {
+		Groups []struct {
+			Rules []struct{ Name, Health, LastError string }
+		}
+	}
+	names := 0
+	p.get(t, "rules", nil, &rules)
+	for _, g := range rules.Groups {
+		for _, r := range g.Rules {
+			names++
+			if r.Health != "ok" {
+				t.Errorf("rule %s is %s: %s", r.Name, r.Health, r.LastError)
+			}
+		}
+	}
+	if want := strings.Count(readFile(t, "../monitoring/alerts.yml"), "- alert: "); names != want {
+		t.Errorf("Prometheus evaluates %d rules of %d", names, want)
+	}
+	var alerts struct {
+		Alerts []struct {
+			State               string
+			Labels, Annotations map[string]string
+		}
+	}
+	for _, name := range []string{"CableGrantRefused", "CableOrphansSuspected"} {
+		waitFor(t, 30*time.Second, name+" fires", func() bool {
+			p.get(t, "alerts", nil, &alerts)
+			for _, a := range alerts.Alerts {
+				if a.Labels["alertname"] == name && a.State == "firing" && strings.Contains(a.Annotations["description"], m.path) {
+					t.Logf("%s: %s", a.Annotations["summary"], a.Annotations["description"])
+					return true
+				}
+			}
+			return false
+		})
+	}
+}
