@@ -33,15 +33,20 @@ dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
 
 .PHONY: test
 test: ## Run the unit tests and the end-to-end tests on a real Vault
-	@scripts/vault --path >/dev/null
-	@scripts/vault --events >/dev/null
+	@$(MAKE) -s servers
 	go test ./...
 
 .PHONY: check
 check: tidy lint shellcheck ## Run what must be green before a change lands
+	@$(MAKE) -s servers
+	go test -race ./...
+
+# What the end-to-end tests run beside the plugin, built before go test's clock runs.
+.PHONY: servers
+servers:
 	@scripts/vault --path >/dev/null
 	@scripts/vault --events >/dev/null
-	go test -race ./...
+	@scripts/prometheus --path >/dev/null
 
 .PHONY: lint
 lint: $(GOLANGCI) ## Run the linters that .golangci.yml names
@@ -58,6 +63,10 @@ tidy: ## Check that go.mod and go.sum are tidy
 .PHONY: shellcheck
 shellcheck: ## Check the scripts, where shellcheck is installed
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/* .ci/run; else echo 'shellcheck is not installed: skipped'; fi
+
+.PHONY: dashboard
+dashboard: ## Draw the dashboard from a load with faults (docs/dashboard.svg)
+	@scripts/dashboard
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
