@@ -187,7 +187,7 @@ func (b *backend) getClient(ctx context.Context, s logical.Storage) (*activeConf
 	if cfg == nil || err != nil {
 		return nil, err
 	}
-	built, err := b.activate(cfg)
+	built, err := b.activate(cfg, b.metrics.called)
 	if err != nil {
 		return nil, fmt.Errorf("using the stored configuration: %w", err)
 	}
@@ -206,10 +206,10 @@ func (b *backend) getClient(ctx context.Context, s logical.Storage) (*activeConf
 }
 
 // activate makes a client for cfg, without using it yet. A pause that applies
-// to the same key and URL goes on.
-func (b *backend) activate(cfg *configEntry) (*activeConfig, error) {
+// to the same key and URL goes on. observe is told of each call to Cable.
+func (b *backend) activate(cfg *configEntry, observe func(cable.Call)) (*activeConfig, error) {
 	clientConfig := cfg.clientConfig()
-	clientConfig.Observe = b.metrics.called
+	clientConfig.Observe = observe
 	b.mu.Lock()
 	if b.hold != nil && b.holdFor.url == cfg.TokenURL && b.holdFor.key.Reveal() == cfg.RefreshKey.Reveal() {
 		clientConfig.Hold = b.hold

@@ -35,10 +35,21 @@ type testMount struct {
 	b       *backend
 	storage *logical.InmemStorage
 	sys     *logical.StaticSystemView
+	env     *logical.PluginEnvironment // to be set before the first event
 	sim     *cabletest.Server
 	log     *syncBuffer
 	events  *logical.MockEventSender
 }
+
+// testView is what a mount asks Vault, from more than one goroutine: its
+// settings may change while the environment is asked for.
+type testView struct {
+	*logical.StaticSystemView
+	m *testMount
+}
+
+// PluginEnv implements [logical.SystemView].
+func (v testView) PluginEnv(context.Context) (*logical.PluginEnvironment, error) { return v.m.env, nil }
 
 // syncBuffer collects a log that several goroutines write.
 type syncBuffer struct {
@@ -73,7 +84,7 @@ func newMount(t testing.TB) *testMount {
 	}
 	lb, err := Factory(t.Context(), &logical.BackendConfig{
 		Logger:      hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true}),
-		System:      m.sys,
+		System:      testView{m.sys, m},
 		StorageView: m.storage,
 		BackendUUID: "test",
 
@@ -88,7 +99,7 @@ func newMount(t testing.TB) *testMount {
 			resp, err := m.b.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: path, Storage: m.storage})
 			m.noSecrets(path, fmt.Sprint(resp, err))
 		}
-		m.b.Cleanup(context.Background())
+		m.b.Cleanup(context.Background()) // sends the last events
 		m.noSecrets("the log", m.log.String())
 		m.noSecrets("an event", fmt.Sprint(m.sentEvents()))
 	})
@@ -312,7 +323,8 @@ func TestForwarding(t *testing.T) {
 			props := handler.Properties()
 			writes := op != logical.ReadOperation && op != logical.ListOperation
 			mints := strings.HasPrefix(path.Pattern, "creds/")
-			if props.ForwardPerformanceStandby != (writes || mints) {
+			tells := path.Pattern == "status" || path.Pattern == "metrics" // of mints
+			if props.ForwardPerformanceStandby != (writes || mints || tells) {
 				t.Errorf("%s %s: forwarded from standbys: %v", op, path.Pattern, props.ForwardPerformanceStandby)
 			}
 			if props.ForwardPerformanceSecondary != (writes && !mints) {

@@ -88,27 +88,19 @@ func (e *verifyError) Unwrap() error { return e.cause }
 // and 5xx twice, so what stays wrong until someone mends it must be a 400; and
 // a 403 would read as a denial by policy.
 func failed(err error) (*logical.Response, error) {
-	var mint *mintError
 	var ce *cable.Error
-	var refused refusal
-	switch {
-	case errors.As(err, &mint) && mint.refused != nil:
-		return nil, logical.CodedError(http.StatusBadGateway, err.Error())
-	case errors.As(err, &ce):
-	case errors.As(err, &refused):
-		return logical.ErrorResponse(err.Error()), nil
-	default:
+	isCables := errors.As(err, &ce)
+	switch o := outcomeOf(err); {
+	case o == outcomeVaultFailed, o == outcomeCanceled && !isCables:
 		return nil, err
-	}
-	switch {
-	case ce.Kind == cable.Held, ce.Kind == cable.Answered && ce.StatusCode == http.StatusTooManyRequests:
+	case o == outcomeRequestRefused, o == outcomeKeyRefused, o == outcomeCableRefused:
+		return logical.ErrorResponse(err.Error()), nil
+	case o == outcomeRateLimited, o == outcomeHeld:
 		resp := &logical.Response{Headers: map[string][]string{
 			"Retry-After": {strconv.FormatInt(retrySeconds(ce.RetryAfter), 10)},
 		}}
 		return resp, logical.CodedError(http.StatusTooManyRequests, err.Error())
-	case ce.Kind == cable.Answered && ce.StatusCode < 500 && ce.StatusCode != http.StatusRequestTimeout:
-		return logical.ErrorResponse(err.Error()), nil
-	case ce.Kind == cable.TimedOut:
+	case o == outcomeTimedOut:
 		return nil, logical.CodedError(http.StatusGatewayTimeout, err.Error())
 	default:
 		return nil, logical.CodedError(http.StatusBadGateway, err.Error())

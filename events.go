@@ -37,8 +37,10 @@ const (
 	// maxQueuedEvents bounds what waits for Vault: some seconds of a busy mount.
 	maxQueuedEvents = 1024
 
-	// eventTimeout bounds how long Vault may take for one event.
+	// eventTimeout bounds how long Vault may take for one event, flushTimeout for
+	// all that wait when the mount ends.
 	eventTimeout = 10 * time.Second
+	flushTimeout = 2 * time.Second
 )
 
 // eventResult says what became of an event.
@@ -67,13 +69,22 @@ type eventQueue struct {
 	start sync.Once
 	stop  sync.Once
 	queue chan event
-	done  chan struct{}
+
+	ctx    context.Context // ends soon after close
+	cancel context.CancelFunc
+	done   chan struct{} // closed by close
+	ended  chan struct{} // closed when nothing is sent any more
 }
 
 // newEventQueue returns a queue that takes nothing from Vault or the system
 // before its first event.
 func newEventQueue(sender logical.EventSender, heard func(context.Context) bool, result func(eventResult)) *eventQueue {
-	return &eventQueue{sender: sender, heard: heard, result: result, queue: make(chan event, maxQueuedEvents), done: make(chan struct{})}
+	q := &eventQueue{
+		sender: sender, heard: heard, result: result,
+		queue: make(chan event, maxQueuedEvents), done: make(chan struct{}), ended: make(chan struct{}),
+	}
+	q.ctx, q.cancel = context.WithCancel(context.Background())
+	return q
 }
 
 // send puts an event into the queue, or drops it where that is full.
@@ -89,38 +100,49 @@ func (q *eventQueue) send(kind string, metadata ...string) {
 	}
 }
 
-// close ends the sending. What waits is lost.
+// close sends what waits, in a bounded time, and ends the sending. A mount
+// that is disabled ends its leases just before.
 func (q *eventQueue) close() {
-	q.stop.Do(func() { close(q.done) })
+	q.stop.Do(func() {
+		close(q.done)
+		time.AfterFunc(flushTimeout, q.cancel)
+	})
+	q.start.Do(func() { close(q.ended) }) // where nothing was ever sent
+	<-q.ended
+	q.cancel()
 }
 
 // run sends until the queue is closed, or nobody can listen.
 func (q *eventQueue) run() {
-	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	heard := q.heard(ctx)
+	defer close(q.ended)
+	ctx, cancel := context.WithTimeout(q.ctx, eventTimeout)
+	q.off.Store(!q.heard(ctx))
 	cancel()
-	if !heard {
-		q.off.Store(true)
-		return
-	}
-	for {
+	for !q.off.Load() {
 		select {
-		case <-q.done:
-			return
 		case e := <-q.queue:
-			ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-			err := logical.SendEvent(ctx, q.sender, e.kind, e.metadata...)
-			cancel()
-			switch {
-			case errors.Is(err, framework.ErrNoEvents), status.Code(err) == codes.Unimplemented:
-				q.off.Store(true)
+			q.sendOne(e)
+		case <-q.done:
+			if len(q.queue) == 0 {
 				return
-			case err != nil:
-				q.result(eventFailed)
-			default:
-				q.result(eventSent)
 			}
+			q.sendOne(<-q.queue)
 		}
+	}
+}
+
+// sendOne hands an event to Vault.
+func (q *eventQueue) sendOne(e event) {
+	ctx, cancel := context.WithTimeout(q.ctx, eventTimeout)
+	defer cancel()
+	err := logical.SendEvent(ctx, q.sender, e.kind, e.metadata...)
+	switch {
+	case errors.Is(err, framework.ErrNoEvents), status.Code(err) == codes.Unimplemented:
+		q.off.Store(true)
+	case err != nil:
+		q.result(eventFailed)
+	default:
+		q.result(eventSent)
 	}
 }
 

@@ -54,7 +54,7 @@ func TestEvents(t *testing.T) {
 	m := newConfiguredMount(t)
 	m.ok(logical.PatchOperation, "config", map[string]any{"request_timeout": 5})
 	m.ok(logical.PatchOperation, "roles/ci", map[string]any{"ttl": 600})
-	m.revoke()
+	m.revoke("ci")
 	m.ok(logical.DeleteOperation, "roles/ci", nil)
 	m.ok(logical.DeleteOperation, "config", nil)
 	m.ok(logical.DeleteOperation, "config", nil) // there is none: no event
@@ -105,6 +105,15 @@ func (f senderFunc) SendEvent(context.Context, logical.EventType, *logical.Event
 	return f()
 }
 
+// hangingSender is a Vault that takes no event until the sender gives up.
+type hangingSender struct{}
+
+// SendEvent implements [logical.EventSender].
+func (hangingSender) SendEvent(ctx context.Context, _ logical.EventType, _ *logical.EventData) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
 // TestEventQueue: a server without events is asked once and never again; a
 // slow or failing one costs its events and no request.
 func TestEventQueue(t *testing.T) {
@@ -144,6 +153,33 @@ func TestEventQueue(t *testing.T) {
 			t.Errorf("%s, %s", a, b)
 		}
 	})
+	t.Run("closed", func(t *testing.T) {
+		t.Parallel()
+		// What waits when a mount is disabled is sent, and what comes later is not.
+		var sent atomic.Int64
+		q := newEventQueue(senderFunc(func() error { sent.Add(1); return nil }), heard, func(eventResult) {})
+		for range 100 {
+			q.send("cable/test")
+		}
+		q.close()
+		q.send("cable/test")
+		q.close()
+		if n := sent.Load(); n != 100 {
+			t.Errorf("%d events were sent, want 100", n)
+		}
+		newEventQueue(nil, heard, nil).close() // one that never had an event
+	})
+	t.Run("closed while Vault hangs", func(t *testing.T) {
+		t.Parallel()
+		q := newEventQueue(hangingSender{}, heard, func(eventResult) {})
+		q.send("cable/test")
+		q.send("cable/test")
+		start := time.Now()
+		q.close()
+		if took := time.Since(start); took > 3*flushTimeout {
+			t.Errorf("it took %s", took)
+		}
+	})
 	t.Run("stuck", func(t *testing.T) {
 		t.Parallel()
 		release := make(chan struct{})
@@ -180,7 +216,7 @@ func TestEventsAreHeard(t *testing.T) {
 		{&logical.PluginEnvironment{VaultVersion: "2.4.0"}, true},
 	} {
 		m := newMount(t)
-		m.sys.PluginEnvironment = tt.env
+		m.env = tt.env
 		m.write("roles/ci", map[string]any{"scopes": "person:read"})
 		m.waitUntil(func() bool { return m.b.events.off.Load() || len(m.sentEvents()) > 0 })
 		if got := len(m.sentEvents()) > 0; got != tt.want {

@@ -17,7 +17,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
-// The metrics of one mount on one node, from the start of its process. Labels
+// The metrics of one mount on one node, from when it was set up there. Labels
 // are bounded: role names only roles that exist, and at most maxMeteredRoles of
 // them; code and outcome are closed lists.
 
@@ -30,7 +30,8 @@ const (
 	maxMeteredRoles = 1000
 
 	// unknownRole and otherRoles stand in the role label for a name that is no
-	// role's, and for roles beyond maxMeteredRoles. No role can be named so.
+	// role's or could not be read, and for roles beyond maxMeteredRoles. No role
+	// can be named so.
 	unknownRole = "(unknown)"
 	otherRoles  = "(other)"
 
@@ -40,7 +41,8 @@ const (
 
 // meteredCodes are the statuses of Cable's that have a series of their own,
 // from the start, so that the first 401 is an increase. Others are counted by
-// their class, such as "4xx".
+// their class, such as "4xx", and what is no status (HTTP/2 carries any number)
+// as "other".
 func meteredCodes() []int {
 	return []int{200, 400, 401, 403, 404, 408, 429, 500, 502, 503, 504}
 }
@@ -125,8 +127,8 @@ func newMetrics() *metrics {
 			Help: "Leases that ended, revoked or expired.",
 		}),
 		revokedLife: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Namespace: metricsNamespace, Name: "revoked_life_seconds", Buckets: slices.Concat([]float64{endsWithToken.Seconds(), 60}, lives),
-			Help: "Life that tokens still had, and keep, when their lease ended; below 3 where it ended by itself.",
+			Namespace: metricsNamespace, Name: "revoked_life_seconds", Buckets: slices.Concat([]float64{5, 60}, lives),
+			Help: "Life that tokens still had, and keep, when their lease ended; some seconds where it ended by itself.",
 		}),
 		events: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: metricsNamespace, Name: "events_total",
@@ -163,6 +165,8 @@ func (m *metrics) called(c cable.Call) {
 	case ok:
 	case c.StatusCode == 0:
 		counter = m.requests.WithLabelValues(noAnswer)
+	case c.StatusCode < 100 || c.StatusCode > 599:
+		counter = m.requests.WithLabelValues("other")
 	default:
 		counter = m.requests.WithLabelValues(strconv.Itoa(c.StatusCode/100) + "xx")
 	}

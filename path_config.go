@@ -346,7 +346,7 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, d *fram
 	if verify && !bytes.Equal(before, verified) {
 		return nil, refusal("another request wrote config while verify_role was minting: nothing was stored by this one, read config and write again; " + resp.Warnings[0])
 	}
-	active, err := b.activate(next)
+	active, err := b.activate(next, b.metrics.called)
 	if err != nil {
 		return nil, refusal(err.Error())
 	}
@@ -396,6 +396,9 @@ func (b *backend) mergeStoredConfig(ctx context.Context, req *logical.Request, d
 // verifyConfig mints one token of the shortest life with settings that are not
 // stored yet, drops it, and returns the warning that says so.
 func (b *backend) verifyConfig(ctx context.Context, req *logical.Request, cfg *configEntry, name string) (string, error) {
+	if err := checkRoleName(name); err != nil {
+		return "", refusal("verify_role: " + err.Error())
+	}
 	role, err := getRole(ctx, req.Storage, name)
 	if err != nil {
 		return "", err
@@ -403,13 +406,13 @@ func (b *backend) verifyConfig(ctx context.Context, req *logical.Request, cfg *c
 	if role == nil {
 		return "", refusal(fmt.Sprintf("verify_role %s does not exist: nothing was stored, write the role first or leave verify_role out", echo(name)))
 	}
-	active, err := b.activate(cfg)
+	active, err := b.activate(cfg, nil)
 	if err != nil {
 		return "", refusal(err.Error())
 	}
 	defer active.client.Close()
 	r := newRecord(req, name)
-	r.roleExists = true
+	r.roleExists, r.verify = true, true
 	m, err := b.mint(ctx, r, active, mintRequest{name: name, role: role, hasTTL: true, ttl: minLife})
 	b.record(r, m, err)
 	if err != nil {

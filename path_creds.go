@@ -118,11 +118,16 @@ func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *fr
 
 // mintForCaller mints what the caller asks for, with the settings in use.
 func (b *backend) mintForCaller(ctx context.Context, r *mintRecord, d *framework.FieldData) (*mintedToken, error) {
+	if err := checkRoleName(r.role); err != nil {
+		r.role = unknownRole // whatever it is, it is kept and shown nowhere
+		return nil, err
+	}
 	role, err := b.cachedRole(ctx, r.req.Storage, r.role)
 	if err != nil {
 		return nil, err
 	}
 	if role == nil {
+		b.metrics.roleDeleted(r.role) // on another node, or while it was minted for
 		return nil, noSuchRole(r.role)
 	}
 	r.roleExists = true
@@ -167,9 +172,7 @@ func (b *backend) mint(ctx context.Context, r *mintRecord, active *activeConfig,
 		return nil, err
 	}
 
-	b.metrics.mintsInFlight.Inc()
-	token, err := active.client.RequestToken(ctx, asked)
-	b.metrics.mintsInFlight.Dec()
+	token, err := b.requestToken(ctx, active, asked)
 	if err != nil {
 		failure := &mintError{role: want.name, scheme: active.AuthScheme, cause: err}
 		var ce *cable.Error
@@ -206,6 +209,13 @@ func (b *backend) mint(ctx context.Context, r *mintRecord, active *activeConfig,
 		warnings = append(warnings, fmt.Sprintf("Cable granted %ds instead of the %ds that were asked for: the lease ends first, the token lives until %s", life, asked, rfc3339(token.Expiry)))
 	}
 	return &mintedToken{Token: token, scopes: granted, lease: lease, life: life, warnings: warnings}, nil
+}
+
+// requestToken is RequestToken, counted while it lasts.
+func (b *backend) requestToken(ctx context.Context, active *activeConfig, asked cable.TokenRequest) (*cable.Token, error) {
+	b.metrics.mintsInFlight.Inc()
+	defer b.metrics.mintsInFlight.Dec()
+	return active.client.RequestToken(ctx, asked)
 }
 
 // resolveMint decides what to ask Cable for, and says which caps bit. The
@@ -260,7 +270,7 @@ func (b *backend) leased(name string, m *mintedToken) *logical.Response {
 			"organization_name": m.OrganizationName,
 			"scopes":            m.scopes,
 		},
-		leaseData(name, m),
+		leaseData(name, m, time.Now().Add(time.Duration(m.lease)*time.Second)),
 	)
 	resp.Secret.TTL = time.Duration(m.lease) * time.Second
 	resp.Secret.MaxTTL = resp.Secret.TTL

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -45,6 +46,11 @@ func TestCredsRead(t *testing.T) {
 			time.Now().Add(resp.Secret.TTL).After(minted[0].Expiry) || resp.Secret.MaxTTL != resp.Secret.TTL {
 			t.Errorf("lease: %+v", resp.Secret)
 		}
+		end, err := strconv.ParseInt(resp.Secret.InternalData["lease_end"].(string), 10, 64)
+		if err != nil || end > minted[0].Expiry.Unix() || time.Until(time.Unix(end, 0)) < time.Hour-10*time.Second {
+			t.Errorf("lease_end: %v", resp.Secret.InternalData["lease_end"])
+		}
+		delete(resp.Secret.InternalData, "lease_end")
 		internal := map[string]any{
 			"secret_type": "cable_token", "role": "ci", "organization_id": cabletest.DefaultOrganizationID,
 			"scopes": "person:read,transactions:read", "expiry": fmt.Sprint(minted[0].Expiry.Unix()),
@@ -445,9 +451,36 @@ func TestRevoke(t *testing.T) {
 			t.Errorf("%v: %v %v", data, resp, err)
 		}
 	}
-	if !strings.Contains(m.log.String(), "cannot be revoked and lives on") {
-		t.Errorf("the log does not say that the token lives on: %s", m.log)
+	if line := m.logLine(m.log.String(), "cannot be revoked and lives on"); line["role"] != "ci" || line["@level"] != "info" || line["seconds_left"].(float64) < 3500 {
+		t.Errorf("the line of a lease that ends early: %v", line)
 	}
+	if n := strings.Count(m.log.String(), "a lease ended; when its token dies is not known"); n != 2 {
+		t.Errorf("%d lines of leases without an expiry, want 2", n)
+	}
+	// One that ended by itself is nothing to look at, however much longer its
+	// token lives: Cable granted more than was asked, or answered late.
+	data := overJSON(t, secret.InternalData)
+	data["lease_end"] = strconv.FormatInt(time.Now().Unix(), 10)
+	if _, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: logical.RevokeOperation, Path: "creds/ci", Secret: &logical.Secret{InternalData: data}}); err != nil {
+		t.Error(err)
+	}
+	if line := m.logLine(m.log.String(), "a lease ended by itself"); line["@level"] != "debug" {
+		t.Errorf("the line of a lease that ended by itself: %v", line)
+	}
+	m.storage.Underlying().FailGet(false)
+	figures := m.figures()
+	if figures["vault_cable_revocations_total"] != 4 || figures["vault_cable_revoked_life_seconds_count"] != 2 {
+		t.Errorf("leases that ended: %v, with a known life: %v", figures["vault_cable_revocations_total"], figures["vault_cable_revoked_life_seconds_count"])
+	}
+	m.waitUntil(func() bool {
+		known := 0
+		for _, e := range m.sentEvents() {
+			if _, ok := e["seconds_left"]; ok {
+				known++
+			}
+		}
+		return known == 2
+	})
 	if _, err := m.b.HandleRequest(t.Context(), &logical.Request{
 		Operation: logical.RenewOperation, Path: "creds/ci", Secret: &logical.Secret{InternalData: secret.InternalData},
 	}); err == nil {

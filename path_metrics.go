@@ -23,7 +23,10 @@ func (b *backend) pathMetrics() *framework.Path {
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
 				Callback: b.pathMetricsRead,
-				Summary:  "Read the metrics of this mount on this node, for Prometheus.",
+				// A standby mints nothing; and behind one address, figures of two
+				// nodes would jump.
+				ForwardPerformanceStandby: true,
+				Summary:                   "Read the metrics of this mount on this node, for Prometheus.",
 				Responses: map[int][]framework.Response{
 					http.StatusOK: {{
 						Description: "The metrics in Prometheus' text format",
@@ -74,8 +77,8 @@ The answer is text for Prometheus, not JSON:
 
   vault read -format=raw cable/metrics
 
-The figures are those of this mount on the node that answers, since its plugin
-process started; they are kept in memory. A scrape needs a Vault token that may
+The figures are those of this mount on the node that answers, since it was set
+up there; they are kept in memory. A scrape needs a Vault token that may
 read this path and nothing else.
 
 The engine's own metrics begin with vault_cable_. Those that begin with go_ and

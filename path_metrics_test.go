@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
@@ -122,8 +123,11 @@ func TestMetricsMove(t *testing.T) {
 		{`api_requests_total{code="200"}`, good, up},
 		{`api_requests_total{code="401"}`, func() { fault(cabletest.Fault{Status: 401}); mint() }, up},
 		{`api_requests_total{code="4xx"}`, func() { fault(cabletest.Fault{Status: 418}); mint() }, up},
+		{`api_requests_total{code="5xx"}`, func() { fault(cabletest.Fault{Status: 599}); mint() }, up},
+		{`api_requests_total{code="other"}`, func() { m.b.metrics.called(cable.Call{StatusCode: 1200}) }, up}, // as HTTP/2 can
 		{`api_requests_total{code="none"}`, func() { fault(cabletest.Fault{Reset: cabletest.ResetAfter}); mint() }, up},
 		{"api_request_duration_seconds_count", good, up},
+		{"api_request_duration_seconds_sum", good, moved},
 		{"api_repeats_total", func() {
 			fault(cabletest.Fault{Status: 503, Times: 1, Header: map[string]string{"Retry-After": "0"}})
 			mint()
@@ -132,9 +136,9 @@ func TestMetricsMove(t *testing.T) {
 		{"grants_refused_total", func() { fault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}}); mint() }, up},
 		{"granted_life_seconds_count", good, up},
 		{"granted_life_seconds_sum", good, func(after, before float64) bool { return after-before >= 599 && after-before <= 601 }},
-		{"revocations_total", func() { m.revoke() }, up},
-		{"revoked_life_seconds_count", func() { m.revoke() }, up},
-		{"revoked_life_seconds_sum", func() { m.revoke() }, func(after, before float64) bool { return after-before > 500 && after-before <= 600 }},
+		{"revocations_total", func() { m.revoke("ci") }, up},
+		{"revoked_life_seconds_count", func() { m.revoke("ci") }, up},
+		{"revoked_life_seconds_sum", func() { m.revoke("ci") }, func(after, before float64) bool { return after-before > 500 && after-before <= 600 }},
 		{"mints_in_flight", func() {
 			fault(cabletest.Fault{Delay: time.Minute})
 			calls := m.sim.CallCount()
@@ -193,13 +197,13 @@ func TestMetricsMove(t *testing.T) {
 	}
 }
 
-// revoke mints and ends the lease.
-func (m *testMount) revoke() {
+// revoke mints for a role and ends the lease.
+func (m *testMount) revoke(role string) {
 	m.Helper()
 	m.sim.ClearFaults()
-	secret := m.ok(logical.ReadOperation, "creds/ci", nil).Secret
+	secret := m.ok(logical.ReadOperation, "creds/"+role, nil).Secret
 	if _, err := m.b.HandleRequest(m.Context(), &logical.Request{
-		Operation: logical.RevokeOperation, Path: "creds/ci", Secret: &logical.Secret{InternalData: secret.InternalData},
+		Operation: logical.RevokeOperation, Path: "creds/" + role, Secret: &logical.Secret{InternalData: secret.InternalData},
 	}); err != nil {
 		m.Fatal(err)
 	}
@@ -248,6 +252,16 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 	m.ok(logical.DeleteOperation, "roles/ci", nil)
 	if slices.Contains(series(), "ci") {
 		t.Error("the series of a deleted role are still there")
+	}
+	m.b.metrics.mintEnded(&mintRecord{role: "new", roleExists: true}, outcomeMinted, 0, nil, 0)
+	if !slices.Contains(series(), "new") {
+		t.Error("a deleted role still takes a place")
+	}
+	// What another node deleted, or a mint under way brought back, goes with the
+	// next request for it.
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/new", nil)
+	if slices.Contains(series(), "new") {
+		t.Error("the series of a role that is no more are still there")
 	}
 }
 

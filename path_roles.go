@@ -278,13 +278,20 @@ func roleResponseFields() map[string]*framework.FieldSchema {
 // pathRolesExists tells create from update, for policies. It does not decode
 // the entry: an error here would deny the write without saying why.
 func (b *backend) pathRolesExists(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
+	if checkRoleName(d.Get("name").(string)) != nil {
+		return false, nil // the write will say it
+	}
 	entry, err := req.Storage.Get(ctx, rolesStoragePrefix+d.Get("name").(string))
 	return entry != nil, err
 }
 
 // pathRolesRead handles GET roles/<name>.
 func (b *backend) pathRolesRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	role, err := getRole(ctx, req.Storage, d.Get("name").(string))
+	name := d.Get("name").(string)
+	if err := checkRoleName(name); err != nil {
+		return failed(err)
+	}
+	role, err := getRole(ctx, req.Storage, name)
 	if role == nil || err != nil {
 		return nil, err // Vault answers nil with 404
 	}
@@ -294,8 +301,8 @@ func (b *backend) pathRolesRead(ctx context.Context, req *logical.Request, d *fr
 // pathRolesWrite handles POST and PATCH roles/<name>.
 func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
-	if len(name) > maxRoleName {
-		return failed(refusal(fmt.Sprintf("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName)))
+	if err := checkRoleName(name); err != nil {
+		return failed(err)
 	}
 	b.rolesMu.Lock()
 	defer b.rolesMu.Unlock()
@@ -333,6 +340,9 @@ func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *f
 // pathRolesDelete handles DELETE roles/<name>.
 func (b *backend) pathRolesDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
+	if err := checkRoleName(name); err != nil {
+		return failed(err)
+	}
 	b.rolesMu.Lock()
 	defer b.rolesMu.Unlock()
 	entry, err := req.Storage.Get(ctx, rolesStoragePrefix+name)
@@ -378,6 +388,18 @@ func (b *backend) pathRolesListNames(ctx context.Context, req *logical.Request, 
 		names = names[:min(limit, len(names))]
 	}
 	return logical.ListResponse(names), nil
+}
+
+// checkRoleName refuses names that no role can have: Vault's pattern for names
+// sets no length, and lets through what Vault's storage then refuses.
+func checkRoleName(name string) error {
+	if len(name) > maxRoleName {
+		return refusal(fmt.Sprintf("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName))
+	}
+	if strings.Contains(name, "..") {
+		return refusal(`the role's name must not hold ".."`)
+	}
+	return nil
 }
 
 // noSuchRole is the refusal for a role that does not exist.

@@ -6,6 +6,7 @@ package cablesecrets
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"runtime"
 	"slices"
@@ -18,9 +19,15 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
-// maxStatusRoles bounds how many roles a read of status looks at: each may be a
-// read from Vault's storage.
-const maxStatusRoles = 1000
+const (
+	// maxStatusRoles bounds how many roles a read of status looks at: each may be
+	// a read from Vault's storage.
+	maxStatusRoles = 1000
+
+	// statusTimeout bounds how long it waits for storage, which may be what is
+	// wrong.
+	statusTimeout = 2 * time.Second
+)
 
 func (b *backend) pathStatus() *framework.Path {
 	return &framework.Path{
@@ -29,7 +36,9 @@ func (b *backend) pathStatus() *framework.Path {
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
 				Callback: b.pathStatusRead,
-				Summary:  "Read how this mount fares on this node.",
+				// A standby mints nothing, so it has nothing to tell.
+				ForwardPerformanceStandby: true,
+				Summary:                   "Read how this mount fares on this node.",
 				Responses: map[int][]framework.Response{
 					http.StatusOK: {{Description: "The state of the mount", Fields: statusResponseFields()}},
 				},
@@ -41,23 +50,24 @@ func (b *backend) pathStatus() *framework.Path {
 }
 
 // statusResponseFields describes the answer. Times are RFC 3339 in UTC; what
-// never happened, or is not known, is "" or 0.
+// never happened is "" or 0. What comes from storage is left out where that
+// cannot be read.
 func statusResponseFields() map[string]*framework.FieldSchema {
 	return map[string]*framework.FieldSchema{
 		"node":       {Type: framework.TypeString, Description: "The host name of the node that answers: the figures are its own.", Required: true},
-		"since":      {Type: framework.TypeTime, Description: "Since when it counts: the start of the plugin process.", Required: true},
+		"since":      {Type: framework.TypeTime, Description: "Since when it counts: when the mount was set up on this node.", Required: true},
 		"version":    {Type: framework.TypeString, Description: "The engine's version.", Required: true},
 		"commit":     {Type: framework.TypeString, Description: "The commit that it was built from.", Required: true},
 		"go_version": {Type: framework.TypeString, Description: "The Go version that it was built with.", Required: true},
 
-		"configured":              {Type: framework.TypeBool, Description: "Whether config is written.", Required: true},
-		"disabled":                {Type: framework.TypeBool, Description: "Whether the mount is disabled.", Required: true},
-		"disabled_roles":          {Type: framework.TypeStringSlice, Description: "The roles that are disabled.", Required: true},
-		"refresh_key_version":     {Type: framework.TypeInt, Description: "Which refresh key is in use, counted from 1.", Required: true},
-		"refresh_key_updated_at":  {Type: framework.TypeString, Description: "When it was written.", Required: true},
-		"refresh_key_age_seconds": {Type: framework.TypeInt64, Description: "How long ago that was.", Required: true},
-		"hold_seconds":            {Type: framework.TypeInt64, Description: "How long no request is sent yet, after a 429 of Cable.", Required: true},
-		"hold_until":              {Type: framework.TypeString, Description: "When that pause ends.", Required: true},
+		"configured":              {Type: framework.TypeBool, Description: "Whether config is written."},
+		"disabled":                {Type: framework.TypeBool, Description: "Whether the mount is disabled."},
+		"disabled_roles":          {Type: framework.TypeStringSlice, Description: "The roles that are disabled."},
+		"refresh_key_version":     {Type: framework.TypeInt, Description: "Which refresh key is in use, counted from 1."},
+		"refresh_key_updated_at":  {Type: framework.TypeString, Description: "When it was written."},
+		"refresh_key_age_seconds": {Type: framework.TypeInt64, Description: "How long ago that was."},
+		"hold_seconds":            {Type: framework.TypeInt64, Description: "How long no request is sent yet, after a 429 of Cable."},
+		"hold_until":              {Type: framework.TypeString, Description: "When that pause ends."},
 
 		"last_mint_at":              {Type: framework.TypeString, Description: "When a token was minted last.", Required: true},
 		"last_mint_role":            {Type: framework.TypeString, Description: "For which role.", Required: true},
@@ -73,7 +83,6 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 // pathStatusRead handles GET status. It answers with what it knows, also where
 // Vault's storage cannot be read: that is when it is asked.
 func (b *backend) pathStatusRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	now := time.Now()
 	resp := &logical.Response{Data: b.recent.toResponseData()}
 	for k, v := range map[string]any{
 		"version":    version.String(),
@@ -82,33 +91,45 @@ func (b *backend) pathStatusRead(ctx context.Context, req *logical.Request, _ *f
 	} {
 		resp.Data[k] = v
 	}
-	active, err := b.getClient(ctx, req.Storage)
-	if err != nil {
-		resp.AddWarning("the configuration cannot be read, so configured, disabled, hold_* and refresh_key_* are not known: " + err.Error())
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	if active, err := b.getClient(ctx, req.Storage); err != nil {
+		resp.AddWarning("the configuration cannot be read, so that nothing is said of it: " + err.Error())
+	} else {
+		maps.Copy(resp.Data, settingsData(active, time.Now()))
 	}
 	disabled, err := b.disabledRoles(ctx, req.Storage)
 	if err != nil {
 		resp.AddWarning("disabled_roles may lack some: " + err.Error())
 	}
-	var hold time.Duration
+	resp.Data["disabled_roles"] = disabled
+	return resp, nil
+}
+
+// settingsData returns what status tells of the configuration in use, which is
+// nil where none is stored.
+func settingsData(active *activeConfig, now time.Time) map[string]any {
+	var hold, age time.Duration
+	var holdEnd time.Time
 	cfg := new(configEntry)
 	if active != nil {
 		cfg, hold = active.configEntry, active.client.Hold().Remaining()
 	}
-	resp.Data["configured"] = active != nil
-	resp.Data["disabled"] = cfg.Disabled
-	resp.Data["disabled_roles"] = disabled
-	resp.Data["refresh_key_version"] = cfg.RefreshKeyVersion
-	resp.Data["refresh_key_updated_at"] = timestamp(cfg.RefreshKeyUpdatedAt)
-	resp.Data["refresh_key_age_seconds"] = int64(0)
-	if at := cfg.RefreshKeyUpdatedAt; !at.IsZero() {
-		resp.Data["refresh_key_age_seconds"] = int64(max(0, now.Sub(at)) / time.Second)
-	}
-	resp.Data["hold_seconds"], resp.Data["hold_until"] = int64(0), ""
 	if hold > 0 {
-		resp.Data["hold_seconds"], resp.Data["hold_until"] = retrySeconds(hold), timestamp(now.Add(hold))
+		holdEnd = now.Add(hold)
 	}
-	return resp, nil
+	if at := cfg.RefreshKeyUpdatedAt; !at.IsZero() {
+		age = max(0, now.Sub(at))
+	}
+	return map[string]any{
+		"configured":              active != nil,
+		"disabled":                cfg.Disabled,
+		"refresh_key_version":     cfg.RefreshKeyVersion,
+		"refresh_key_updated_at":  timestamp(cfg.RefreshKeyUpdatedAt),
+		"refresh_key_age_seconds": int64(age / time.Second),
+		"hold_seconds":            int64((hold + time.Second - 1) / time.Second),
+		"hold_until":              timestamp(holdEnd),
+	}
 }
 
 // disabledRoles returns the names of the disabled roles, in order; with an
@@ -122,6 +143,9 @@ func (b *backend) disabledRoles(ctx context.Context, s logical.Storage) (disable
 	}
 	slices.Sort(names)
 	for _, name := range names[:min(len(names), maxStatusRoles)] {
+		if ctx.Err() != nil {
+			return disabled, ctx.Err()
+		}
 		role, readErr := b.cachedRole(ctx, s, name)
 		if readErr != nil {
 			err = readErr
@@ -171,7 +195,8 @@ when, what is disabled, when a token was minted last, how the last failure
 looked, whether the mount pauses after a 429 of Cable, how requests ended, and
 which build of the engine answers.
 
-What happened is kept in memory by the node that answers, from the start of its
-plugin process: after a restart, or on another node, it is another story.
-No secret is in it. It can be read before config is written.
+What happened is kept in memory by the node that answers, from when the mount
+was set up there: after a restart, a reload, or on another node, it is another
+story. No secret is in it. It can be read before config is written, and without
+storage, of which a warning tells.
 `

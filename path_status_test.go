@@ -4,9 +4,11 @@
 package cablesecrets
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -47,7 +49,7 @@ func TestStatus(t *testing.T) {
 		m.write("roles/"+name, map[string]any{"scopes": "person:read", "disabled": name != "c"})
 	}
 	m.read("creds/c")
-	m.revokeLease("creds/c")
+	m.revoke("c")
 	got := want(map[string]any{
 		"configured": true, "refresh_key_version": 1, "disabled_roles": "[a b]", "last_mint_role": "c", "last_failure_at": "",
 		"requests": "map[minted:2]", "revocations": 1,
@@ -70,17 +72,6 @@ func TestStatus(t *testing.T) {
 	want(map[string]any{"disabled": true})
 	m.ok(logical.DeleteOperation, "config", nil)
 	want(map[string]any{"configured": false, "disabled": false, "hold_seconds": 0})
-}
-
-// revokeLease mints once more and ends the lease.
-func (m *testMount) revokeLease(path string) {
-	m.Helper()
-	secret := m.ok(logical.ReadOperation, path, nil).Secret
-	if _, err := m.b.HandleRequest(m.Context(), &logical.Request{
-		Operation: logical.RevokeOperation, Path: path, Secret: &logical.Secret{InternalData: secret.InternalData},
-	}); err != nil {
-		m.Fatal(err)
-	}
 }
 
 // TestStatusWithoutStorage: status answers where storage fails or holds
@@ -109,6 +100,63 @@ func TestStatusWithoutStorage(t *testing.T) {
 	m.wantWarning(resp.Warnings, "disabled_roles may lack some")
 	if resp.Data["last_mint_role"] != "ci" {
 		t.Errorf("what is in memory is not told: %v", resp.Data)
+	}
+	for _, key := range []string{"configured", "disabled", "refresh_key_version", "refresh_key_updated_at", "refresh_key_age_seconds", "hold_seconds", "hold_until"} {
+		if v, ok := resp.Data[key]; ok {
+			t.Errorf("%s is said to be %v, and cannot be known", key, v)
+		}
+	}
+}
+
+// TestStatusWithSlowStorage: storage that hangs does not hang status.
+func TestStatusWithSlowStorage(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	start := time.Now()
+	resp, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "status", Storage: hangingStorage{m.storage}})
+	if err != nil || resp.IsError() || len(resp.Warnings) == 0 {
+		t.Errorf("%v %v", resp, err)
+	}
+	if took := time.Since(start); took > 3*statusTimeout {
+		t.Errorf("it took %s", took)
+	}
+}
+
+// hangingStorage answers a read when the reader has given up.
+type hangingStorage struct{ logical.Storage }
+
+// Get implements [logical.Storage].
+func (hangingStorage) Get(ctx context.Context, _ string) (*logical.StorageEntry, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// TestVerifyIsNoMint: a trial of new settings says nothing of those in use, and
+// is told in the log alone.
+func TestVerifyIsNoMint(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	before, events := m.figures(), len(m.sentEvents())
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": cabletest.NewRefreshKey(), "verify_role": "ci"})
+	m.ok(logical.UpdateOperation, "config", map[string]any{"refresh_key": m.sim.RefreshKey(), "verify_role": "ci"})
+	after := m.figures()
+	for series, value := range before {
+		if strings.HasPrefix(series, metricsNamespace) && !strings.Contains(series, "refresh_key_updated") && !strings.Contains(series, "events") && after[series] != value {
+			t.Errorf("%s: %v, and %v before", series, after[series], value)
+		}
+	}
+	if status := m.read("status"); status["last_failure_at"] != "" || fmt.Sprint(status["requests"]) != "map[minted:1]" {
+		t.Errorf("status: %v", status)
+	}
+	m.waitForEvent(eventConfigWrite, func(map[string]string) bool { return len(m.sentEvents()) > events })
+	for _, e := range m.sentEvents()[events:] {
+		if strings.HasPrefix(e["type"], "cable/creds") && e["path"] == "config" {
+			t.Errorf("an event of a trial: %v", e)
+		}
+	}
+	if line := m.logLine(m.log.String(), "no token was minted"); line["verify_role"] != true || line["outcome"] != "key_refused" || line["@level"] != "warn" {
+		t.Errorf("the line of a trial that failed: %v", line)
 	}
 }
 

@@ -42,8 +42,8 @@ const (
 	outcomeVaultFailed    outcome = "vault_failed"   // Vault's storage or settings could not be read
 )
 
-// outcomeOf names how a mint with this error ended. Its twin [failed] gives the
-// error its status.
+// outcomeOf names how a mint with this error ended: the one place that
+// classifies errors.
 func outcomeOf(err error) outcome {
 	var (
 		mint    *mintError
@@ -106,6 +106,7 @@ type mintRecord struct {
 	role  string // the name, also of one that does not exist
 
 	roleExists bool
+	verify     bool               // for verify_role: no caller gets the token
 	asked      cable.TokenRequest // as far as it was decided
 	granted    *cable.Token       // as Cable answered, checked or not; nil where no token came
 }
@@ -113,6 +114,14 @@ type mintRecord struct {
 // newRecord begins the record of a request for a token.
 func newRecord(req *logical.Request, role string) *mintRecord {
 	return &mintRecord{req: req, start: time.Now(), role: role}
+}
+
+// roleName is the role's, where it is one.
+func (r *mintRecord) roleName() string {
+	if !r.roleExists {
+		return unknownRole
+	}
+	return r.role
 }
 
 // record tells how a request for a token ended: m is nil where err is not.
@@ -124,6 +133,9 @@ func (b *backend) record(r *mintRecord, m *mintedToken, err error) {
 		maybeUntil = mint.maybeUntil
 	}
 	b.logMint(r, o, now.Sub(r.start), m, err, maybeUntil)
+	if r.verify {
+		return // it says nothing of the settings in use
+	}
 	b.metrics.mintEnded(r, o, now.Sub(r.start), m, maybeUntil)
 	b.recent.mintEnded(r, o, now, statusCode(err))
 	b.sendMintEvent(r, o, m, err, maybeUntil)
@@ -165,6 +177,9 @@ func (b *backend) logMint(r *mintRecord, o outcome, took time.Duration, m *minte
 		"duration", took.Round(time.Microsecond).String(), "request_id", r.req.ID,
 	}
 	add := func(more ...any) { fields = append(fields, more...) }
+	if r.verify {
+		add("verify_role", true)
+	}
 	if m != nil {
 		add("lease_seconds", m.lease, "expires_at", m.expiresAt(), "attempts", m.Attempts)
 	}
@@ -180,7 +195,7 @@ func (b *backend) logMint(r *mintRecord, o outcome, took time.Duration, m *minte
 			add("cable_status", ce.StatusCode)
 		}
 		add("attempts", ce.Attempts, "detail", ce.Detail)
-	case errors.As(err, &mint):
+	case errors.As(err, &mint) && mint.refused != nil:
 		add("detail", mint.refused.Error())
 	default:
 		add("detail", err.Error())
@@ -196,7 +211,7 @@ func (b *backend) logMint(r *mintRecord, o outcome, took time.Duration, m *minte
 }
 
 // recent is what a mount remembers for status: the last of each kind, and how
-// many. It begins with the process, and is this node's alone.
+// many. It begins when the mount is set up on this node, and is the node's alone.
 type recent struct {
 	since time.Time
 	node  string
@@ -227,7 +242,7 @@ func newRecent() *recent {
 
 // mintEnded takes note of a mint.
 func (c *recent) mintEnded(r *mintRecord, o outcome, at time.Time, cableStatus int) {
-	note := mintNote{at: at, role: r.role, outcome: o, cableStatus: cableStatus}
+	note := mintNote{at: at, role: r.roleName(), outcome: o, cableStatus: cableStatus}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.counts[o]++

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -34,17 +35,20 @@ func TestOutcomes(t *testing.T) {
 		cable      int    // its status
 		event      string // "" for none
 		orphan     bool
+
+		notAsked  bool // Cable
+		noFailure bool
 	}{
-		{outcome: outcomeMinted, level: debug, log: "a token was minted", event: eventCredsCreate},
+		{outcome: outcomeMinted, noFailure: true, level: debug, log: "a token was minted", event: eventCredsCreate},
 		{
-			outcome: outcomeRequestRefused, level: debug, log: "a request for a token was refused",
+			outcome: outcomeRequestRefused, notAsked: true, noFailure: true, level: debug, log: "a request for a token was refused",
 			before: func(m *testMount) { m.write("roles/ci", map[string]any{"disabled": true}) },
 		},
 		{outcome: outcomeKeyRefused, fault: cabletest.Fault{Status: 401}, level: warn, log: "no token was minted", cable: 401, event: eventCredsCreateFail},
 		{outcome: outcomeCableRefused, fault: cabletest.Fault{Status: 403}, level: warn, log: "no token was minted", cable: 403, event: eventCredsCreateFail},
 		{outcome: outcomeRateLimited, fault: cabletest.Fault{Status: 429}, level: warn, log: "no token was minted", cable: 429, event: eventCredsCreateFail},
 		{
-			outcome: outcomeHeld, fault: cabletest.Fault{Status: 429}, level: debug, log: "no token was minted", event: eventCredsCreateFail,
+			outcome: outcomeHeld, notAsked: true, fault: cabletest.Fault{Status: 429}, level: debug, log: "no token was minted", event: eventCredsCreateFail,
 			before: func(m *testMount) { m.refused(429, logical.ReadOperation, "creds/ci", nil) },
 		},
 		{outcome: outcomeCableFailed, fault: cabletest.Fault{Status: 503}, level: warn, log: "no token was minted", cable: 503, event: eventCredsCreateFail},
@@ -59,7 +63,7 @@ func TestOutcomes(t *testing.T) {
 			level: fail, log: refusedEvent, event: eventGrantRefuse, orphan: true,
 		},
 		{
-			outcome: outcomeVaultFailed, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
+			outcome: outcomeVaultFailed, notAsked: true, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
 			level: fail, log: "no token was minted", event: eventCredsCreateFail,
 		},
 	} {
@@ -96,7 +100,7 @@ func TestOutcomes(t *testing.T) {
 			if n := moved("vault_cable_suspected_orphans_total"); (n == 1) != tt.orphan || n > 1 {
 				t.Errorf("suspected_orphans_total moved by %v", n)
 			}
-			if n := moved("vault_cable_mint_duration_seconds_count"); (n == 1) != tt.outcome.askedCable() {
+			if n := moved("vault_cable_mint_duration_seconds_count"); (n == 1) == tt.notAsked {
 				t.Errorf("mint_duration_seconds moved by %v", n)
 			}
 
@@ -104,15 +108,33 @@ func TestOutcomes(t *testing.T) {
 			if n := status["requests"].(map[string]any)[string(tt.outcome)]; n != int64(1) {
 				t.Errorf("status counts %v: %v", n, status["requests"])
 			}
-			if tt.outcome.isFailure() && (status["last_failure_outcome"] != string(tt.outcome) || status["last_failure_cable_status"] != tt.cable ||
-				status["last_failure_role"] != "ci" || status["last_failure_at"] == "") {
+			// What is held is the echo of the 429 before it.
+			if want := tt.outcome; tt.noFailure {
+				if status["last_failure_at"] != "" {
+					t.Errorf("a failure in status: %v", status)
+				}
+			} else if want == outcomeHeld {
+				if status["last_failure_outcome"] != string(outcomeRateLimited) {
+					t.Errorf("the last failure in status: %v", status)
+				}
+			} else if status["last_failure_outcome"] != string(tt.outcome) || status["last_failure_cable_status"] != tt.cable ||
+				status["last_failure_role"] != "ci" || status["last_failure_at"] == "" {
 				t.Errorf("the last failure in status: %v", status)
 			}
 			if minted := tt.outcome == outcomeMinted; minted != (status["last_mint_at"] != "") || minted != (status["last_mint_role"] == "ci") {
 				t.Errorf("the last mint in status: %v", status)
 			}
 
+			if tt.outcome == outcomeGrantRefused && (line["granted_scopes"] != `"everything:write"` || line["granted_organization"] != strconv.Quote(cabletest.DefaultOrganizationID) || line["expires_at"] == nil) {
+				t.Errorf("what was granted, in the log: %v", line)
+			}
 			if tt.event == "" {
+				m.b.Cleanup(t.Context()) // sends what waits
+				for _, e := range m.sentEvents() {
+					if strings.HasPrefix(e["type"], "cable/creds") {
+						t.Errorf("an event: %v", e)
+					}
+				}
 				return
 			}
 			event := m.waitForEvent(tt.event, func(e map[string]string) bool {
@@ -137,6 +159,37 @@ func TestOutcomes(t *testing.T) {
 		}
 		if status := m.read("status"); status["last_failure_at"] != "" {
 			t.Errorf("who leaves is no failure: %v", status)
+		}
+	})
+	t.Run("canceled after sending", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.sim.SetFault(cabletest.Fault{Delay: time.Minute})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, ID: "req-1"})
+		}()
+		m.waitUntil(func() bool { return m.sim.CallCount() > 0 })
+		cancel()
+		<-done
+		line := m.logLine(m.log.String(), "one that nobody holds may live at Cable")
+		if line["outcome"] != "canceled" || line["@level"] != "warn" || line["maybe_alive_until"] == nil || line["asked_scopes"] == nil {
+			t.Errorf("the line in the log: %v", line)
+		}
+		if n := m.figures()["vault_cable_suspected_orphans_total"]; n != 1 {
+			t.Errorf("suspected_orphans_total %v", n)
+		}
+	})
+	t.Run("a failure, then a mint", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.sim.SetFault(cabletest.Fault{Status: 401, Times: 1})
+		_, _ = m.request(logical.ReadOperation, "creds/ci", nil)
+		m.read("creds/ci")
+		if status := m.read("status"); status["last_failure_outcome"] != "key_refused" || status["last_mint_role"] != "ci" {
+			t.Errorf("status: %v", status)
 		}
 	})
 }
@@ -197,13 +250,26 @@ func TestOutcomeOfAndFailed(t *testing.T) {
 func TestLogIsLivable(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
+	logged := len(m.log.String())
 	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	long := strings.Repeat("n", 1<<16)
 	for range 50 {
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/a..b", nil, `must not hold ".."`)
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/"+long, nil, "at most 128 are allowed")
 		m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil)
 		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/none", nil)
 		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", map[string]any{"ttl": "1s"})
 	}
-	if n := strings.Count(m.log.String(), `"@level":"warn"`) + strings.Count(m.log.String(), `"@level":"error"`); n != 1 {
-		t.Errorf("%d warnings and errors in the log, want one of the 429:\n%s", n, m.log)
+	loud := 0
+	for line := range strings.Lines(m.log.String()[logged:]) {
+		if !strings.Contains(line, `"@level":"debug"`) && !strings.Contains(line, `"@level":"trace"`) {
+			loud++
+		}
+	}
+	if loud != 1 || strings.Contains(m.log.String(), long) {
+		t.Errorf("%d lines above debug in the log, want one of the 429:\n%.10000s", loud, m.log)
+	}
+	if status := fmt.Sprint(m.read("status")); strings.Contains(status, long) || strings.Contains(status, "a..b") {
+		t.Errorf("status holds what is no role's name: %.1000s", status)
 	}
 }

@@ -16,10 +16,6 @@ import (
 // cableTokenType is the type of the leases that this engine gives out.
 const cableTokenType = "cable_token"
 
-// endsWithToken is the remaining life of a token up to which its lease counts
-// as one that ended by itself: leases end up to 2 s before their tokens.
-const endsWithToken = 3 * time.Second
-
 // cableToken is the one secret type. It cannot be renewed, because Cable cannot
 // lengthen a token; and its revocation ends the lease only.
 func (b *backend) cableToken() *framework.Secret {
@@ -31,13 +27,14 @@ func (b *backend) cableToken() *framework.Secret {
 }
 
 // leaseData is what Vault keeps with the lease: who has which rights until
-// when, as strings, and never the token.
-func leaseData(role string, m *mintedToken) map[string]any {
+// when, and when the lease is to end, as strings, and never the token.
+func leaseData(role string, m *mintedToken, end time.Time) map[string]any {
 	return map[string]any{
 		"role":            role,
 		"organization_id": m.OrganizationID,
 		"scopes":          strings.Join(m.scopes, ","),
 		"expiry":          strconv.FormatInt(m.Expiry, 10),
+		"lease_end":       strconv.FormatInt(end.Unix(), 10),
 	}
 }
 
@@ -50,22 +47,23 @@ func (b *backend) revokeToken(_ context.Context, req *logical.Request, _ *framew
 	if req.Secret != nil {
 		data = req.Secret.InternalData
 	}
-	role, _ := data["role"].(string)
-	organization, _ := data["organization_id"].(string)
-	text, _ := data["expiry"].(string)
-	expiry, err := strconv.ParseInt(text, 10, 64)
+	text := func(key string) string { s, _ := data[key].(string); return s }
+	role, organization := text("role"), text("organization_id")
+	expiry, err := strconv.ParseInt(text("expiry"), 10, 64)
 	left := time.Duration(-1) // not known
 	if err == nil {
 		left = max(0, time.Until(time.Unix(expiry, 0)))
 	}
+	end, err := strconv.ParseInt(text("lease_end"), 10, 64)
+	bySelf := err == nil && time.Now().Unix() >= end
 	log := b.Logger().With("role", role, "organization", organization)
 	switch {
 	case left < 0:
 		log.Info("a lease ended; when its token dies is not known")
-	case left > endsWithToken:
+	case left > 0 && !bySelf:
 		log.Info("a lease ended before its token, which cannot be revoked and lives on", "expires_at", rfc3339(expiry), "seconds_left", int64(left/time.Second))
 	default:
-		log.Debug("a lease ended with its token", "expires_at", rfc3339(expiry))
+		log.Debug("a lease ended by itself", "expires_at", rfc3339(expiry))
 	}
 	b.metrics.leaseEnded(left)
 	b.recent.leaseEnded()

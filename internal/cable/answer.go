@@ -18,6 +18,10 @@ import (
 // name. An expiry beyond it is not in seconds; milliseconds of today lie there.
 const maxExpiry = 253402300799
 
+// minToken is the length from which a token is looked for in the rest of its
+// answer: a shorter one could be there by chance, and is no secret.
+const minToken = 16
+
 // The request's and the answer's JSON, by the request-token reference.
 type (
 	scopesBody struct {
@@ -102,15 +106,24 @@ func (c *Client) decode(raw []byte, asked TokenRequest) (*Token, error) {
 		t.ScopesOrganizationID = a.Scopes.OrganizationID
 		t.Scopes = a.Scopes.Scopes
 	}
+	token := t.Value.Reveal()
 	// NOTE: a server that echoes its request would have the key handed out as
 	// a token, or as an organization's name. What was asked for may stand in
 	// the key: some keys name their organization.
-	echo := c.redactor.repeats(t.Value.Reveal()) || c.redactor.repeats(a.OrganizationName)
+	echo := c.redactor.repeats(token) || c.redactor.repeats(a.OrganizationName)
+	within := func(s string) bool { return len(token) >= minToken && strings.Contains(s, token) }
+	twice := within(a.OrganizationName)
 	for _, s := range append([]string{t.OrganizationID, t.ScopesOrganizationID}, t.Scopes...) {
-		echo = echo || s != asked.OrganizationID && !slices.Contains(asked.Scopes, s) && c.redactor.contains(s)
+		if s != asked.OrganizationID && !slices.Contains(asked.Scopes, s) {
+			echo = echo || c.redactor.contains(s)
+			twice = twice || within(s)
+		}
 	}
 	if echo {
 		return nil, errors.New("it repeats the refresh key: check that token_url is Cable's")
+	}
+	if twice { // it would be shown, as what was granted
+		return nil, errors.New("it holds its token in more than one field")
 	}
 	return t, nil
 }

@@ -326,3 +326,24 @@ func TestErrorBodies(t *testing.T) {
 		}
 	}
 }
+
+// TestTokenTwice: an answer that names its token as something else is refused:
+// what was granted is shown, in errors and in the log.
+func TestTokenTwice(t *testing.T) {
+	t.Parallel()
+	c := fuzzClient(t)
+	const token = "eyJhbGciOiJIUzI1NiJ9.e30.signature"
+	for place, body := range map[string]string{
+		"organization":         `"organization_id":"TOKEN"`,
+		"name":                 `"organization_name":"it is TOKEN."`,
+		"scope":                `"scopes":{"scopes":["person:read","TOKEN"]}`,
+		"scope, with more":     `"scopes":{"scopes":["x TOKEN x"]}`,
+		"scopes' organization": `"scopes":{"organization_id":"TOKEN","scopes":[]}`,
+	} {
+		raw := `{"token":"` + token + `","expiry":1711929600,` + strings.ReplaceAll(body, "TOKEN", token) + `}`
+		got, err := c.decode([]byte(raw), ask())
+		if got != nil || err == nil || err.Error() != "it holds its token in more than one field" {
+			t.Errorf("%s: %v", place, err)
+		}
+	}
+}

@@ -40,6 +40,7 @@ var answerErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 	`its expiry is not a whole number of seconds`,
 	`its expiry -?[0-9]{1,19} is not a Unix time in seconds`,
 	`it repeats the refresh key: check that token_url is Cable's`,
+	`it holds its token in more than one field`,
 }, "|") + `)$`)
 
 // FuzzAnswer protects what is handed on: whatever a 200 holds, decoding does
