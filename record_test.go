@@ -9,6 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -271,5 +274,40 @@ func TestLogIsLivable(t *testing.T) {
 	}
 	if status := fmt.Sprint(m.read("status")); strings.Contains(status, long) || strings.Contains(status, "a..b") {
 		t.Errorf("status holds what is no role's name: %.1000s", status)
+	}
+}
+
+// TestLogIsDocumented: each line that the engine writes is in the table of
+// docs/operations.md, which operators search their logs by.
+func TestLogIsDocumented(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := map[string]bool{refusedEvent: true}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		source, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`(?:\.(?:Debug|Info|Warn|Error)\(|event = |hclog\.\w+, )"([^"]+)"`).FindAllStringSubmatch(string(source), -1) {
+			lines[m[1]] = true
+		}
+	}
+	if len(lines) < 14 {
+		t.Errorf("only %d lines were found: %v", len(lines), lines)
+	}
+	for line := range lines {
+		if line, _, _ = strings.Cut(line, "; the request failed"); !strings.Contains(string(page), "`"+line) {
+			t.Errorf("docs/operations.md does not know the line %q", line)
+		}
 	}
 }
