@@ -34,12 +34,12 @@ dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
 .PHONY: test
 test: ## Run the unit tests and the end-to-end tests on a real Vault
 	@$(MAKE) -s servers
-	go test ./...
+	go test -p 1 ./...
 
 .PHONY: check
 check: tidy lint shellcheck ## Run what must be green before a change lands
 	@$(MAKE) -s servers
-	go test -race ./...
+	go test -p 1 -race ./...
 
 # What the end-to-end tests run beside the plugin, built before go test's clock runs.
 .PHONY: servers

@@ -239,9 +239,13 @@ func (c *cluster) leader(t *testing.T) (leader int) {
 func (c *cluster) mints(t *testing.T, nodes ...int) (first time.Time) {
 	t.Helper()
 	for _, i := range nodes {
-		waitFor(t, 30*time.Second, fmt.Sprintf("a token through node %d", i), func() bool {
-			return c.node(i).timed(c.read("app")).status == 200
-		})
+		var last sample
+		for end := time.Now().Add(time.Minute); last.status != 200; time.Sleep(pollInterval) {
+			if time.Now().After(end) {
+				t.Fatalf("no token comes through node %d: %s", i, last)
+			}
+			last = c.node(i).timed(c.read("app"))
+		}
 		if first.IsZero() {
 			first = time.Now()
 		}
@@ -297,8 +301,10 @@ func duringChange(s sample) bool {
 
 // TestHA runs a cluster of three nodes. `make ha-demo` shows the first part to
 // a person.
+//
+// NOTE: not beside other tests. Three servers that elect a leader within a
+// second need the machine, or they elect another.
 func TestHA(t *testing.T) {
-	t.Parallel()
 	say := narrate(t)
 	c := startCluster(t, &cabletest.Options{Default: cabletest.Fault{Delay: 30 * time.Millisecond}})
 	say("%d nodes of Vault run on integrated storage, node %d leads; the plugin was registered once", clusterSize, c.leader(t))
