@@ -292,3 +292,24 @@ func TestMetricsOfTwoMounts(t *testing.T) {
 		t.Errorf("%v and %v", a, b)
 	}
 }
+
+// BenchmarkMetricsRead measures a scrape, of a few roles and of as many as have
+// series.
+func BenchmarkMetricsRead(b *testing.B) {
+	for _, roles := range []int{3, maxMeteredRoles} {
+		b.Run(fmt.Sprintf("%d roles", roles), func(b *testing.B) {
+			m := newConfiguredMount(b)
+			for i := range roles {
+				for _, o := range []outcome{outcomeMinted, outcomeRequestRefused, outcomeCableFailed} {
+					m.b.metrics.mintEnded(&mintRecord{role: fmt.Sprintf("role-%d", i), roleExists: true}, o, 0, nil, 0)
+				}
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := m.b.HandleRequest(b.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "metrics", Storage: m.storage}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -188,7 +188,7 @@ func TestOperations(t *testing.T) {
 			before: func() {
 				a := read()
 				lease = a.LeaseID
-				write("leaked-token.txt", a.token())
+				write("leaked-token.txt", a.token()+"\n")
 			},
 			want: []string{"cable/creds/reports", "the role is disabled", `may\s+live\s+until\s+20`, "LEASE"},
 		},
