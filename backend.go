@@ -22,6 +22,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
@@ -156,6 +157,14 @@ func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request
 	return b.Backend.HandleExistenceCheck(ctx, &bare)
 }
 
+// log is for what is said of a request.
+//
+// NOTE: one process serves all mounts of the engine, and Vault's log has what
+// it says under the name of the first of them.
+func (b *backend) log(req *logical.Request) hclog.Logger {
+	return b.Logger().With("mount", req.MountPoint, "request_id", req.ID)
+}
+
 // recoverPanic turns a panic of a handler into a 500 for that one request. The
 // value of the panic is not shown, because it may hold anything.
 func (b *backend) recoverPanic(req *logical.Request, resp **logical.Response, err *error) {
@@ -164,8 +173,8 @@ func (b *backend) recoverPanic(req *logical.Request, resp **logical.Response, er
 		return
 	}
 	b.metrics.panics.Inc()
-	b.Logger().Error("a handler panicked; the request failed and the engine goes on",
-		"operation", req.Operation, "path", req.Path, "request_id", req.ID,
+	b.log(req).Error("a handler panicked; the request failed and the engine goes on",
+		"operation", req.Operation, "path", req.Path,
 		"panic_type", fmt.Sprintf("%T", value), "stack", string(debug.Stack()))
 	if resp != nil {
 		*resp = nil

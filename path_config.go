@@ -353,12 +353,12 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, d *fram
 	if err := setConfig(ctx, req.Storage, next); err != nil {
 		b.reset() // whether it was stored is unknown: the next mint reads what is there
 		for _, w := range resp.Warnings {
-			b.Logger().Warn("config was not stored, but its verification minted", "detail", w, "request_id", req.ID)
+			b.log(req).Warn("config was not stored, but its verification minted", "detail", w)
 		}
 		return nil, err
 	}
 	b.replace(active)
-	b.Logger().Info("config was written", "refresh_key_version", next.RefreshKeyVersion, "disabled", next.Disabled, "request_id", req.ID)
+	b.log(req).Info("config was written", "refresh_key_version", next.RefreshKeyVersion, "disabled", next.Disabled)
 	b.sendConfigEvent(req, eventConfigWrite, next.RefreshKeyVersion)
 	if v, ok := d.GetOk("disabled"); ok && v.(bool) {
 		resp.AddWarning("the mount is disabled: no token is minted until disabled=false is written. " + aliveUntil(time.Now(), maxLife))
@@ -435,7 +435,7 @@ func (b *backend) pathConfigDelete(ctx context.Context, req *logical.Request, _ 
 	if err != nil {
 		return nil, err
 	}
-	b.Logger().Info("config was deleted", "request_id", req.ID)
+	b.log(req).Info("config was deleted")
 	b.sendConfigEvent(req, eventConfigDelete, 0)
 	resp := new(logical.Response)
 	resp.AddWarning("the configuration is deleted: no token is minted until config is written again. " + aliveUntil(time.Now(), maxLife))

@@ -35,6 +35,7 @@ type mintedToken struct {
 	scopes   []string // as granted, sorted
 	lease    int64    // seconds
 	life     int64    // seconds, as Cable granted it
+	longer   bool     // by more than longerGrant than was asked for
 	warnings []string
 }
 
@@ -183,11 +184,12 @@ func (b *backend) mint(ctx context.Context, r *mintRecord, active *activeConfig,
 	}
 	r.granted = token
 
+	ask := int64(asked.Life / time.Second)
 	granted, missing, err := checkGrant(asked, token)
 	var lease, life int64
 	if err == nil {
 		lease, life, err = decideLease(grantedLife{
-			ask: int64(asked.Life / time.Second), expiry: token.Expiry, date: token.Date,
+			ask: ask, expiry: token.Expiry, date: token.Date,
 			sentAt: token.SentAt, elapsed: token.ReceivedAt.Sub(token.SentAt),
 		})
 	}
@@ -205,10 +207,11 @@ func (b *backend) mint(ctx context.Context, r *mintRecord, active *activeConfig,
 	if len(missing) > 0 {
 		warnings = append(warnings, "Cable granted fewer scopes than were asked for; missing: "+nameAll(missing))
 	}
-	if asked := int64(asked.Life / time.Second); life > asked+longerGrant {
-		warnings = append(warnings, fmt.Sprintf("Cable granted %ds instead of the %ds that were asked for: the lease ends first, the token lives until %s", life, asked, rfc3339(token.Expiry)))
+	longer := life > ask+longerGrant
+	if longer {
+		warnings = append(warnings, fmt.Sprintf("Cable granted %ds instead of the %ds that were asked for: the lease ends first, the token lives until %s", life, ask, rfc3339(token.Expiry)))
 	}
-	return &mintedToken{Token: token, scopes: granted, lease: lease, life: life, warnings: warnings}, nil
+	return &mintedToken{Token: token, scopes: granted, lease: lease, life: life, longer: longer, warnings: warnings}, nil
 }
 
 // requestToken is RequestToken, counted while it lasts.

@@ -47,7 +47,7 @@ func (b *backend) pathMetricsRead(ctx context.Context, req *logical.Request, _ *
 	active, err := b.getClient(ctx, req.Storage)
 	if err != nil {
 		// The other figures are worth having all the more.
-		b.Logger().Warn("metrics are answered without those of the configuration, which cannot be read", "detail", err.Error(), "request_id", req.ID)
+		b.log(req).Warn("metrics are answered without those of the configuration, which cannot be read", "detail", err.Error())
 	} else {
 		state := prometheus.NewRegistry()
 		state.MustRegister(stateMetrics{active})

@@ -322,7 +322,7 @@ func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *f
 	if err != nil {
 		return nil, err
 	}
-	b.Logger().Info("a role was written", "role", name, "organization", next.OrganizationID, "disabled", next.Disabled, "request_id", req.ID)
+	b.log(req).Info("a role was written", "role", name, "organization", next.OrganizationID, "disabled", next.Disabled)
 	b.sendRoleEvent(req, eventRoleWrite, name, next)
 	resp := new(logical.Response)
 	if _, ok := d.GetOk("scopes"); ok {
@@ -358,7 +358,7 @@ func (b *backend) pathRolesDelete(ctx context.Context, req *logical.Request, d *
 	if err != nil {
 		return nil, err
 	}
-	b.Logger().Info("a role was deleted", "role", name, "request_id", req.ID)
+	b.log(req).Info("a role was deleted", "role", name)
 	b.metrics.roleDeleted(name)
 	b.sendRoleEvent(req, eventRoleDelete, name, nil)
 	resp := new(logical.Response)

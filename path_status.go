@@ -74,7 +74,7 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 		"last_failure_at":           {Type: framework.TypeString, Description: "When a mint failed last. Requests that were refused at once or given up by the caller are not counted as failures.", Required: true},
 		"last_failure_role":         {Type: framework.TypeString, Description: "For which role.", Required: true},
 		"last_failure_outcome":      {Type: framework.TypeString, Description: "How it failed, in one word; see the table of outcomes in docs/operations.md.", Required: true},
-		"last_failure_cable_status": {Type: framework.TypeInt, Description: "What HTTP status Cable answered with; 0 where it did not answer.", Required: true},
+		"last_failure_cable_status": {Type: framework.TypeInt, Description: "What HTTP status Cable answered with; 0 where no answer came.", Required: true},
 		"requests":                  {Type: framework.TypeKVPairs, Description: "How many requests for a token ended in which way.", Required: true},
 		"revocations":               {Type: framework.TypeInt64, Description: "How many leases ended.", Required: true},
 	}
@@ -170,9 +170,9 @@ func (c *recent) toResponseData() map[string]any {
 	return map[string]any{
 		"node":                      c.node,
 		"since":                     timestamp(c.since),
-		"last_mint_at":              timestamp(c.lastMint.at),
+		"last_mint_at":              moment(c.lastMint.at),
 		"last_mint_role":            c.lastMint.role,
-		"last_failure_at":           timestamp(c.lastFailure.at),
+		"last_failure_at":           moment(c.lastFailure.at),
 		"last_failure_role":         c.lastFailure.role,
 		"last_failure_outcome":      string(c.lastFailure.outcome),
 		"last_failure_cable_status": c.lastFailure.cableStatus,
@@ -187,6 +187,14 @@ func timestamp(t time.Time) string {
 		return ""
 	}
 	return t.UTC().Format(time.RFC3339)
+}
+
+// moment is timestamp to the millisecond, to tell what came first.
+func moment(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format("2006-01-02T15:04:05.000Z07:00")
 }
 
 const statusHelp = `

@@ -141,13 +141,19 @@ func (b *backend) record(r *mintRecord, m *mintedToken, err error) {
 	b.sendMintEvent(r, o, m, err, maybeUntil)
 }
 
-// statusCode is Cable's HTTP status behind err, or 0 where there is none.
+// statusCode is the HTTP status of the answer of Cable's that err is about, or
+// 0 where there was none.
 func statusCode(err error) int {
 	var ce *cable.Error
-	if errors.As(err, &ce) {
+	var mint *mintError
+	switch {
+	case errors.As(err, &ce):
 		return ce.StatusCode
+	case errors.As(err, &mint) && mint.refused != nil:
+		return http.StatusOK
+	default:
+		return 0
 	}
-	return 0
 }
 
 // logMint writes the one line of a mint. What one node can see a hundred times
@@ -156,6 +162,8 @@ func statusCode(err error) int {
 func (b *backend) logMint(r *mintRecord, o outcome, took time.Duration, m *mintedToken, err error, maybeUntil int64) {
 	level, event := hclog.Warn, "no token was minted"
 	switch {
+	case o == outcomeMinted && m.longer:
+		event = "a token was minted, and lives longer than was asked for"
 	case o == outcomeMinted:
 		level, event = hclog.Debug, "a token was minted"
 	case o == outcomeRequestRefused:
@@ -174,7 +182,7 @@ func (b *backend) logMint(r *mintRecord, o outcome, took time.Duration, m *minte
 	}
 	fields := []any{
 		"role", r.role, "organization", r.asked.OrganizationID, "outcome", string(o),
-		"duration", took.Round(time.Microsecond).String(), "request_id", r.req.ID,
+		"duration", took.Round(time.Microsecond).String(),
 	}
 	add := func(more ...any) { fields = append(fields, more...) }
 	if r.verify {
@@ -183,20 +191,20 @@ func (b *backend) logMint(r *mintRecord, o outcome, took time.Duration, m *minte
 	if m != nil {
 		add("lease_seconds", m.lease, "expires_at", m.expiresAt(), "attempts", m.Attempts)
 	}
-	if (o.isFailure() || maybeUntil > 0) && r.asked.Life > 0 {
+	if level != hclog.Debug && r.asked.Life > 0 {
 		add("asked_scopes", r.asked.Scopes, "asked_seconds", int64(r.asked.Life/time.Second))
 	}
 	var mint *mintError
 	var ce *cable.Error
+	if code := statusCode(err); code != 0 {
+		add("cable_status", code)
+	}
 	switch {
 	case err == nil:
 	case errors.As(err, &ce):
-		if ce.StatusCode != 0 {
-			add("cable_status", ce.StatusCode)
-		}
 		add("attempts", ce.Attempts, "detail", ce.Detail)
 	case errors.As(err, &mint) && mint.refused != nil:
-		add("detail", mint.refused.Error())
+		add("attempts", r.granted.Attempts, "detail", mint.refused.Error())
 	default:
 		add("detail", err.Error())
 	}
@@ -207,7 +215,7 @@ func (b *backend) logMint(r *mintRecord, o outcome, took time.Duration, m *minte
 	if maybeUntil > 0 {
 		add("maybe_alive_until", rfc3339(maybeUntil))
 	}
-	b.Logger().Log(level, event, fields...)
+	b.log(r.req).Log(level, event, fields...)
 }
 
 // recent is what a mount remembers for status: the last of each kind, and how

@@ -63,7 +63,7 @@ func TestOutcomes(t *testing.T) {
 		{outcome: outcomeAnswerRefused, fault: cabletest.Fault{Body: "<html>"}, level: fail, log: refusedEvent, cable: 200, event: eventCredsCreateFail, orphan: true},
 		{
 			outcome: outcomeGrantRefused, fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}},
-			level: fail, log: refusedEvent, event: eventGrantRefuse, orphan: true,
+			level: fail, log: refusedEvent, cable: 200, event: eventGrantRefuse, orphan: true,
 		},
 		{
 			outcome: outcomeVaultFailed, notAsked: true, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
@@ -82,7 +82,7 @@ func TestOutcomes(t *testing.T) {
 			_, _ = m.request(logical.ReadOperation, "creds/ci", nil)
 
 			line := m.logLine(m.log.String()[logged:], tt.log)
-			if line["outcome"] != string(tt.outcome) || line["@level"] != tt.level || line["role"] != "ci" || line["request_id"] != "req-1" {
+			if line["outcome"] != string(tt.outcome) || line["@level"] != tt.level || line["role"] != "ci" || line["request_id"] != "req-1" || line["mount"] != "cable/" {
 				t.Errorf("the line in the log: %v", line)
 			}
 			if _, err := time.ParseDuration(line["duration"].(string)); err != nil {

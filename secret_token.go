@@ -56,7 +56,7 @@ func (b *backend) revokeToken(_ context.Context, req *logical.Request, _ *framew
 	}
 	end, err := strconv.ParseInt(text("lease_end"), 10, 64)
 	bySelf := err == nil && time.Now().Unix() >= end
-	log := b.Logger().With("role", role, "organization", organization)
+	log := b.log(req).With("role", role, "organization", organization)
 	switch {
 	case left < 0:
 		log.Info("a lease ended; when its token dies is not known")

@@ -283,7 +283,7 @@ func TestEvents(t *testing.T) {
 		return []event{mint("cable/creds-create-fail", "read", "creds/app", append(more, "outcome", outcome)...)}
 	}
 	refused := func(g cabletest.Grant) func() *answer { return failing(cabletest.Fault{Grant: &g}) }
-	refusal := []event{mint("cable/grant-refuse", "read", "creds/app", "outcome", "grant_refused", "maybe_alive_until", "1h0m0s")}
+	refusal := []event{mint("cable/grant-refuse", "read", "creds/app", "outcome", "grant_refused", "cable_status", "200", "maybe_alive_until", "1h0m0s")}
 	settings := map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID}
 
 	var lease string // of a token for five minutes

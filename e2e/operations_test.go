@@ -323,7 +323,7 @@ func testAliveFromAudit(t *testing.T, m *mount, shell func(string) string, comma
 	expiresAt := a.Data["expires_at"].(string)
 	expiry := time.Unix(a.number("expiry"), 0)
 
-	line := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(expiresAt+"\t"+cabletest.DefaultOrganizationID+"\ttransactions:read\troot\t127.0.0.1\t"+a.LeaseID) + `$`)
+	line := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(expiresAt+"\t"+cabletest.DefaultOrganizationID+"\ttransactions:read\troot\t\t{}\t127.0.0.1\t"+a.LeaseID) + `$`)
 	for _, tt := range []struct {
 		at   time.Time
 		want bool

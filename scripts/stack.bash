@@ -57,12 +57,13 @@ build_stack() {
   vault=$("$root/scripts/vault" --path)
 }
 
-# start_simulator starts cable-sim; $work/token-url and $work/refresh-key are there
-# when it returns.
+# start_simulator starts cable-sim; $work/token-url, $work/refresh-key and
+# $work/control-url are there when it returns.
 start_simulator() {
-  "$root/bin/cable-sim" -url-file "$work/token-url" -refresh-key-out "$work/refresh-key" 2> "$work/cable-sim.log" &
+  "$root/bin/cable-sim" -url-file "$work/token-url" -refresh-key-out "$work/refresh-key" \
+    -control 127.0.0.1:0 -control-url-file "$work/control-url" -latency 20ms 2> "$work/cable-sim.log" &
   children+=($!)
-  poll test -s "$work/token-url"
+  poll test -s "$work/token-url" -a -s "$work/control-url"
 }
 
 # start_vault starts a dev server with a plugin folder of its own.

@@ -24,15 +24,24 @@ type token struct {
 	Expiry         time.Time `json:"expiry"`
 }
 
-// control returns the control listener's handler. What changes something answers 204, what is wrong 400.
-//
-//	GET    /stats        counts: calls, minted, connections, by_status
-//	GET    /calls        the counts, recent_calls and recent_tokens (as SHA-256), oldest first
-//	POST   /fault        body: a cabletest.Fault as JSON; replaces all faults
-//	POST   /faults       the same, appended to the faults
-//	DELETE /fault        back to behaving, -latency and -life aside
-//	POST   /refresh-key  body: the new refresh key; none: one is made up and written to -refresh-key-out
-//	POST   /reset        forgets calls, tokens and counts
+// controlHelp is what -help says of the control listener.
+const controlHelp = `
+The control listener answers 204 to what changes something, and 400 to what is wrong:
+  GET    /stats        counts: calls, minted, connections, by_status
+  GET    /calls        the counts, recent_calls and recent_tokens (as SHA-256), oldest first
+  POST   /fault        a fault as JSON; replaces all faults
+  POST   /faults       the same, after the faults that there are
+  DELETE /fault        back to behaving, -latency and -life aside
+  POST   /refresh-key  the new refresh key; empty: one is made up and written to -refresh-key-out
+  POST   /reset        forget calls, tokens and counts
+
+Faults, for example (internal/cabletest/fault.go lists all fields):
+  {"status": 401}                                                    until cleared
+  {"status": 429, "times": 1, "header": {"Retry-After": "30"}}       for one call
+  {"delay": "3s"}  {"every": 20, "reset": "after"}  {"grant": {"scopes": ["everything:write"]}}
+`
+
+// control returns the control listener's handler; see controlHelp.
 func control(sim *cabletest.Simulator, keyOut string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, sim.Stats()) })

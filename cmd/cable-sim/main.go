@@ -77,6 +77,7 @@ func parseFlags(args []string, stderr io.Writer) (*config, error) {
 	case errors.Is(err, flag.ErrHelp):
 		fs.SetOutput(stderr)
 		fs.Usage()
+		_, _ = fmt.Fprint(stderr, controlHelp)
 		return nil, err
 	case err != nil:
 		return nil, fmt.Errorf("%w: run cable-sim -h for the flags", err)
