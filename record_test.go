@@ -185,6 +185,18 @@ func TestOutcomes(t *testing.T) {
 			t.Errorf("suspected_orphans_total %v", n)
 		}
 	})
+	t.Run("a longer life than was asked for", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		life := 200 * time.Hour
+		m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Life: &life}})
+		m.read("creds/ci")
+		line := m.logLine(m.log.String(), "lives longer than was asked for")
+		expiry, err := time.Parse(time.RFC3339, fmt.Sprint(line["expires_at"]))
+		if line["@level"] != "warn" || line["outcome"] != "minted" || line["asked_seconds"] != 3600. || err != nil || time.Until(expiry) < 199*time.Hour {
+			t.Errorf("the line in the log: %v", line)
+		}
+	})
 	t.Run("a failure, then a mint", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
