@@ -160,7 +160,7 @@ func (b *backend) eventsAreHeard(ctx context.Context) bool {
 // sendConfigEvent tells that config was written or deleted; version is that of
 // the refresh key, 0 where there is none any more.
 func (b *backend) sendConfigEvent(req *logical.Request, kind string, version int) {
-	metadata := b.eventMetadata(req.Operation, configStoragePath, configStoragePath, true)
+	metadata := eventMetadata(req.Operation, configStoragePath, configStoragePath, true)
 	if version > 0 {
 		metadata = append(metadata, "refresh_key_version", strconv.Itoa(version))
 	}
@@ -169,7 +169,7 @@ func (b *backend) sendConfigEvent(req *logical.Request, kind string, version int
 
 // sendRoleEvent tells that a role was written, or deleted where it is nil now.
 func (b *backend) sendRoleEvent(req *logical.Request, kind, name string, role *roleEntry) {
-	metadata := append(b.eventMetadata(req.Operation, "roles/"+name, "roles/"+name, true), "role", name)
+	metadata := append(eventMetadata(req.Operation, "roles/"+name, "roles/"+name, true), "role", name)
 	if role != nil {
 		metadata = append(metadata, "organization_id", role.OrganizationID)
 	}
@@ -182,7 +182,7 @@ func (b *backend) sendMintEvent(r *mintRecord, o outcome, m *mintedToken, err er
 	if o == outcomeRequestRefused || b.events.off.Load() {
 		return
 	}
-	metadata := append(b.eventMetadata(r.req.Operation, r.req.Path, "roles/"+r.role, false),
+	metadata := append(eventMetadata(r.req.Operation, r.req.Path, "roles/"+r.role, false),
 		"role", r.role, "organization_id", r.asked.OrganizationID, "request_id", r.req.ID)
 	if m != nil {
 		b.events.send(eventCredsCreate, append(metadata, "scopes", strings.Join(m.scopes, ","),
@@ -205,7 +205,7 @@ func (b *backend) sendMintEvent(r *mintRecord, o outcome, m *mintedToken, err er
 
 // sendRevokeEvent tells that a lease ended.
 func (b *backend) sendRevokeEvent(role, organization string, expiry int64, left time.Duration) {
-	metadata := append(b.eventMetadata(logical.RevokeOperation, "creds/"+role, "roles/"+role, false),
+	metadata := append(eventMetadata(logical.RevokeOperation, "creds/"+role, "roles/"+role, false),
 		"role", role, "organization_id", organization)
 	if left >= 0 {
 		metadata = append(metadata, "expiry", strconv.FormatInt(expiry, 10), "expires_at", rfc3339(expiry),
@@ -215,7 +215,7 @@ func (b *backend) sendRevokeEvent(role, organization string, expiry int64, left 
 }
 
 // eventMetadata is what Vault's event system knows of each event.
-func (b *backend) eventMetadata(op logical.Operation, path, dataPath string, modified bool) []string {
+func eventMetadata(op logical.Operation, path, dataPath string, modified bool) []string {
 	return []string{
 		logical.EventMetadataPath, path,
 		logical.EventMetadataDataPath, dataPath,

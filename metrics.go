@@ -183,11 +183,8 @@ func (m *metrics) called(c cable.Call) {
 }
 
 // mintEnded counts a request for a token.
-func (m *metrics) mintEnded(r *mintRecord, o outcome, took time.Duration, got *mintedToken, maybeUntil int64) {
+func (m *metrics) mintEnded(r *mintRecord, o outcome, got *mintedToken, maybeUntil int64) {
 	m.mints.WithLabelValues(m.roleLabel(r), string(o)).Inc()
-	if o.askedCable() {
-		m.mintDuration.Observe(took.Seconds())
-	}
 	if o == outcomeGrantRefused {
 		m.grantsRefused.Inc()
 	}

@@ -446,7 +446,7 @@ func (b *backend) pathConfigDelete(ctx context.Context, req *logical.Request, _ 
 // request that is under way, if each was minted for at most life seconds.
 func aliveUntil(now time.Time, life int64) string {
 	return fmt.Sprintf("Tokens minted before cannot be revoked: the last of them may live until %s.",
-		now.Add(time.Duration(life+maxRequestTimeout)*time.Second).UTC().Format(time.RFC3339))
+		timestamp(now.Add(time.Duration(life+maxRequestTimeout)*time.Second)))
 }
 
 // getConfig returns the stored configuration, or nil where there is none.

@@ -43,7 +43,7 @@ type mintedToken struct {
 func (m *mintedToken) expiresAt() string { return rfc3339(m.Expiry) }
 
 // rfc3339 formats a Unix time in seconds, in UTC.
-func rfc3339(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
+func rfc3339(unix int64) string { return timestamp(time.Unix(unix, 0)) }
 
 func (b *backend) pathCreds() *framework.Path {
 	operation := func(summary, suffix string) *framework.PathOperation {
@@ -120,7 +120,7 @@ func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *fr
 // mintForCaller mints what the caller asks for, with the settings in use.
 func (b *backend) mintForCaller(ctx context.Context, r *mintRecord, d *framework.FieldData) (*mintedToken, error) {
 	if err := checkRoleName(r.role); err != nil {
-		r.role = unknownRole // whatever it is, it is kept and shown nowhere
+		r.role = unknownRole // it may be anything, and of any length
 		return nil, err
 	}
 	role, err := b.cachedRole(ctx, r.req.Storage, r.role)

@@ -244,7 +244,7 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 		t.Errorf("series for the roles %q", got)
 	}
 	for i := range 3 * maxMeteredRoles {
-		m.b.metrics.mintEnded(&mintRecord{role: fmt.Sprintf("role-%d", i), roleExists: true}, outcomeMinted, 0, nil, 0)
+		m.b.metrics.mintEnded(&mintRecord{role: fmt.Sprintf("role-%d", i), roleExists: true}, outcomeMinted, nil, 0)
 	}
 	if got := series(); len(got) != maxMeteredRoles+2 || !slices.Contains(got, otherRoles) {
 		t.Errorf("%d series of %d roles, want one for each of the first %d, for the others, and for the unknown", len(got), 3*maxMeteredRoles, maxMeteredRoles)
@@ -253,7 +253,7 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 	if slices.Contains(series(), "ci") {
 		t.Error("the series of a deleted role are still there")
 	}
-	m.b.metrics.mintEnded(&mintRecord{role: "new", roleExists: true}, outcomeMinted, 0, nil, 0)
+	m.b.metrics.mintEnded(&mintRecord{role: "new", roleExists: true}, outcomeMinted, nil, 0)
 	if !slices.Contains(series(), "new") {
 		t.Error("a deleted role still takes a place")
 	}
@@ -301,7 +301,7 @@ func BenchmarkMetricsRead(b *testing.B) {
 			m := newConfiguredMount(b)
 			for i := range roles {
 				for _, o := range []outcome{outcomeMinted, outcomeRequestRefused, outcomeCableFailed} {
-					m.b.metrics.mintEnded(&mintRecord{role: fmt.Sprintf("role-%d", i), roleExists: true}, o, 0, nil, 0)
+					m.b.metrics.mintEnded(&mintRecord{role: fmt.Sprintf("role-%d", i), roleExists: true}, o, nil, 0)
 				}
 			}
 			b.ReportAllocs()

@@ -397,7 +397,7 @@ func checkRoleName(name string) error {
 		return refusal(fmt.Sprintf("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName))
 	}
 	if strings.Contains(name, "..") {
-		return refusal(`the role's name must not hold ".."`)
+		return refusal(fmt.Sprintf(`the role's name %s must not hold "..": use single dots`, echo(name)))
 	}
 	return nil
 }

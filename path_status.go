@@ -84,13 +84,7 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 // Vault's storage cannot be read: that is when it is asked.
 func (b *backend) pathStatusRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
 	resp := &logical.Response{Data: b.recent.toResponseData()}
-	for k, v := range map[string]any{
-		"version":    version.String(),
-		"commit":     version.Commit(),
-		"go_version": runtime.Version(),
-	} {
-		resp.Data[k] = v
-	}
+	resp.Data["version"], resp.Data["commit"], resp.Data["go_version"] = version.String(), version.Commit(), runtime.Version()
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	if active, err := b.getClient(ctx, req.Storage); err != nil {
@@ -102,7 +96,9 @@ func (b *backend) pathStatusRead(ctx context.Context, req *logical.Request, _ *f
 	if err != nil {
 		resp.AddWarning("disabled_roles may lack some: " + err.Error())
 	}
-	resp.Data["disabled_roles"] = disabled
+	if disabled != nil {
+		resp.Data["disabled_roles"] = disabled
+	}
 	return resp, nil
 }
 
@@ -133,15 +129,15 @@ func settingsData(active *activeConfig, now time.Time) map[string]any {
 }
 
 // disabledRoles returns the names of the disabled roles, in order; with an
-// error, those that could be found. It reads the roles that are not in memory
-// yet.
+// error, those that could be found, or nil where no role could be. It reads the
+// roles that are not in memory yet.
 func (b *backend) disabledRoles(ctx context.Context, s logical.Storage) (disabled []string, err error) {
-	disabled = []string{} // a list, also where it is empty
 	names, err := s.List(ctx, rolesStoragePrefix)
 	if err != nil {
-		return disabled, err
+		return nil, err
 	}
 	slices.Sort(names)
+	disabled = []string{} // a list, also where it is empty
 	for _, name := range names[:min(len(names), maxStatusRoles)] {
 		if ctx.Err() != nil {
 			return disabled, ctx.Err()

@@ -101,7 +101,7 @@ func TestStatusWithoutStorage(t *testing.T) {
 	if resp.Data["last_mint_role"] != "ci" {
 		t.Errorf("what is in memory is not told: %v", resp.Data)
 	}
-	for _, key := range []string{"configured", "disabled", "refresh_key_version", "refresh_key_updated_at", "refresh_key_age_seconds", "hold_seconds", "hold_until"} {
+	for _, key := range []string{"configured", "disabled", "disabled_roles", "refresh_key_version", "refresh_key_updated_at", "refresh_key_age_seconds", "hold_seconds", "hold_until"} {
 		if v, ok := resp.Data[key]; ok {
 			t.Errorf("%s is said to be %v, and cannot be known", key, v)
 		}

@@ -87,11 +87,6 @@ func outcomeOf(err error) outcome {
 	}
 }
 
-// askedCable reports whether Cable was called.
-func (o outcome) askedCable() bool {
-	return o != outcomeRequestRefused && o != outcomeHeld && o != outcomeVaultFailed
-}
-
 // isFailure reports whether something is wrong that an operator may want to
 // mend: not with the request, not because a caller left, and not as a
 // consequence of an earlier failure.
@@ -124,6 +119,12 @@ func (r *mintRecord) roleName() string {
 	return r.role
 }
 
+// askedCable reports whether Cable was called; err is how the request ended.
+func (r *mintRecord) askedCable(err error) bool {
+	var ce *cable.Error
+	return r.granted != nil || errors.As(err, &ce) && ce.Attempts > 0
+}
+
 // record tells how a request for a token ended: m is nil where err is not.
 func (b *backend) record(r *mintRecord, m *mintedToken, err error) {
 	o, now := outcomeOf(err), time.Now()
@@ -136,7 +137,10 @@ func (b *backend) record(r *mintRecord, m *mintedToken, err error) {
 	if r.verify {
 		return // it says nothing of the settings in use
 	}
-	b.metrics.mintEnded(r, o, now.Sub(r.start), m, maybeUntil)
+	b.metrics.mintEnded(r, o, m, maybeUntil)
+	if r.askedCable(err) {
+		b.metrics.mintDuration.Observe(now.Sub(r.start).Seconds())
+	}
 	b.recent.mintEnded(r, o, now, statusCode(err))
 	b.sendMintEvent(r, o, m, err, maybeUntil)
 }

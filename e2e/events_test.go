@@ -38,11 +38,8 @@ func eventsServer(t *testing.T) *vaultServer {
 	t.Helper()
 	needVault(t)
 	binary, err := findEventsVault()
-	switch {
-	case err != nil && required():
-		t.Fatalf("E2E=require: %v", err)
-	case err != nil:
-		t.Skipf("no Vault server with events: %v", err)
+	if err != nil {
+		skipUnlessRequired(t, err)
 	}
 	v := &vaultServer{binary: binary}
 	if err := v.startDev(t.TempDir()); err != nil {

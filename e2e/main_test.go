@@ -143,6 +143,16 @@ func run(name string, args ...string) (string, error) {
 	return string(out), nil
 }
 
+// skipUnlessRequired skips a test whose prerequisite is missing, for the reason
+// in err, or fails it where the prerequisites are required.
+func skipUnlessRequired(t testing.TB, err error) {
+	t.Helper()
+	if required() {
+		t.Fatalf("E2E=require: %v", err)
+	}
+	t.Skip(err)
+}
+
 // needVault skips the test where no Vault can be had, or fails it where one is
 // required.
 func needVault(t testing.TB) {
@@ -151,10 +161,7 @@ func needVault(t testing.TB) {
 		t.Skip("-short: no Vault server is started")
 	}
 	if err := findVault(); err != nil {
-		if required() {
-			t.Fatalf("E2E=require: %v", err)
-		}
-		t.Skipf("no Vault server: %v", err)
+		skipUnlessRequired(t, err)
 	}
 	if err := prepare(); err != nil {
 		t.Fatal(err)

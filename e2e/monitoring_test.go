@@ -45,10 +45,7 @@ func needPrometheus(t *testing.T) (dir string) {
 	}
 	dir, err := findPrometheus()
 	if err != nil {
-		if required() {
-			t.Fatalf("E2E=require: %v", err)
-		}
-		t.Skipf("no Prometheus: %v", err)
+		skipUnlessRequired(t, err)
 	}
 	return dir
 }

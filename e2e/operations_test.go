@@ -18,32 +18,6 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// raftConfig is the configuration of a server alone on integrated storage, in
-// the folder data.
-func raftConfig(data string) string {
-	return fmt.Sprintf(`
-storage "raft" {
-  path    = %q
-  node_id = "one"
-
-  performance_multiplier = 1 # elects itself sooner
-}
-listener "tcp" {
-  address         = "ADDR"
-  cluster_address = "127.0.0.1:0"
-  tls_disable     = true
-}
-cluster_addr = "https://127.0.0.1:1"
-`, data)
-}
-
-// unseal unseals the server and waits until it is active.
-func (v *vaultServer) unseal(t *testing.T, key string) {
-	t.Helper()
-	v.ok(t, "PUT", "sys/unseal", map[string]any{"key": key})
-	waitFor(t, 30*time.Second, "the server is active", func() bool { return v.do(t, "GET", "sys/health", nil).status == 200 })
-}
-
 // findJQ is where jq is: on PATH, else built once from the version that
 // tools/jq pins.
 var findJQ = sync.OnceValues(func() (string, error) {

@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -36,10 +37,7 @@ func (v *vaultServer) pluginProcesses(t *testing.T) (pids []int) {
 	t.Helper()
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil || len(stats) == 0 {
-		if required() {
-			t.Fatal("no /proc: the plugin's processes cannot be found, and E2E=require wants them")
-		}
-		t.Skip("no /proc: the plugin's processes cannot be found")
+		skipUnlessRequired(t, errors.New("no /proc: the plugin's processes cannot be found"))
 	}
 	for _, path := range stats {
 		stat, err := os.ReadFile(path)

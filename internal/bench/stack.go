@@ -242,7 +242,7 @@ func (s *stack) setLatency(d time.Duration) error {
 
 // setFault has the simulator misbehave as a cabletest.Fault in JSON says.
 func (s *stack) setFault(body string) error {
-	resp, err := s.simClient.Post(s.control+"/fault", "application/json", strings.NewReader(body)) //nolint:noctx // see connections
+	resp, err := s.simClient.Post(s.control+"/fault", "application/json", strings.NewReader(body)) //nolint:noctx // the client has a time-out, and the server is ours
 	if err != nil {
 		return err
 	}
@@ -289,7 +289,7 @@ func (s *stack) start(ctx context.Context, logName string, env []string, program
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, program, args...) //nolint:gosec // G204: what the benchmark is for
+	cmd := exec.CommandContext(ctx, program, args...) //nolint:gosec // G204: it runs the programs that its flags name
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Env = append(os.Environ(), env...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -324,7 +324,7 @@ func poll(ctx context.Context, f func() error) error {
 
 // freePort finds a loopback port that nothing listens on.
 func freePort() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // at once
+	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // to listen waits for nobody
 	if err != nil {
 		return "", err
 	}

@@ -126,7 +126,7 @@ func (l *load) consume(ctx context.Context, n int) {
 	if err != nil || lease == "" || n%4 != 0 {
 		return
 	}
-	sleep(ctx, rand.N(30*time.Second)) //nolint:gosec // G404: no secret
+	sleep(ctx, rand.N(30*time.Second)) //nolint:gosec // G404: it spreads what a load does, and guards nothing
 	if ctx.Err() != nil {
 		return
 	}

@@ -109,7 +109,7 @@ func (w window) steps() int { return int(w.end.Sub(w.start)/w.step) + 1 }
 
 // readDashboard reads the panels, and refuses what it cannot draw.
 func readDashboard(file string) (*dashboard, error) {
-	raw, err := os.ReadFile(file) //nolint:gosec // G304: the file of a flag
+	raw, err := os.ReadFile(file) //nolint:gosec // G304: the file that a flag names, of whoever runs it
 	if err != nil {
 		return nil, err
 	}
