@@ -65,7 +65,7 @@ type backend struct {
 
 	// hold is the pause of the last client, with what it applies to: a
 	// rebuild for the same key and URL does not forget it.
-	hold    *cable.Hold
+	hold    *cable.Pause
 	holdFor holdKey
 
 	// What the mount tells of itself; see record.go.
@@ -221,7 +221,7 @@ func (b *backend) activate(cfg *configEntry, observe func(cable.Call)) (*activeC
 	clientConfig.Observe = observe
 	b.mu.Lock()
 	if b.hold != nil && b.holdFor.url == cfg.TokenURL && b.holdFor.key.Reveal() == cfg.RefreshKey.Reveal() {
-		clientConfig.Hold = b.hold
+		clientConfig.Pause = b.hold
 	}
 	b.mu.Unlock()
 	client, err := cable.New(clientConfig)
@@ -235,7 +235,7 @@ func (b *backend) activate(cfg *configEntry, observe func(cable.Call)) (*activeC
 func (b *backend) setCurrentLocked(next *activeConfig) {
 	b.dropLocked()
 	b.current = next
-	b.hold = next.client.Hold()
+	b.hold = next.client.Pause()
 	b.holdFor = holdKey{url: next.TokenURL, key: next.RefreshKey}
 }
 

@@ -42,7 +42,7 @@ func (e *mintError) Error() string {
 		msg = e.cause.Error()
 	}
 	var ce *cable.Error
-	if errors.As(e.cause, &ce) && ce.Kind == cable.Answered {
+	if errors.As(e.cause, &ce) && ce.Kind == cable.Responded {
 		switch ce.StatusCode {
 		case http.StatusUnauthorized:
 			other := authSchemeBearer

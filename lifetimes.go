@@ -23,9 +23,9 @@ import (
 // Everything is in whole seconds, because Cable's expiry_seconds and Vault's
 // lease durations are.
 const (
-	minLife     = int64(cable.MinLife / time.Second) // 300
-	maxLife     = int64(cable.MaxLife / time.Second) // 86400
-	defaultLife = int64(time.Hour / time.Second)     // 3600, where neither request nor role says
+	minLife     = int64(cable.MinLifetime / time.Second) // 300
+	maxLife     = int64(cable.MaxLifetime / time.Second) // 86400
+	defaultLife = int64(time.Hour / time.Second)         // 3600, where neither request nor role says
 
 	// longerGrant is by how much a granted life may exceed the asked one
 	// without a warning, in seconds: clocks and rounding account for that much.

@@ -174,10 +174,10 @@ func (m *metrics) called(c cable.Call) {
 	if c.StatusCode != 0 {
 		m.requestDuration.Observe(c.Duration.Seconds())
 	}
-	if c.Repeat {
+	if c.Retry {
 		m.repeats.Inc()
 	}
-	if c.HoldBegan {
+	if c.PauseBegan {
 		m.holds.Inc()
 	}
 }
@@ -260,7 +260,7 @@ func (s stateMetrics) Collect(ch chan<- prometheus.Metric) {
 		return
 	}
 	send("disabled", "Whether the mount is disabled.", truth(s.active.Disabled))
-	send("hold_active", "Whether requests are not sent, in the pause after a 429 of Cable.", truth(s.active.client.Hold().Remaining() > 0))
+	send("hold_active", "Whether requests are not sent, in the pause after a 429 of Cable.", truth(s.active.client.Pause().Remaining() > 0))
 	send("refresh_key_version", "Which refresh key is in use, counted from 1.", float64(s.active.RefreshKeyVersion))
 	if at := s.active.RefreshKeyUpdatedAt; !at.IsZero() {
 		send("refresh_key_updated_timestamp_seconds", "When the refresh key was written, in Unix seconds.", float64(at.Unix()))

@@ -177,14 +177,14 @@ func (b *backend) mint(ctx context.Context, r *mintRecord, active *activeConfig,
 	if err != nil {
 		failure := &mintError{role: want.name, scheme: active.AuthScheme, cause: err}
 		var ce *cable.Error
-		if errors.As(err, &ce) && ce.MaybeMinted {
-			failure.maybeUntil = time.Now().Add(asked.Life).Unix()
+		if errors.As(err, &ce) && ce.MaybeIssued {
+			failure.maybeUntil = time.Now().Add(asked.Lifetime).Unix()
 		}
 		return nil, failure
 	}
 	r.granted = token
 
-	ask := int64(asked.Life / time.Second)
+	ask := int64(asked.Lifetime / time.Second)
 	granted, missing, err := checkGrant(asked, token)
 	var lease, life int64
 	if err == nil {
@@ -258,7 +258,7 @@ func resolveMint(cfg *configEntry, want mintRequest, mountMax, mountDefault func
 		life.mountDefault = mountDefault()
 	}
 	ask, warnings, err := decideAsk(life)
-	asked.Life = seconds(ask)
+	asked.Lifetime = seconds(ask)
 	return asked, warnings, err
 }
 

@@ -173,7 +173,7 @@ func FuzzNarrowing(f *testing.F) {
 			if len(asked.Scopes) == 0 || len(without(asked.Scopes, role.Scopes)) > 0 || !slices.IsSorted(asked.Scopes) {
 				t.Errorf("%s: asks for %q", body, asked.Scopes)
 			}
-			if asked.OrganizationID != "org" || asked.Life < 300*time.Second || asked.Life > 7200*time.Second {
+			if asked.OrganizationID != "org" || asked.Lifetime < 300*time.Second || asked.Lifetime > 7200*time.Second {
 				t.Errorf("%s: asks for %+v", body, asked)
 			}
 		}
@@ -205,11 +205,11 @@ func TestCredsGrants(t *testing.T) {
 		{name: "none of them", fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{}}}, scopes: []string{}, warning: []string{"fewer scopes", `"person:read", "transactions:read"`}},
 		{name: "null for the list", fault: cabletest.Fault{Grant: ptr(scopes())}},
 		{name: "no scopes in the answer", fault: cabletest.Fault{Grant: &cabletest.Grant{OmitScopes: true}}},
-		{name: "longer by more than a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(2 * time.Hour)}}, warning: []string{"granted 7200s instead of the 3600s", "lives until"}},
-		{name: "longer by a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(time.Hour + time.Minute)}}},
-		{name: "shorter", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(10 * time.Second)}}, maxLife: 10},
-		{name: "past", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(-time.Second)}}, refused: "its expiry is not in the future"},
-		{name: "over at once", fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(time.Duration(0))}}, refused: "its expiry is not in the future"},
+		{name: "longer by more than a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(2 * time.Hour)}}, warning: []string{"granted 7200s instead of the 3600s", "lives until"}},
+		{name: "longer by a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(time.Hour + time.Minute)}}},
+		{name: "shorter", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(10 * time.Second)}}, maxLife: 10},
+		{name: "past", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(-time.Second)}}, refused: "its expiry is not in the future"},
+		{name: "over at once", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(time.Duration(0))}}, refused: "its expiry is not in the future"},
 		{name: "expiry missing", fault: cabletest.Fault{Grant: &cabletest.Grant{OmitExpiry: true}}, refused: "holds no expiry"},
 		{name: "expiry null", fault: cabletest.Fault{Grant: &cabletest.Grant{Expiry: json.RawMessage(`null`)}}, refused: "expiry"},
 		{name: "expiry as a string", fault: cabletest.Fault{Grant: &cabletest.Grant{Expiry: json.RawMessage(`"1999999999"`)}}, refused: "not a whole number of seconds"},

@@ -109,7 +109,7 @@ func settingsData(active *activeConfig, now time.Time) map[string]any {
 	var holdEnd time.Time
 	cfg := new(configEntry)
 	if active != nil {
-		cfg, hold = active.configEntry, active.client.Hold().Remaining()
+		cfg, hold = active.configEntry, active.client.Pause().Remaining()
 	}
 	if hold > 0 {
 		holdEnd = now.Add(hold)

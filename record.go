@@ -64,7 +64,7 @@ func outcomeOf(err error) outcome {
 		return outcomeVaultFailed
 	}
 	switch ce.Kind {
-	case cable.Held:
+	case cable.Paused:
 		return outcomeHeld
 	case cable.Unreachable:
 		return outcomeUnreachable
@@ -72,7 +72,7 @@ func outcomeOf(err error) outcome {
 		return outcomeTimedOut
 	case cable.Canceled:
 		return outcomeCanceled
-	case cable.InvalidAnswer:
+	case cable.InvalidResponse:
 		return outcomeAnswerRefused
 	}
 	switch code := ce.StatusCode; {
@@ -195,8 +195,8 @@ func (b *backend) logMint(r *mintRecord, o outcome, took time.Duration, m *minte
 	if m != nil {
 		add("lease_seconds", m.lease, "expires_at", m.expiresAt(), "attempts", m.Attempts)
 	}
-	if level != hclog.Debug && r.asked.Life > 0 {
-		add("asked_scopes", r.asked.Scopes, "asked_seconds", int64(r.asked.Life/time.Second))
+	if level != hclog.Debug && r.asked.Lifetime > 0 {
+		add("asked_scopes", r.asked.Scopes, "asked_seconds", int64(r.asked.Lifetime/time.Second))
 	}
 	var mint *mintError
 	var ce *cable.Error

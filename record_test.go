@@ -189,7 +189,7 @@ func TestOutcomes(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
 		life := 200 * time.Hour
-		m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Life: &life}})
+		m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Lifetime: &life}})
 		m.read("creds/ci")
 		line := m.logLine(m.log.String(), "lives longer than was asked for")
 		expiry, err := time.Parse(time.RFC3339, fmt.Sprint(line["expires_at"]))
@@ -242,11 +242,11 @@ func TestOutcomeOfAndFailed(t *testing.T) {
 		{&verifyError{cause: refusal("no")}, outcomeRequestRefused, 400},
 		{&verifyError{cause: &mintError{refused: errors.New("no")}}, outcomeGrantRefused, 502},
 		{&mintError{cause: &cable.Error{Kind: cable.Canceled}}, outcomeCanceled, 502},
-		{&mintError{cause: &cable.Error{Kind: cable.Held}}, outcomeHeld, 429},
-		{&mintError{cause: &cable.Error{Kind: cable.Answered, StatusCode: 429}}, outcomeRateLimited, 429},
-		{&mintError{cause: &cable.Error{Kind: cable.Answered, StatusCode: 418}}, outcomeCableRefused, 400},
-		{&mintError{cause: &cable.Error{Kind: cable.Answered, StatusCode: 599}}, outcomeCableFailed, 502},
-		{&mintError{cause: &cable.Error{Kind: cable.InvalidAnswer, StatusCode: 302}}, outcomeAnswerRefused, 502},
+		{&mintError{cause: &cable.Error{Kind: cable.Paused}}, outcomeHeld, 429},
+		{&mintError{cause: &cable.Error{Kind: cable.Responded, StatusCode: 429}}, outcomeRateLimited, 429},
+		{&mintError{cause: &cable.Error{Kind: cable.Responded, StatusCode: 418}}, outcomeCableRefused, 400},
+		{&mintError{cause: &cable.Error{Kind: cable.Responded, StatusCode: 599}}, outcomeCableFailed, 502},
+		{&mintError{cause: &cable.Error{Kind: cable.InvalidResponse, StatusCode: 302}}, outcomeAnswerRefused, 502},
 	} {
 		if got := outcomeOf(tt.err); got != tt.want {
 			t.Errorf("%v: outcome %s, want %s", tt.err, got, tt.want)

@@ -122,7 +122,7 @@ func TestCableFails(t *testing.T) {
 		"no expiry":          {fault: grant(cabletest.Grant{OmitExpiry: true}), status: 502, calls: 1, want: "cable's answer was refused: it holds no expiry" + maybe},
 		"expiry of text":     {fault: grant(cabletest.Grant{Expiry: []byte(`"4102444800"`)}), status: 502, calls: 1, want: "cable's answer was refused: its expiry is not a whole number of seconds" + maybe},
 		"expiry in ms":       {fault: grant(cabletest.Grant{Expiry: []byte(`4102444800000`)}), status: 502, calls: 1, want: "cable's answer was refused: its expiry 4102444800000 is not a Unix time in seconds" + maybe},
-		"past expiry":        {fault: grant(cabletest.Grant{Life: ptr(-time.Minute)}), status: 502, calls: 1, want: "cable's answer was refused: its expiry is not in the future: -60s by Cable's clock"},
+		"past expiry":        {fault: grant(cabletest.Grant{Lifetime: ptr(-time.Minute)}), status: 502, calls: 1, want: "cable's answer was refused: its expiry is not in the future: -60s by Cable's clock"},
 		"other organization": {fault: grant(cabletest.Grant{OrganizationID: ptr("org_other")}), status: 502, calls: 1, want: `cable's answer was refused: the token is for organization "org_other" instead of "` + cabletest.DefaultOrganizationID + `"` + maybe},
 		"scopes of another organization": {
 			fault:  grant(cabletest.Grant{ScopesOrganizationID: ptr("org_other")}),
@@ -312,8 +312,8 @@ func TestGrantsThatDiffer(t *testing.T) {
 		"no scopes":    {grant: cabletest.Grant{OmitScopes: true}, scopes: []any{"transactions:read", "transactions:write"}},
 		"other order":  {grant: cabletest.Grant{Scopes: &[]string{"transactions:write", "transactions:read", "transactions:write"}}, scopes: []any{"transactions:read", "transactions:write"}},
 		"fewer scopes": {grant: cabletest.Grant{Scopes: &[]string{"transactions:write"}}, scopes: []any{"transactions:write"}, warnings: []string{`Cable granted fewer scopes than were asked for; missing: "transactions:read"`}},
-		"longer life":  {grant: cabletest.Grant{Life: ptr(2 * time.Hour)}, scopes: []any{"transactions:read", "transactions:write"}, warnings: []string{"Cable granted 7200s instead of the 3600s that were asked for: the lease ends first, the token lives until TIME"}},
-		"shorter life": {grant: cabletest.Grant{Life: ptr(10 * time.Minute)}, scopes: []any{"transactions:read", "transactions:write"}},
+		"longer life":  {grant: cabletest.Grant{Lifetime: ptr(2 * time.Hour)}, scopes: []any{"transactions:read", "transactions:write"}, warnings: []string{"Cable granted 7200s instead of the 3600s that were asked for: the lease ends first, the token lives until TIME"}},
+		"shorter life": {grant: cabletest.Grant{Lifetime: ptr(10 * time.Minute)}, scopes: []any{"transactions:read", "transactions:write"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

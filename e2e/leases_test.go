@@ -38,8 +38,8 @@ func TestLeaseAndToken(t *testing.T) {
 		"as asked":          {ask: time.Hour},
 		"shortest":          {query: "?ttl=300", ask: 5 * time.Minute},
 		"longest":           {query: "?ttl=24h", ask: 24 * time.Hour},
-		"shorter":           {fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(7 * time.Minute)}}, ask: time.Hour, life: 7 * time.Minute},
-		"longer":            {fault: cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(3 * time.Hour)}}, ask: time.Hour, life: 3 * time.Hour},
+		"shorter":           {fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(7 * time.Minute)}}, ask: time.Hour, life: 7 * time.Minute},
+		"longer":            {fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(3 * time.Hour)}}, ask: time.Hour, life: 3 * time.Hour},
 		"Cable runs ahead":  {fault: cabletest.Fault{ClockSkew: 5 * time.Hour}, ask: time.Hour},
 		"Cable runs behind": {fault: cabletest.Fault{ClockSkew: -5 * time.Hour}, ask: time.Hour},
 		"no Date":           {fault: cabletest.Fault{Header: map[string]string{"Date": ""}}, ask: time.Hour},
@@ -118,7 +118,7 @@ func TestVaultEndsLeases(t *testing.T) {
 		t.Parallel()
 		m := newMount(t, v, nil)
 		m.configure(t)
-		m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Life: ptr(5 * time.Second)}})
+		m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(5 * time.Second)}})
 		for range 3 {
 			if a := m.read(t); a.LeaseDuration < 3 || a.LeaseDuration > 5 {
 				t.Errorf("lease_duration %d of a token of 5s", a.LeaseDuration)

@@ -204,7 +204,7 @@ func TestOperations(t *testing.T) {
 		"Vault was sealed for an hour": {
 			before: func() {
 				life := 7 * time.Second
-				sim.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{Life: &life}})
+				sim.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{Lifetime: &life}})
 				a := read()
 				lease = a.LeaseID
 				v.ok(t, "PUT", "sys/seal", nil)

@@ -119,7 +119,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		},
 	}
 	if c.life != 0 {
-		opts.Default.Grant = &cabletest.Grant{Life: &c.life}
+		opts.Default.Grant = &cabletest.Grant{Lifetime: &c.life}
 		logger.Printf("cable-sim: -life is a fault: every token lives for %s, whatever was asked", c.life)
 	}
 	sim := cabletest.New(opts)

@@ -77,7 +77,7 @@ func soak(ctx context.Context, o options) (*Soak, error) {
 
 	// Some thousand leases of half a minute each, and reads while they end.
 	fmt.Println("leases of 30 s for 10 s, then reads while those end:")
-	if err := s.setFault(`{"grant":{"life":"30s"}}`); err != nil {
+	if err := s.setFault(`{"grant":{"lifetime":"30s"}}`); err != nil {
 		return nil, err
 	}
 	if _, err := window(10 * time.Second); err != nil {

@@ -24,10 +24,10 @@ const (
 	// DefaultTokenURL is the current endpoint (v2.0 request-token reference).
 	DefaultTokenURL = "https://api.cable.tech/v2/auth/token"
 
-	// MinLife and MaxLife bound expiry_seconds, both included: 300 (5 minutes)
+	// MinLifetime and MaxLifetime bound expiry_seconds, both included: 300 (5 minutes)
 	// to 86400 (24 hours), by the request-token reference.
-	MinLife = 5 * time.Minute
-	MaxLife = 24 * time.Hour
+	MinLifetime = 5 * time.Minute
+	MaxLifetime = 24 * time.Hour
 
 	// DefaultTimeout is the budget of one RequestToken, repeats included.
 	DefaultTimeout = 20 * time.Second
@@ -67,9 +67,9 @@ type Config struct {
 	// UserAgent is sent as it is; default none.
 	UserAgent string
 
-	// Hold carries on the pause of an earlier Client of the same key and URL;
+	// Pause carries on the pause of an earlier Client of the same key and URL;
 	// default a new one.
-	Hold *Hold
+	Pause *Pause
 
 	// Observe is told of each call after it was made, before RequestToken
 	// returns; default nobody is. It must be quick and safe for concurrent use.
@@ -86,10 +86,10 @@ type Call struct {
 	Duration time.Duration
 
 	// Repeat reports that it repeats an earlier call of the same RequestToken.
-	Repeat bool
+	Retry bool
 
-	// HoldBegan reports that its answer, a 429, began a pause.
-	HoldBegan bool
+	// PauseBegan reports that its answer, a 429, began a pause.
+	PauseBegan bool
 }
 
 // Client requests access tokens. It is safe for concurrent use and keeps its
@@ -100,7 +100,7 @@ type Client struct {
 	userAgent string
 	timeout   time.Duration
 	redactor  redactor
-	hold      *Hold
+	hold      *Pause
 	http      *retryablehttp.Client
 	transport *http.Transport
 	closed    *atomic.Bool
@@ -114,8 +114,8 @@ type TokenRequest struct {
 	// Scopes are of the form resource:action.
 	Scopes []string
 
-	// Life is asked for in whole seconds, MinLife to MaxLife.
-	Life time.Duration
+	// Lifetime is asked for in whole seconds, MinLifetime to MaxLifetime.
+	Lifetime time.Duration
 }
 
 // Token is an answer: what Cable granted, not yet compared with the request.
@@ -173,7 +173,7 @@ func New(cfg Config) (*Client, error) {
 		userAgent: cfg.UserAgent,
 		timeout:   cfg.Timeout,
 		redactor:  newRedactor(cfg.RefreshKey),
-		hold:      cfg.Hold,
+		hold:      cfg.Pause,
 		closed:    new(atomic.Bool),
 	}
 	if cfg.Bearer {
@@ -183,7 +183,7 @@ func New(cfg Config) (*Client, error) {
 		c.timeout = DefaultTimeout
 	}
 	if c.hold == nil {
-		c.hold = new(Hold)
+		c.hold = new(Pause)
 	}
 	if cfg.Observe == nil {
 		cfg.Observe = func(Call) {}
@@ -224,9 +224,9 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// Hold returns the pause that c keeps, for the next client of the same key and
+// Pause returns the pause that c keeps, for the next client of the same key and
 // URL.
-func (c *Client) Hold() *Hold { return c.hold }
+func (c *Client) Pause() *Pause { return c.hold }
 
 // Close lets go of the idle connections. Requests under way, and later ones,
 // end as they would, and let go of theirs.
@@ -244,7 +244,7 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 		}
 	}()
 	body, err := json.Marshal(requestBody{
-		ExpirySeconds: int64(tr.Life / time.Second),
+		ExpirySeconds: int64(tr.Lifetime / time.Second),
 		Scopes:        scopesBody{OrganizationID: tr.OrganizationID, Scopes: tr.Scopes},
 	})
 	if err != nil {
@@ -303,7 +303,7 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 	}
 	token, err := c.decode(raw, tr)
 	if err != nil {
-		return nil, &Error{Kind: InvalidAnswer, StatusCode: resp.StatusCode, Detail: err.Error(), MaybeMinted: true, Attempts: ex.attempts}
+		return nil, &Error{Kind: InvalidResponse, StatusCode: resp.StatusCode, Detail: err.Error(), MaybeIssued: true, Attempts: ex.attempts}
 	}
 	token.Date = date(resp)
 	token.SentAt, token.ReceivedAt = ex.sentAt, time.Now()
@@ -319,9 +319,9 @@ func (c *Client) failure(caller, ctx context.Context, ex *exchange, err error) *
 		own.Attempts = ex.attempts
 		return own
 	}
-	e := &Error{Kind: Unreachable, Detail: describe(err), MaybeMinted: ex.out.Load(), Attempts: ex.attempts}
+	e := &Error{Kind: Unreachable, Detail: describe(err), MaybeIssued: ex.out.Load(), Attempts: ex.attempts}
 	where := "before a request was sent"
-	if e.MaybeMinted {
+	if e.MaybeIssued {
 		where = "after the request was sent"
 	} else if ex.refused != 0 {
 		where = fmt.Sprintf("after cable answered %d", ex.refused)

@@ -27,7 +27,7 @@ const org = cabletest.DefaultOrganizationID
 
 // ask is a valid request.
 func ask() cable.TokenRequest {
-	return cable.TokenRequest{OrganizationID: org, Scopes: []string{"transactions:write"}, Life: time.Hour}
+	return cable.TokenRequest{OrganizationID: org, Scopes: []string{"transactions:write"}, Lifetime: time.Hour}
 }
 
 // newClient returns a client of srv, with cfg laid over what it needs.
@@ -76,7 +76,7 @@ func fails(t testing.TB, ctx context.Context, c *cable.Client) *cable.Error {
 	if !errors.As(err, &e) || token != nil {
 		t.Fatalf("got %v, %v; want an *Error alone", token, err)
 	}
-	t.Logf("%s: %s (attempts %d, maybe minted: %t)", e.Kind, e, e.Attempts, e.MaybeMinted)
+	t.Logf("%s: %s (attempts %d, maybe minted: %t)", e.Kind, e, e.Attempts, e.MaybeIssued)
 	encoded, _ := json.Marshal(e)
 	text := fmt.Sprintf("%v %+v %#v %s", err, err, err, encoded)
 	for _, marker := range []string{cabletest.RefreshKeyMarker, cabletest.TokenMarker} {
@@ -143,7 +143,7 @@ func TestRequest(t *testing.T) {
 			_, err := c.RequestToken(t.Context(), cable.TokenRequest{
 				OrganizationID: `org_"<é`,
 				Scopes:         []string{"transactions:write", "person:read"},
-				Life:           time.Hour + 999*time.Millisecond,
+				Lifetime:       time.Hour + 999*time.Millisecond,
 			})
 			if err != nil {
 				t.Fatal(err)

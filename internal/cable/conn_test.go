@@ -133,7 +133,7 @@ func TestResolvesElsewhere(t *testing.T) {
 	u.Host = "rebound.example"
 	c.url = &u
 	c.transport.DialContext = (&net.Dialer{Resolver: nameServer(t, 0, netip.MustParseAddr("192.0.2.1")), Control: onlyLoopback}).DialContext
-	if e := refused(t, t.Context(), c); e.Detail != errNotLoopback.Error() || e.Attempts != 1 || e.MaybeMinted {
+	if e := refused(t, t.Context(), c); e.Detail != errNotLoopback.Error() || e.Attempts != 1 || e.MaybeIssued {
 		t.Errorf("got %+v", e)
 	}
 }
@@ -285,7 +285,7 @@ func TestForgottenConnection(t *testing.T) {
 			if n := r.forget(); n != 1 {
 				t.Fatalf("%d connections", n)
 			}
-			if e := refused(t, t.Context(), c); !e.MaybeMinted || e.Attempts != 1 || tt.name == "HTTP/2.0" && e.Detail != "the connection was closed before the answer was whole" {
+			if e := refused(t, t.Context(), c); !e.MaybeIssued || e.Attempts != 1 || tt.name == "HTTP/2.0" && e.Detail != "the connection was closed before the answer was whole" {
 				t.Errorf("on the forgotten connection: %+v", e)
 			}
 			if _, err := c.RequestToken(t.Context(), ask()); err != nil {

@@ -11,7 +11,7 @@
 //     connection could not be made, or Cable answered 429 or 503 with a
 //     Retry-After that fits the budget. Cable has no idempotency key and cannot
 //     revoke, so any other repeat could leave a live token that nobody holds.
-//   - After a 429 nobody is called until the time that Cable named; see [Hold].
+//   - After a 429 nobody is called until the time that Cable named; see [Pause].
 //   - Nothing is believed before it was read whole, within a bound, and decoded
 //     by the documented types. Redirects are not followed: the refresh key goes to one host.
 //   - No error, no formatted value and no JSON of a type of this package holds

@@ -21,15 +21,15 @@ import (
 type Kind int
 
 const (
-	// Answered means that Cable answered with a status other than 200, in StatusCode.
-	Answered Kind = iota + 1
-	// Held means that Cable was not called, because an earlier 429 asked for silence.
-	Held
+	// Responded means that Cable answered with a status other than 200, in StatusCode.
+	Responded Kind = iota + 1
+	// Paused means that Cable was not called, because an earlier 429 asked for silence.
+	Paused
 	// Unreachable means no connection, or one that broke before the answer was whole.
 	Unreachable
-	// InvalidAnswer means that Cable answered 200 with something that is no token, or
+	// InvalidResponse means that Cable answered 200 with something that is no token, or
 	// with a redirect, or with more than it may.
-	InvalidAnswer
+	InvalidResponse
 	// TimedOut means that the request's budget ran out.
 	TimedOut
 	// Canceled means that the caller went away.
@@ -39,13 +39,13 @@ const (
 // String returns a stable lower-case name, fit for a log field or a label.
 func (k Kind) String() string {
 	switch k {
-	case Answered:
+	case Responded:
 		return "answered"
-	case Held:
+	case Paused:
 		return "held"
 	case Unreachable:
 		return "unreachable"
-	case InvalidAnswer:
+	case InvalidResponse:
 		return "invalid_answer"
 	case TimedOut:
 		return "timed_out"
@@ -68,13 +68,13 @@ type Error struct {
 	// Detail is the cleaned text: what Cable wrote, or what went wrong.
 	Detail string
 
-	// RetryAfter is how long nobody is to call Cable: set when Kind is Held, or
-	// Answered with 429.
+	// RetryAfter is how long nobody is to call Cable: set when Kind is Paused, or
+	// Responded with 429.
 	RetryAfter time.Duration
 
-	// MaybeMinted reports that the request had gone out and that no answer
+	// MaybeIssued reports that the request had gone out and that no answer
 	// shows that it was refused: a token may exist that nobody holds.
-	MaybeMinted bool
+	MaybeIssued bool
 
 	// Attempts counts the calls made to Cable.
 	Attempts int
@@ -83,17 +83,17 @@ type Error struct {
 // Error implements error.
 func (e *Error) Error() string {
 	switch e.Kind {
-	case Answered:
+	case Responded:
 		msg := fmt.Sprintf("cable answered %d", e.StatusCode)
 		if e.Detail != "" {
 			msg += ": " + e.Detail
 		}
 		return msg
-	case Held:
+	case Paused:
 		return fmt.Sprintf("cable asked for a pause (429): no request is sent for another %ds", (e.RetryAfter+time.Second-1)/time.Second)
 	case Unreachable:
 		return "cable could not be reached: " + e.Detail
-	case InvalidAnswer:
+	case InvalidResponse:
 		return "cable's answer was refused: " + e.Detail
 	case TimedOut:
 		return "cable did not answer in time: " + e.Detail

@@ -203,7 +203,7 @@ func onTheWire(t *testing.T, tokenURL string) (dialled string, sent *http.Reques
 		t.Fatalf("%q: %v", tokenURL, err)
 	}
 	if e.StatusCode != http.StatusUnauthorized {
-		if e.MaybeMinted {
+		if e.MaybeIssued {
 			t.Fatalf("%q: %+v", tokenURL, e)
 		}
 		return "", nil
@@ -219,7 +219,7 @@ func FuzzRetryAfter(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, after, date string) {
 		wait, ok := retryAfter(&http.Response{Header: http.Header{"Retry-After": {after}, "Date": {date}}})
-		if wait < 0 || wait > MaxLife || !ok && wait != 0 {
+		if wait < 0 || wait > MaxLifetime || !ok && wait != 0 {
 			t.Errorf("%q at %q: %s %v", after, date, wait, ok)
 		}
 	})
@@ -228,12 +228,12 @@ func FuzzRetryAfter(f *testing.F) {
 // TestErrorIs pins which context errors stand behind which kinds.
 func TestErrorIs(t *testing.T) {
 	t.Parallel()
-	for k := Answered; k <= Canceled; k++ {
+	for k := Responded; k <= Canceled; k++ {
 		if k.String() == "unknown" || (&Error{Kind: k}).Error() == "" {
 			t.Errorf("kind %d has no words", k)
 		}
 	}
-	if errors.Is(&Error{Kind: Answered}, http.ErrServerClosed) {
+	if errors.Is(&Error{Kind: Responded}, http.ErrServerClosed) {
 		t.Error("an error is one that it is not")
 	}
 }

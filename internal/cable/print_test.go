@@ -27,7 +27,7 @@ import (
 func printed(t *testing.T) (Config, *Client, *Token) {
 	t.Helper()
 	srv := cabletest.NewServer(t, nil)
-	cfg := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Bearer: false, UserAgent: "test", Hold: new(Hold)}
+	cfg := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Bearer: false, UserAgent: "test", Pause: new(Pause)}
 	c, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -117,7 +117,7 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	failure := &Error{Kind: Answered, StatusCode: 401, Detail: "no", Attempts: 1}
+	failure := &Error{Kind: Responded, StatusCode: 401, Detail: "no", Attempts: 1}
 	type hidden struct {
 		s  Secret
 		sp *Secret
@@ -136,7 +136,7 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 	}
 	h := hidden{cfg.RefreshKey, &token.Value, cfg, &cfg, *c, c, *token, token, ask(), failure, []Secret{cfg.RefreshKey, token.Value}, map[string]Token{"a": *token}, *asBearer, struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}}}
 	values := []any{
-		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token, ask(), *failure, failure, c.Hold(),
+		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token, ask(), *failure, failure, c.Pause(),
 		c.redactor, &c.redactor, answerBody{Token: answerToken{token.Value}}, &answerBody{Token: answerToken{token.Value}}, answerToken{token.Value},
 		h, &h, []any{h}, []Client{*c}, []*Client{c}, [1]Token{*token}, map[string]any{"h": h, "c": *c}, map[Secret]int{token.Value: 1},
 		fmt.Errorf("wrapped: %w", failure), errors.Join(failure, fmt.Errorf("%v %v", c, token)), reflect.ValueOf(h), reflect.ValueOf(c),
@@ -240,7 +240,7 @@ func TestTextFields(t *testing.T) {
 		}
 	}
 	for _, typ := range []reflect.Type{
-		reflect.TypeFor[Client](), reflect.TypeFor[Config](), reflect.TypeFor[Error](), reflect.TypeFor[Hold](),
+		reflect.TypeFor[Client](), reflect.TypeFor[Config](), reflect.TypeFor[Error](), reflect.TypeFor[Pause](),
 		reflect.TypeFor[Secret](), reflect.TypeFor[Token](), reflect.TypeFor[TokenRequest](),
 	} {
 		walk(typ.Name(), typ)

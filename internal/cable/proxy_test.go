@@ -220,7 +220,7 @@ func TestProxy(t *testing.T) {
 			"http://user:" + proxyPassword + "@[::1", "http://user:" + proxyPassword + "/x@h/", "http://user:" + proxyPassword + "#x@h/",
 			"user:" + proxyPassword + "@127.0.0.1:1", "ftp://user:" + proxyPassword + "@127.0.0.1:1/", "http://user:" + proxyPassword + "%zz@h/",
 		} {
-			if got := inChild(t, childRequest{URL: "https://nowhere.invalid/"}, "HTTPS_PROXY="+url); got.Err == nil || got.Err.MaybeMinted {
+			if got := inChild(t, childRequest{URL: "https://nowhere.invalid/"}, "HTTPS_PROXY="+url); got.Err == nil || got.Err.MaybeIssued {
 				t.Errorf("%s", got.Text)
 			}
 		}

@@ -105,7 +105,7 @@ func TestNothingPrintsSecrets(t *testing.T) {
 	for _, v := range []any{
 		secret, &secret, Config{RefreshKey: secret}, &Config{RefreshKey: secret}, client, *client, token, &token,
 		answerBody{Token: answerToken{secret}}, &answerBody{Token: answerToken{secret}}, answerToken{secret},
-		&Error{Kind: Answered, StatusCode: 400, Detail: client.redactor.clean(testKey)}, answer,
+		&Error{Kind: Responded, StatusCode: 400, Detail: client.redactor.clean(testKey)}, answer,
 		nested{secret, Config{RefreshKey: secret}, client, &token, answerBody{Token: answerToken{secret}}},
 		[]Secret{secret}, map[string]Secret{"k": secret}, errors.Join(answer),
 	} {

@@ -241,7 +241,7 @@ func TestSchemeMismatch(t *testing.T) {
 		t.Parallel()
 		sim, url := newTLSServer(t, nil)
 		e := fails(t, t.Context(), newClientAt(t, cable.Config{TokenURL: strings.Replace(url, "https:", "http:", 1)}))
-		if e.Kind != cable.Answered || e.StatusCode != http.StatusBadRequest || sim.CallCount() != 0 {
+		if e.Kind != cable.Responded || e.StatusCode != http.StatusBadRequest || sim.CallCount() != 0 {
 			t.Errorf("got %s", e)
 		}
 	})

@@ -60,7 +60,7 @@ func newMemoryClient(t *testing.T, sim *cabletest.Simulator, cfg Config) *Client
 }
 
 func ask() TokenRequest {
-	return TokenRequest{OrganizationID: cabletest.DefaultOrganizationID, Scopes: []string{"transactions:write"}, Life: time.Hour}
+	return TokenRequest{OrganizationID: cabletest.DefaultOrganizationID, Scopes: []string{"transactions:write"}, Lifetime: time.Hour}
 }
 
 // refused requests a token, which must not come.
@@ -119,12 +119,12 @@ func TestPause(t *testing.T) {
 		sim, c := newMemory(t, Config{})
 		sim.SetFault(at429(1, "90"))
 		start := time.Now()
-		if e := refused(t, t.Context(), c); e.Kind != Answered || e.RetryAfter != 90*time.Second || e.Attempts != 1 {
+		if e := refused(t, t.Context(), c); e.Kind != Responded || e.RetryAfter != 90*time.Second || e.Attempts != 1 {
 			t.Errorf("got %+v, want 429 and 90s", e)
 		}
 		for _, err := range all(t, c, 200) {
 			var e *Error
-			if !errors.As(err, &e) || e.Kind != Held || e.RetryAfter != 90*time.Second || e.Attempts != 0 || e.MaybeMinted || e.StatusCode != 0 {
+			if !errors.As(err, &e) || e.Kind != Paused || e.RetryAfter != 90*time.Second || e.Attempts != 0 || e.MaybeIssued || e.StatusCode != 0 {
 				t.Errorf("in the pause: %+v", err)
 			}
 		}
@@ -133,7 +133,7 @@ func TestPause(t *testing.T) {
 		}
 		time.Sleep(90*time.Second - time.Millisecond)
 		e := refused(t, t.Context(), c)
-		if e.Kind != Held || e.RetryAfter != time.Millisecond {
+		if e.Kind != Paused || e.RetryAfter != time.Millisecond {
 			t.Errorf("just before the end: %+v", e)
 		}
 		if want := "cable asked for a pause (429): no request is sent for another 1s"; e.Error() != want {
@@ -227,7 +227,7 @@ func TestPauseLength(t *testing.T) {
 					t.Errorf("status %d, retry after %s, want %s", e.StatusCode, e.RetryAfter, tt.want)
 				}
 				time.Sleep(tt.want - 1)
-				if e := refused(t, t.Context(), c); e.Kind != Held || e.RetryAfter != 1 {
+				if e := refused(t, t.Context(), c); e.Kind != Paused || e.RetryAfter != 1 {
 					t.Errorf("just before the end: %+v", e)
 				}
 				time.Sleep(time.Nanosecond)
@@ -258,7 +258,7 @@ func TestPauseNeverShrinks(t *testing.T) {
 		for i, want := range []time.Duration{60 * time.Second, 59 * time.Second, 58 * time.Second, 90 * time.Second} {
 			time.Sleep(time.Second)
 			synctest.Wait()
-			if got := c.Hold().Remaining(); got != want {
+			if got := c.Pause().Remaining(); got != want {
 				t.Errorf("after answer %d: %s left, want %s", i+1, got, want)
 			}
 		}
@@ -275,14 +275,14 @@ func TestPauseIsHandedOn(t *testing.T) {
 		sim.SetFault(at429(1, "60"))
 		refused(t, t.Context(), first)
 		free := newMemoryClient(t, sim, Config{})
-		if free.Hold().Remaining() != 0 {
+		if free.Pause().Remaining() != 0 {
 			t.Error("a new client starts with a pause")
 		}
 		if _, err := free.RequestToken(t.Context(), ask()); err != nil {
 			t.Errorf("a new client: %v", err)
 		}
-		next := newMemoryClient(t, sim, Config{Hold: first.Hold()})
-		if e := refused(t, t.Context(), next); e.Kind != Held || e.RetryAfter != time.Minute {
+		next := newMemoryClient(t, sim, Config{Pause: first.Pause()})
+		if e := refused(t, t.Context(), next); e.Kind != Paused || e.RetryAfter != time.Minute {
 			t.Errorf("the next client: %+v", e)
 		}
 		if n := sim.CallCount(); n != 2 {
@@ -291,7 +291,7 @@ func TestPauseIsHandedOn(t *testing.T) {
 		time.Sleep(time.Minute + holdSpread)
 		sim.SetFault(at429(1, "30"))
 		refused(t, t.Context(), next)
-		if e := refused(t, t.Context(), first); e.Kind != Held || e.RetryAfter != 30*time.Second {
+		if e := refused(t, t.Context(), first); e.Kind != Paused || e.RetryAfter != 30*time.Second {
 			t.Errorf("the first client: %+v", e)
 		}
 	})
@@ -308,7 +308,7 @@ func TestPauseStopsRepeats(t *testing.T) {
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			start := time.Now()
-			if e := refused(t, t.Context(), c); e.Kind != Held || e.Attempts != 1 || e.MaybeMinted {
+			if e := refused(t, t.Context(), c); e.Kind != Paused || e.Attempts != 1 || e.MaybeIssued {
 				t.Errorf("the waiting one: %+v", e)
 			}
 			if took := time.Since(start); took < 5*time.Second || took > 6*time.Second {
@@ -349,7 +349,7 @@ func TestCallerGoesAwayInAWait(t *testing.T) {
 				defer cancel()
 				var wg sync.WaitGroup
 				wg.Go(func() {
-					if e := refused(t, ctx, c); e.Kind != Canceled || e.Detail != tt.want || e.MaybeMinted {
+					if e := refused(t, ctx, c); e.Kind != Canceled || e.Detail != tt.want || e.MaybeIssued {
 						t.Errorf("got %+v, want canceled: %s", e, tt.want)
 					}
 				})
@@ -388,7 +388,7 @@ func TestBudget(t *testing.T) {
 						if !errors.As(err, &e) || e.Attempts != sim.CallCount() || e.Attempts < 1 || e.Attempts > 3 {
 							t.Fatalf("delay %s: %+v after %d calls", delay, err, sim.CallCount())
 						}
-						if e.Kind != Answered && (e.Kind != TimedOut || !e.MaybeMinted) {
+						if e.Kind != Responded && (e.Kind != TimedOut || !e.MaybeIssued) {
 							t.Errorf("delay %s: %s: %s, want cable's answer", delay, e.Kind, e)
 						}
 					}
@@ -443,7 +443,7 @@ func TestRepeats(t *testing.T) {
 					sim, c := newMemory(t, Config{Timeout: tt.timeout})
 					sim.SetFault(cabletest.Fault{Status: status, Header: tt.header(time.Now())})
 					e := refused(t, t.Context(), c)
-					if e.Kind != Answered || e.StatusCode != status || e.Attempts != attempts || e.MaybeMinted || sim.CallCount() != attempts {
+					if e.Kind != Responded || e.StatusCode != status || e.Attempts != attempts || e.MaybeIssued || sim.CallCount() != attempts {
 						t.Errorf("got %+v after %d calls, want %d", e, sim.CallCount(), attempts)
 					}
 					calls := sim.Calls()
@@ -500,7 +500,7 @@ func TestPauseOverNetwork(t *testing.T) {
 	refused(t, t.Context(), c)
 	for _, err := range all(t, c, 200) {
 		var e *Error
-		if !errors.As(err, &e) || e.Kind != Held || e.RetryAfter <= 50*time.Second || e.RetryAfter > time.Minute {
+		if !errors.As(err, &e) || e.Kind != Paused || e.RetryAfter <= 50*time.Second || e.RetryAfter > time.Minute {
 			t.Errorf("in the pause: %+v", err)
 		}
 	}

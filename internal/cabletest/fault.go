@@ -50,7 +50,7 @@ type Fault struct {
 
 // Grant is what a successful answer says instead of what was asked. Zero fields say what was asked.
 type Grant struct {
-	Life                 *time.Duration  `json:"life"` // the token's true life, in whole seconds; may be negative
+	Lifetime             *time.Duration  `json:"lifetime"` // the token's true life, in whole seconds; may be negative
 	OrganizationID       *string         `json:"organization_id"`
 	ScopesOrganizationID *string         `json:"scopes_organization_id"`
 	Scopes               *[]string       `json:"scopes"`
@@ -145,10 +145,10 @@ func (g *Grant) UnmarshalJSON(data []byte) error {
 	type plain Grant // without this method
 	v := struct {
 		*plain
-		Life *duration `json:"life"`
+		Lifetime *duration `json:"lifetime"`
 	}{plain: (*plain)(g)}
 	err := unmarshalStrict(data, &v)
-	g.Life = (*time.Duration)(v.Life)
+	g.Lifetime = (*time.Duration)(v.Lifetime)
 	return err
 }
 

@@ -150,11 +150,11 @@ func TestFaultGrant(t *testing.T) {
 		life    time.Duration // of the token; 0: as asked
 	}{
 		"life": {
-			fault:   cabletest.Fault{Grant: &cabletest.Grant{Life: life(10 * time.Second)}},
+			fault:   cabletest.Fault{Grant: &cabletest.Grant{Lifetime: life(10 * time.Second)}},
 			replace: [2]string{`1711929600`, `1711926010`}, life: 10 * time.Second,
 		},
 		"life in the past": {
-			fault:   cabletest.Fault{Grant: &cabletest.Grant{Life: life(-time.Minute)}},
+			fault:   cabletest.Fault{Grant: &cabletest.Grant{Lifetime: life(-time.Minute)}},
 			replace: [2]string{`1711929600`, `1711925940`}, life: -time.Minute,
 		},
 		"organization": {
@@ -467,7 +467,7 @@ func TestFaultJSON(t *testing.T) {
 		"times": 2, "every": 3, "delay": "5s", "stall": "1m", "status": 429, "message": "m",
 		"errors": [{"field": "f", "message": "g"}], "header": {"Retry-After": "7"}, "body": "b", "body_size": 4,
 		"gzip": true, "reset": "half", "clock_skew": "-90s",
-		"grant": {"life": "10s", "organization_id": "o", "scopes_organization_id": "p", "scopes": ["a:b"],
+		"grant": {"lifetime": "10s", "organization_id": "o", "scopes_organization_id": "p", "scopes": ["a:b"],
 			"omit_scopes": true, "omit_token": true, "omit_expiry": true, "expiry": "1.50", "token": "t"}
 	}`), &got)
 	if err != nil {
@@ -478,7 +478,7 @@ func TestFaultJSON(t *testing.T) {
 		Errors: []cabletest.FieldError{{Field: "f", Message: "g"}}, Header: map[string]string{"Retry-After": "7"},
 		Body: "b", BodySize: 4, Gzip: true, Reset: "half", ClockSkew: -90 * time.Second,
 		Grant: &cabletest.Grant{
-			Life: ptr(10 * time.Second), OrganizationID: ptr("o"), ScopesOrganizationID: ptr("p"),
+			Lifetime: ptr(10 * time.Second), OrganizationID: ptr("o"), ScopesOrganizationID: ptr("p"),
 			Scopes: &[]string{"a:b"}, OmitScopes: true, OmitToken: true, OmitExpiry: true,
 			Expiry: json.RawMessage(`"1.50"`), Token: ptr("t"),
 		},
@@ -488,7 +488,7 @@ func TestFaultJSON(t *testing.T) {
 	}
 
 	for _, text := range []string{
-		`{"stauts": 429}`, `{"grant": {"lief": "1s"}}`, `{"delay": 5}`, `{"delay": "5"}`, `{"grant": {"life": 5}}`,
+		`{"stauts": 429}`, `{"grant": {"lief": "1s"}}`, `{"delay": 5}`, `{"delay": "5"}`, `{"grant": {"lifetime": 5}}`,
 		`{"reset": "sometimes"}`, `{"status": 100}`, `{"status": 600}`, `{"times": -1}`, `{"stall": "-1s"}`, `[]`,
 	} {
 		err := json.Unmarshal([]byte(text), new(cabletest.Fault))

@@ -328,8 +328,8 @@ func (s *Simulator) mint(call *Call, now time.Time, grant *Grant) (*Minted, *ans
 		g = &Grant{}
 	}
 	life := call.ExpirySeconds
-	if g.Life != nil {
-		life = int64(*g.Life / time.Second)
+	if g.Lifetime != nil {
+		life = int64(*g.Lifetime / time.Second)
 	}
 	m := &Minted{
 		Token:          newToken(call.OrganizationID, now.Unix(), now.Unix()+life),

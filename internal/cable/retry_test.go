@@ -64,14 +64,14 @@ func TestFaults(t *testing.T) {
 	const closed = "the connection was closed before the answer was whole"
 	const late = "the budget of 1s ran out after the request was sent"
 	answered := func(status, attempts int) cable.Error {
-		return cable.Error{Kind: cable.Answered, StatusCode: status, Detail: http.StatusText(status), Attempts: attempts}
+		return cable.Error{Kind: cable.Responded, StatusCode: status, Detail: http.StatusText(status), Attempts: attempts}
 	}
 	maybe := func(e cable.Error) cable.Error {
-		e.MaybeMinted = true
+		e.MaybeIssued = true
 		return e
 	}
 	invalid := func(detail string) cable.Error {
-		return cable.Error{Kind: cable.InvalidAnswer, StatusCode: 200, Detail: detail, MaybeMinted: true, Attempts: 1}
+		return cable.Error{Kind: cable.InvalidResponse, StatusCode: 200, Detail: detail, MaybeIssued: true, Attempts: 1}
 	}
 	for _, tt := range []struct {
 		name   string
@@ -79,21 +79,21 @@ func TestFaults(t *testing.T) {
 		want   cable.Error
 		minted int // calls are want.Attempts
 	}{
-		{"reset before", cabletest.Fault{Reset: cabletest.ResetBefore}, cable.Error{Kind: cable.Unreachable, Detail: closed, MaybeMinted: true, Attempts: 1}, 0},
-		{"reset after", cabletest.Fault{Reset: cabletest.ResetAfter}, cable.Error{Kind: cable.Unreachable, Detail: closed, MaybeMinted: true, Attempts: 1}, 1},
-		{"half an answer", cabletest.Fault{Reset: cabletest.ResetHalf}, cable.Error{Kind: cable.Unreachable, Detail: closed, MaybeMinted: true, Attempts: 1}, 1},
-		{"half an error", cabletest.Fault{Status: 401, Reset: cabletest.ResetHalf}, cable.Error{Kind: cable.Answered, StatusCode: 401, Attempts: 1}, 0},
-		{"hang before the answer", cabletest.Fault{Delay: time.Hour}, cable.Error{Kind: cable.TimedOut, Detail: late, MaybeMinted: true, Attempts: 1}, 0},
-		{"hang in the answer", cabletest.Fault{Stall: time.Hour}, cable.Error{Kind: cable.TimedOut, Detail: late, MaybeMinted: true, Attempts: 1}, 1},
-		{"hang in an error", cabletest.Fault{Status: 401, Stall: time.Hour}, cable.Error{Kind: cable.Answered, StatusCode: 401, Attempts: 1}, 0},
-		{"hang in a redirect", cabletest.Fault{Status: 302, Stall: time.Hour}, cable.Error{Kind: cable.InvalidAnswer, StatusCode: 302, Detail: "its status is 302 instead of 200, and redirects are not followed: check token_url", Attempts: 1}, 0},
+		{"reset before", cabletest.Fault{Reset: cabletest.ResetBefore}, cable.Error{Kind: cable.Unreachable, Detail: closed, MaybeIssued: true, Attempts: 1}, 0},
+		{"reset after", cabletest.Fault{Reset: cabletest.ResetAfter}, cable.Error{Kind: cable.Unreachable, Detail: closed, MaybeIssued: true, Attempts: 1}, 1},
+		{"half an answer", cabletest.Fault{Reset: cabletest.ResetHalf}, cable.Error{Kind: cable.Unreachable, Detail: closed, MaybeIssued: true, Attempts: 1}, 1},
+		{"half an error", cabletest.Fault{Status: 401, Reset: cabletest.ResetHalf}, cable.Error{Kind: cable.Responded, StatusCode: 401, Attempts: 1}, 0},
+		{"hang before the answer", cabletest.Fault{Delay: time.Hour}, cable.Error{Kind: cable.TimedOut, Detail: late, MaybeIssued: true, Attempts: 1}, 0},
+		{"hang in the answer", cabletest.Fault{Stall: time.Hour}, cable.Error{Kind: cable.TimedOut, Detail: late, MaybeIssued: true, Attempts: 1}, 1},
+		{"hang in an error", cabletest.Fault{Status: 401, Stall: time.Hour}, cable.Error{Kind: cable.Responded, StatusCode: 401, Attempts: 1}, 0},
+		{"hang in a redirect", cabletest.Fault{Status: 302, Stall: time.Hour}, cable.Error{Kind: cable.InvalidResponse, StatusCode: 302, Detail: "its status is 302 instead of 200, and redirects are not followed: check token_url", Attempts: 1}, 0},
 		{"8 MiB", cabletest.Fault{BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
-		{"8 MiB of an error", cabletest.Fault{Status: 400, BodySize: 8 << 20}, cable.Error{Kind: cable.Answered, StatusCode: 400, Attempts: 1}, 0},
+		{"8 MiB of an error", cabletest.Fault{Status: 400, BodySize: 8 << 20}, cable.Error{Kind: cable.Responded, StatusCode: 400, Attempts: 1}, 0},
 		{"8 MiB of JSON", cabletest.Fault{Body: `{"token":"`, BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
 		{"gzip bomb", cabletest.Fault{BodySize: 2 << 20, Gzip: true}, invalid("it is not a JSON object of the documented shape"), 1},
-		{"gzip bomb of an error", cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true}, cable.Error{Kind: cable.Answered, StatusCode: 400, Attempts: 1}, 0},
+		{"gzip bomb of an error", cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true}, cable.Error{Kind: cable.Responded, StatusCode: 400, Attempts: 1}, 0},
 		{"HTML", cabletest.Fault{Body: "<html>sign in</html>", Header: map[string]string{"Content-Type": "text/html"}}, invalid("it is not a JSON object of the documented shape"), 1},
-		{"HTML of an error", cabletest.Fault{Status: 403, Body: "<html>blocked</html>", Header: map[string]string{"Content-Type": "text/html"}}, cable.Error{Kind: cable.Answered, StatusCode: 403, Attempts: 1}, 0},
+		{"HTML of an error", cabletest.Fault{Status: 403, Body: "<html>blocked</html>", Header: map[string]string{"Content-Type": "text/html"}}, cable.Error{Kind: cable.Responded, StatusCode: 403, Attempts: 1}, 0},
 		{"empty", cabletest.Fault{Status: 200, Body: " "}, invalid("it is not a JSON object of the documented shape"), 0},
 		{"null", cabletest.Fault{Body: "null"}, invalid("it holds no token"), 1},
 		{"list", cabletest.Fault{Body: "[]"}, invalid("it is not a JSON object of the documented shape"), 1},
@@ -122,8 +122,8 @@ func TestFaults(t *testing.T) {
 		{"scopes of another type", cabletest.Fault{Body: `{"token":"a","expiry":1,"scopes":["a:b"]}`}, invalid(`its field "scopes" is not of the documented type`), 1},
 		{"organization of another type", cabletest.Fault{Body: `{"token":"a","expiry":1,"organization_id":7}`}, invalid(`its field "organization_id" is not of the documented type`), 1},
 
-		{"201", cabletest.Fault{Status: 201}, cable.Error{Kind: cable.InvalidAnswer, StatusCode: 201, Detail: "its status is 201 instead of 200", MaybeMinted: true, Attempts: 1}, 0},
-		{"204", cabletest.Fault{Status: 204}, cable.Error{Kind: cable.InvalidAnswer, StatusCode: 204, Detail: "its status is 204 instead of 200", MaybeMinted: true, Attempts: 1}, 0},
+		{"201", cabletest.Fault{Status: 201}, cable.Error{Kind: cable.InvalidResponse, StatusCode: 201, Detail: "its status is 201 instead of 200", MaybeIssued: true, Attempts: 1}, 0},
+		{"204", cabletest.Fault{Status: 204}, cable.Error{Kind: cable.InvalidResponse, StatusCode: 204, Detail: "its status is 204 instead of 200", MaybeIssued: true, Attempts: 1}, 0},
 		{"400", cabletest.Fault{Status: 400}, answered(400, 1), 0},
 		{"401", cabletest.Fault{Status: 401}, answered(401, 1), 0},
 		{"403", cabletest.Fault{Status: 403}, answered(403, 1), 0},
@@ -247,7 +247,7 @@ func TestRedirect(t *testing.T) {
 				srv.SetFault(cabletest.Fault{Status: status, Header: map[string]string{"Location": to, "Refresh": "0; url=" + other.URL}})
 				e := fails(t, t.Context(), newClient(t, srv, cable.Config{}))
 				diffError(t, cable.Error{
-					Kind: cable.InvalidAnswer, StatusCode: status, Attempts: 1,
+					Kind: cable.InvalidResponse, StatusCode: status, Attempts: 1,
 					Detail: fmt.Sprintf("its status is %d instead of 200, and redirects are not followed: check token_url", status),
 				}, e)
 				sees(t, srv, 1, 0)
@@ -333,9 +333,9 @@ func TestHostileServer(t *testing.T) {
 		late   = "the budget of 1s ran out after the request was sent"
 	)
 	unreachable := func(detail string) cable.Error {
-		return cable.Error{Kind: cable.Unreachable, Detail: detail, MaybeMinted: true, Attempts: 1}
+		return cable.Error{Kind: cable.Unreachable, Detail: detail, MaybeIssued: true, Attempts: 1}
 	}
-	timedOut := cable.Error{Kind: cable.TimedOut, Detail: late, MaybeMinted: true, Attempts: 1}
+	timedOut := cable.Error{Kind: cable.TimedOut, Detail: late, MaybeIssued: true, Attempts: 1}
 	for _, tt := range []struct {
 		name   string
 		answer func(conn net.Conn, sent string)
@@ -348,7 +348,7 @@ func TestHostileServer(t *testing.T) {
 		{"the request itself", func(c net.Conn, sent string) { _, _ = io.WriteString(c, sent) }, unreachable(broken)},
 		{"the request in the status line", func(c net.Conn, sent string) {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 400 %s\r\nContent-Length: 0\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
-		}, cable.Error{Kind: cable.Answered, StatusCode: 400, Attempts: 1}},
+		}, cable.Error{Kind: cable.Responded, StatusCode: 400, Attempts: 1}},
 		{"the request as a header's name", func(c net.Conn, sent string) {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n%s\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
 		}, unreachable(broken)},
@@ -360,10 +360,10 @@ func TestHostileServer(t *testing.T) {
 		}, unreachable(broken)},
 		{"status 999", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n")
-		}, cable.Error{Kind: cable.Answered, StatusCode: 999, MaybeMinted: true, Attempts: 1}},
+		}, cable.Error{Kind: cable.Responded, StatusCode: 999, MaybeIssued: true, Attempts: 1}},
 		{"status 0", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 000 Odd\r\nContent-Length: 0\r\n\r\n")
-		}, cable.Error{Kind: cable.InvalidAnswer, Detail: "its status is 0 instead of 200", MaybeMinted: true, Attempts: 1}},
+		}, cable.Error{Kind: cable.InvalidResponse, Detail: "its status is 0 instead of 200", MaybeIssued: true, Attempts: 1}},
 		{"endless header", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n")
 			repeatUntilGone(c, "X-Y: "+strings.Repeat("z", 1000)+"\r\n", 0)
@@ -378,20 +378,20 @@ func TestHostileServer(t *testing.T) {
 		}, timedOut},
 		{"some 1xx before a refusal", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 50)+"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
-		}, cable.Error{Kind: cable.Answered, StatusCode: 401, Attempts: 1}},
+		}, cable.Error{Kind: cable.Responded, StatusCode: 401, Attempts: 1}},
 		// net/http hands a switched connection over: no context ends a read of it.
 		{"another protocol", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 			hang(c)
-		}, cable.Error{Kind: cable.InvalidAnswer, StatusCode: 101, Detail: "its status is 101 instead of 200", MaybeMinted: true, Attempts: 1}},
+		}, cable.Error{Kind: cable.InvalidResponse, StatusCode: 101, Detail: "its status is 101 instead of 200", MaybeIssued: true, Attempts: 1}},
 		{"endless chunks", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
 			repeatUntilGone(c, "1000\r\n"+strings.Repeat(" ", 4096)+"\r\n", 0)
-		}, cable.Error{Kind: cable.InvalidAnswer, StatusCode: 200, Detail: "it is larger than 1048576 bytes", MaybeMinted: true, Attempts: 1}},
+		}, cable.Error{Kind: cable.InvalidResponse, StatusCode: 200, Detail: "it is larger than 1048576 bytes", MaybeIssued: true, Attempts: 1}},
 		{"endless without a length", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
 			repeatUntilGone(c, strings.Repeat(" ", 4096), 0)
-		}, cable.Error{Kind: cable.InvalidAnswer, StatusCode: 200, Detail: "it is larger than 1048576 bytes", MaybeMinted: true, Attempts: 1}},
+		}, cable.Error{Kind: cable.InvalidResponse, StatusCode: 200, Detail: "it is larger than 1048576 bytes", MaybeIssued: true, Attempts: 1}},
 		{"dripping body", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
 			repeatUntilGone(c, " ", 10*time.Millisecond)
@@ -399,7 +399,7 @@ func TestHostileServer(t *testing.T) {
 		{"dripping error", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 500 No\r\nContent-Length: 1000000\r\n\r\n")
 			repeatUntilGone(c, " ", 10*time.Millisecond)
-		}, cable.Error{Kind: cable.Answered, StatusCode: 500, MaybeMinted: true, Attempts: 1}},
+		}, cable.Error{Kind: cable.Responded, StatusCode: 500, MaybeIssued: true, Attempts: 1}},
 		{"dripping refusal that is to be repeated", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 503 No\r\nRetry-After: 0\r\nContent-Length: 1000000\r\n\r\n")
 			repeatUntilGone(c, " ", 10*time.Millisecond)
@@ -479,7 +479,7 @@ func TestCallerGoesAway(t *testing.T) {
 				close(gone)
 			})
 			c := newClientAt(t, cable.Config{TokenURL: url, Timeout: time.Minute})
-			diffError(t, cable.Error{Kind: cable.Canceled, Detail: "the caller went away after the request was sent", MaybeMinted: true, Attempts: 1}, fails(t, ctx, c))
+			diffError(t, cable.Error{Kind: cable.Canceled, Detail: "the caller went away after the request was sent", MaybeIssued: true, Attempts: 1}, fails(t, ctx, c))
 			<-gone // the connection is not left open
 		})
 	}
@@ -489,7 +489,7 @@ func TestCallerGoesAway(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		defer cancel()
 		c := newClientAt(t, cable.Config{TokenURL: url, Timeout: time.Minute})
-		diffError(t, cable.Error{Kind: cable.TimedOut, Detail: "the caller's deadline passed after the request was sent", MaybeMinted: true, Attempts: 1}, fails(t, ctx, c))
+		diffError(t, cable.Error{Kind: cable.TimedOut, Detail: "the caller's deadline passed after the request was sent", MaybeIssued: true, Attempts: 1}, fails(t, ctx, c))
 	})
 }
 
@@ -560,7 +560,7 @@ func TestObserve(t *testing.T) {
 	}
 	defer c.Close()
 	ask := func() {
-		_, _ = c.RequestToken(t.Context(), cable.TokenRequest{OrganizationID: cabletest.DefaultOrganizationID, Scopes: []string{"person:read"}, Life: cable.MinLife})
+		_, _ = c.RequestToken(t.Context(), cable.TokenRequest{OrganizationID: cabletest.DefaultOrganizationID, Scopes: []string{"person:read"}, Lifetime: cable.MinLifetime})
 	}
 	srv.SetFault(cabletest.Fault{Status: 503, Times: 1, Header: map[string]string{"Retry-After": "0"}})
 	ask()
@@ -569,7 +569,7 @@ func TestObserve(t *testing.T) {
 	srv.SetFault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "90"}})
 	ask()
 	ask() // held: no call
-	want := []cable.Call{{StatusCode: 503}, {StatusCode: 200, Repeat: true}, {}, {StatusCode: 429, HoldBegan: true}}
+	want := []cable.Call{{StatusCode: 503}, {StatusCode: 200, Retry: true}, {}, {StatusCode: 429, PauseBegan: true}}
 	if !slices.Equal(got, want) {
 		t.Errorf("calls %+v, want %+v", got, want)
 	}

@@ -42,7 +42,7 @@ func (ex *exchange) trace(ctx context.Context) context.Context {
 // so; under load that would make every other request reconnect.
 type roundTripper struct {
 	base    *http.Transport
-	hold    *Hold
+	hold    *Pause
 	observe func(Call)
 }
 
@@ -56,7 +56,7 @@ func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	ex.out.Store(false)
 	ex.sentAt = time.Now()
 	resp, err := t.base.RoundTrip(req)
-	call := Call{Duration: time.Since(ex.sentAt), Repeat: ex.attempts > 1}
+	call := Call{Duration: time.Since(ex.sentAt), Retry: ex.attempts > 1}
 	defer func() { t.observe(call) }()
 	if err != nil {
 		return nil, err
@@ -78,7 +78,7 @@ func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 		if !ok {
 			wait = defaultHold
 		}
-		call.HoldBegan = t.hold.begin(wait)
+		call.PauseBegan = t.hold.begin(wait)
 	}
 	return resp, nil
 }
@@ -125,7 +125,7 @@ func repeatWait(n int, resp *http.Response) time.Duration {
 func retryAfter(resp *http.Response) (time.Duration, bool) {
 	text := strings.TrimSpace(resp.Header.Get("Retry-After"))
 	if seconds, err := strconv.ParseUint(text, 10, 63); err == nil {
-		return time.Duration(min(seconds, uint64(MaxLife/time.Second))) * time.Second, true
+		return time.Duration(min(seconds, uint64(MaxLifetime/time.Second))) * time.Second, true
 	}
 	at, err := http.ParseTime(text)
 	if err != nil {
@@ -135,5 +135,5 @@ func retryAfter(resp *http.Response) (time.Duration, bool) {
 	if now.IsZero() {
 		now = time.Now()
 	}
-	return min(max(0, at.Sub(now)), MaxLife), true
+	return min(max(0, at.Sub(now)), MaxLifetime), true
 }

@@ -130,12 +130,12 @@ func (c *Client) decode(raw []byte, asked TokenRequest) (*Token, error) {
 
 // answered turns an answer other than 200 into an *Error.
 func (c *Client) answered(resp *http.Response, raw []byte, ex *exchange) *Error {
-	e := &Error{Kind: Answered, StatusCode: resp.StatusCode, MaybeMinted: ex.out.Load(), Attempts: ex.attempts}
+	e := &Error{Kind: Responded, StatusCode: resp.StatusCode, MaybeIssued: ex.out.Load(), Attempts: ex.attempts}
 	switch {
 	case resp.StatusCode == http.StatusTooManyRequests:
 		e.RetryAfter = c.hold.Remaining()
 	case resp.StatusCode < 400:
-		e.Kind = InvalidAnswer
+		e.Kind = InvalidResponse
 		e.Detail = fmt.Sprintf("its status is %d instead of 200", resp.StatusCode)
 		if resp.StatusCode >= 300 {
 			e.Detail += ", and redirects are not followed: check token_url"

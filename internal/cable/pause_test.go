@@ -19,8 +19,8 @@ func heldFor(t *testing.T, err error) time.Duration {
 		return 0
 	}
 	var e *Error
-	if !errors.As(err, &e) || e.Kind != Held {
-		t.Fatalf("got %v, want an error of kind Held", err)
+	if !errors.As(err, &e) || e.Kind != Paused {
+		t.Fatalf("got %v, want an error of kind Paused", err)
 	}
 	return e.RetryAfter
 }
@@ -30,7 +30,7 @@ func heldFor(t *testing.T, err error) time.Duration {
 func TestHoldTimes(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		h := new(Hold)
+		h := new(Pause)
 		if got := heldFor(t, h.enter(t.Context())); got != 0 {
 			t.Errorf("a new hold refuses for %s", got)
 		}
@@ -60,7 +60,7 @@ func TestHoldTimes(t *testing.T) {
 func TestHoldSpread(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		h := new(Hold)
+		h := new(Pause)
 		h.begin(time.Second)
 		time.Sleep(time.Second)
 		start := time.Now()
@@ -116,7 +116,7 @@ func TestHoldKeepsToTheBudget(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		for range 100 {
-			h := new(Hold)
+			h := new(Pause)
 			h.begin(time.Second)
 			time.Sleep(time.Second)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)

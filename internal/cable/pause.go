@@ -24,17 +24,17 @@ const (
 	holdSpread = 2 * time.Second
 )
 
-// Hold is the pause after a 429: until it ends, every request fails at once
+// Pause is the pause after a 429: until it ends, every request fails at once
 // instead of knocking again, and for a short time after it requests start
-// spread out. One Hold serves one refresh key at one URL; it may be handed from
-// a [Client] to its successor by [Config].Hold.
-type Hold struct {
+// spread out. One Pause serves one refresh key at one URL; it may be handed from
+// a [Client] to its successor by [Config].Pause.
+type Pause struct {
 	mu    sync.Mutex
 	until time.Time // monotonic
 }
 
 // Remaining is how long the pause still lasts, or 0.
-func (h *Hold) Remaining() time.Duration {
+func (h *Pause) Remaining() time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return max(0, time.Until(h.until))
@@ -42,7 +42,7 @@ func (h *Hold) Remaining() time.Duration {
 
 // begin starts or lengthens the pause, and reports whether it started; a
 // shorter one than is under way changes nothing.
-func (h *Hold) begin(d time.Duration) (started bool) {
+func (h *Pause) begin(d time.Duration) (started bool) {
 	now := time.Now()
 	until := now.Add(min(d, maxHold))
 	h.mu.Lock()
@@ -56,7 +56,7 @@ func (h *Hold) begin(d time.Duration) (started bool) {
 
 // enter lets a request pass, at once or after its share of the spread, or says
 // why not.
-func (h *Hold) enter(ctx context.Context) error {
+func (h *Pause) enter(ctx context.Context) error {
 	h.mu.Lock()
 	since := time.Since(h.until)
 	h.mu.Unlock()
@@ -79,7 +79,7 @@ func (h *Hold) enter(ctx context.Context) error {
 		}
 	}
 	if left := h.Remaining(); left > 0 {
-		return &Error{Kind: Held, RetryAfter: left}
+		return &Error{Kind: Paused, RetryAfter: left}
 	}
 	return nil
 }
