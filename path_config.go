@@ -363,7 +363,7 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, d *fram
 	if v, ok := d.GetOk("disabled"); ok && v.(bool) {
 		resp.AddWarning("the mount is disabled: no token is minted until disabled=false is written. " + aliveUntil(time.Now(), maxLife))
 	}
-	if u, err := cable.CheckURL(next.TokenURL); err == nil && strings.Trim(u.Path, "/") == "" {
+	if u, err := cable.ParseTokenURL(next.TokenURL); err == nil && strings.Trim(u.Path, "/") == "" {
 		resp.AddWarning("token_url has no path: it is used as it is, and Cable's endpoint has one, as in " + cable.DefaultTokenURL)
 	}
 	if len(resp.Warnings) == 0 {

@@ -28,32 +28,21 @@ func printed(t *testing.T) (Config, *Client, *Token) {
 	t.Helper()
 	srv := cabletest.NewServer(t, nil)
 	cfg := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Bearer: false, UserAgent: "test", Pause: new(Pause)}
-	c, err := New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	token, err := c.RequestToken(t.Context(), ask())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if c, err = New(cfg); err != nil {
-		t.Fatal(err)
-	}
-	return cfg, c, token
+	token := mustMint(t, newClientAt(t, cfg))
+	return cfg, newClientAt(t, cfg), token
 }
 
-// shown are the forms that formatting verbs give to the parts of a secret.
+// shown contains the parts of a secret as formatting verbs print them.
 //
 // NOTE: the parts are windows, not the canary: a map of windows shows the whole
-// secret without ever holding the canary in one piece.
+// secret without the canary in one piece.
 type shown struct{ texts, hexes []string }
 
 func newShown(secret string) shown {
 	var s shown
 	for i, piece := range pieces(secret) {
 		if i%4 != 0 {
-			continue // what shows a map of all windows shows these
+			continue // a map of all windows contains these, too
 		}
 		var decimal, listed []string
 		for _, c := range []byte(piece) {
@@ -68,7 +57,7 @@ func newShown(secret string) shown {
 
 var unhex = strings.NewReplacer(" ", "", "0x", "", "0X", "", ",", "")
 
-// in returns a form of the secret that stands in text, or "".
+// in returns a form of the secret that text contains, or "".
 func (s shown) in(text string) string {
 	hexed := strings.ToLower(unhex.Replace(text))
 	for _, form := range s.texts {
@@ -84,8 +73,8 @@ func (s shown) in(text string) string {
 	return ""
 }
 
-// TestShows is the test of the test.
-func TestShows(t *testing.T) {
+// TestShown tests what the next test relies on.
+func TestShown(t *testing.T) {
 	t.Parallel()
 	secret := cabletest.NewRefreshKey()
 	find := newShown(secret)
@@ -105,18 +94,14 @@ func TestShows(t *testing.T) {
 	}
 }
 
-// TestPrintingShowsNoSecret prints each exported type, and each that holds one
-// somewhere, in every way that prints: the refresh key and the access token
-// show in none.
+// TestPrintingShowsNoSecret prints each exported type, and types that contain
+// one, in every way: no text shows the refresh key or the access token.
 func TestPrintingShowsNoSecret(t *testing.T) {
 	t.Parallel()
 	cfg, c, token := printed(t)
 	bearer := cfg
 	bearer.Bearer = true
-	asBearer, err := New(bearer)
-	if err != nil {
-		t.Fatal(err)
-	}
+	asBearer := newClientAt(t, bearer)
 	failure := &Error{Kind: Responded, StatusCode: 401, Detail: "no", Attempts: 1}
 	type hidden struct {
 		s  Secret
@@ -134,10 +119,10 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 		i  any
 		d  struct{ deep struct{ deeper Client } }
 	}
-	h := hidden{cfg.RefreshKey, &token.Value, cfg, &cfg, *c, c, *token, token, ask(), failure, []Secret{cfg.RefreshKey, token.Value}, map[string]Token{"a": *token}, *asBearer, struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}}}
+	h := hidden{cfg.RefreshKey, &token.Value, cfg, &cfg, *c, c, *token, token, testRequest(), failure, []Secret{cfg.RefreshKey, token.Value}, map[string]Token{"a": *token}, *asBearer, struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}}}
 	values := []any{
-		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token, ask(), *failure, failure, c.Pause(),
-		c.redactor, &c.redactor, answerBody{Token: answerToken{token.Value}}, &answerBody{Token: answerToken{token.Value}}, answerToken{token.Value},
+		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token, testRequest(), *failure, failure, c.Pause(),
+		c.redactor, &c.redactor, tokenBody{Token: secretText{token.Value}}, &tokenBody{Token: secretText{token.Value}}, secretText{token.Value},
 		h, &h, []any{h}, []Client{*c}, []*Client{c}, [1]Token{*token}, map[string]any{"h": h, "c": *c}, map[Secret]int{token.Value: 1},
 		fmt.Errorf("wrapped: %w", failure), errors.Join(failure, fmt.Errorf("%v %v", c, token)), reflect.ValueOf(h), reflect.ValueOf(c),
 	}
@@ -197,9 +182,9 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 	}
 }
 
-// TestTextFields walks the exported types and lists each place where text can
-// stand that is no Secret. A new one fails this test: look whether a secret can
-// get there; make it a Secret or, if not, list it here.
+// TestTextFields lists each text in an exported type that is not a Secret. It
+// fails for a new one: if that can contain a secret, make it a Secret, else list
+// it here.
 func TestTextFields(t *testing.T) {
 	t.Parallel()
 	known := []string{
@@ -225,8 +210,8 @@ func TestTextFields(t *testing.T) {
 			walk(path+"{key}", typ.Key())
 			walk(path+"{}", typ.Elem())
 		case reflect.Pointer:
-			// What fmt does not follow in a struct, but json and %s may: those of
-			// this package are walked by themselves, but for what a Secret points to.
+			// fmt does not follow these in a struct, but encoders may. Types of this
+			// package are walked by themselves, except for the text of a Secret.
 			if e := typ.Elem(); e.PkgPath() != reflect.TypeFor[Secret]().PkgPath() && e.Kind() != reflect.Struct {
 				walk(path+"*", e)
 			}
@@ -247,9 +232,9 @@ func TestTextFields(t *testing.T) {
 	}
 	slices.Sort(got)
 	if !slices.Equal(got, known) {
-		t.Errorf("text can stand in %q,\nwant %q", got, known)
+		t.Errorf("texts %q,\nwant %q", got, known)
 	}
 	if n := reflect.TypeFor[Secret]().NumField(); n != 1 || reflect.TypeFor[Secret]().Field(0).Type.Kind() != reflect.Pointer {
-		t.Error("a Secret is more than a pointer: fmt prints the rest of it where it is in an unexported field")
+		t.Error("a Secret is more than a pointer: fmt prints the rest of it in an unexported field")
 	}
 }
