@@ -45,7 +45,6 @@ check: tidy lint shellcheck ## Run what must be green before a change lands
 .PHONY: servers
 servers:
 	@scripts/vault --path >/dev/null
-	@scripts/vault --events >/dev/null
 	@scripts/prometheus --path >/dev/null
 
 .PHONY: lint
@@ -63,10 +62,6 @@ tidy: ## Check that go.mod and go.sum are tidy
 .PHONY: shellcheck
 shellcheck: ## Check the scripts, where shellcheck is installed
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/* .ci/run; else echo 'shellcheck is not installed: skipped'; fi
-
-.PHONY: dashboard
-dashboard: ## Draw the dashboard from a load with faults (docs/dashboard.svg)
-	@scripts/dashboard
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
