@@ -58,7 +58,7 @@ type options struct {
 	slice                  time.Duration
 	rounds                 int
 	vault, bin             string
-	jsonOut                string
+	jsonOut, csvOut        string
 	soak                   time.Duration
 }
 
@@ -73,15 +73,9 @@ func main() {
 	flag.StringVar(&o.vault, "vault", "", "the Vault binary (scripts/vault --path)")
 	flag.StringVar(&o.bin, "bin", "", "the folder with vault-plugin-secrets-cable, cable-sim and floor")
 	flag.StringVar(&o.jsonOut, "json", "", "write the report to this file")
+	flag.StringVar(&o.csvOut, "csv", "", "write reads per second, the floor's and the engine's, to this file, for tools/chart")
 	flag.DurationVar(&o.soak, "soak", 0, "instead: run at full load for so long on integrated storage")
-	svg := flag.String("svg", "", "instead: draw the report of -json into this file")
 	flag.Parse()
-	if *svg != "" {
-		if err := chart(o.jsonOut, *svg); err != nil {
-			log.Fatal(err)
-		}
-		return
-	}
 	o.storages, o.tokens = strings.Split(*storages, ","), strings.Split(*tokens, ",")
 	for _, l := range []struct {
 		text string
@@ -122,6 +116,9 @@ func run(ctx context.Context, o options) error {
 			}
 			report.Results = append(report.Results, results...)
 		}
+	}
+	if err := writeCSV(o.csvOut, report.Results); err != nil {
+		return err
 	}
 	return writeReport(o.jsonOut, report)
 }
@@ -201,4 +198,22 @@ func writeReport(file string, r Report) error {
 		return err
 	}
 	return os.WriteFile(file, append(raw, '\n'), 0o600)
+}
+
+// writeCSV writes a line for each condition.
+func writeCSV(file string, results []Result) error {
+	if file == "" {
+		return nil
+	}
+	var b strings.Builder
+	b.WriteString("condition,floor,engine\n")
+	for _, r := range results {
+		switch r.Target {
+		case "floor":
+			fmt.Fprintf(&b, `"%s, %s token, %d ms, %d readers",%.0f,`, r.Storage, r.Token, r.LatencyMS, r.Concurrency, r.PerSecond)
+		case "engine":
+			fmt.Fprintf(&b, "%.0f\n", r.PerSecond)
+		}
+	}
+	return os.WriteFile(file, []byte(b.String()), 0o600)
 }
