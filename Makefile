@@ -15,9 +15,8 @@ help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 .PHONY: build
-build: ## Build the plugin and the simulator into bin/
-	@mkdir -p bin
-	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable ./cmd/cable-sim
+build: ## Build the plugin into bin/
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
 
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
@@ -34,12 +33,12 @@ dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
 .PHONY: test
 test: ## Run the unit tests and the end-to-end tests on a real Vault
 	@$(MAKE) -s servers
-	go test -p 1 ./...
+	go test -shuffle=on -p 1 ./...
 
 .PHONY: check
 check: tidy lint shellcheck ## Run what must be green before a change lands
 	@$(MAKE) -s servers
-	go test -p 1 -race ./...
+	go test -shuffle=on -p 1 -race ./...
 
 # What the end-to-end tests run beside the plugin, built before go test's clock runs.
 .PHONY: servers
@@ -68,6 +67,6 @@ fuzz: ## Run each fuzz target for FUZZTIME (30s)
 	@scripts/fuzz $(FUZZTIME)
 
 .PHONY: bench
-bench: build ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
-	go build -trimpath -o bin/ ./internal/bench/floor ./internal/bench
-	bin/bench -vault "$$(scripts/vault --path)" -bin bin $(BENCH)
+bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
+	@go build -o .cache/ ./internal/bench
+	@.cache/bench $(BENCH)

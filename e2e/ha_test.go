@@ -454,7 +454,7 @@ const nextVersion = "v0.0.2-e2e"
 
 // nextPlugin builds the plugin as its next version, once.
 var nextPlugin = sync.OnceValues(func() (vaulttest.Plugin, error) {
-	return vaulttest.Build(suite.ctx, filepath.Join(suite.dir, "next"), pluginName, nextVersion)
+	return vaulttest.Build(suite.ctx, filepath.Join(suite.dir, "next"), "cmd/"+pluginName, nextVersion)
 })
 
 // change is something that an operator does to a cluster under load.

@@ -120,7 +120,7 @@ var prepare = sync.OnceValue(func() (err error) {
 	if err := os.Symlink(suite.vault, filepath.Join(suite.bin, "vault")); err != nil {
 		return err
 	}
-	if suite.plugin, err = vaulttest.Build(suite.ctx, suite.plugins, pluginName, pluginVersion); err != nil {
+	if suite.plugin, err = vaulttest.Build(suite.ctx, suite.plugins, "cmd/"+pluginName, pluginVersion); err != nil {
 		return err
 	}
 	suite.sha256, err = suite.plugin.Sum()

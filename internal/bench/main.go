@@ -57,7 +57,7 @@ type options struct {
 	latencies, concurrency []int
 	slice                  time.Duration
 	rounds                 int
-	vault, bin             string
+	profile                string
 	jsonOut, csvOut        string
 	soak                   time.Duration
 }
@@ -70,8 +70,7 @@ func main() {
 	concurrency := flag.String("concurrency", "1,32,128", "concurrent readers")
 	flag.DurationVar(&o.slice, "slice", time.Second, "length of a slice")
 	flag.IntVar(&o.rounds, "rounds", 5, "slices of each target")
-	flag.StringVar(&o.vault, "vault", "", "the Vault binary (scripts/vault --path)")
-	flag.StringVar(&o.bin, "bin", "", "the folder with vault-plugin-secrets-cable, cable-sim and floor")
+	flag.StringVar(&o.profile, "profile", "", "write a CPU profile of the last plugin process to this file")
 	flag.StringVar(&o.jsonOut, "json", "", "write the report to this file")
 	flag.StringVar(&o.csvOut, "csv", "", "write reads per second, the floor's and the engine's, to this file, for tools/chart")
 	flag.DurationVar(&o.soak, "soak", 0, "instead: run at full load for so long on integrated storage")
@@ -97,10 +96,15 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, o options) error {
+func run(ctx context.Context, o options) (err error) {
+	b, err := build(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.RemoveAll(b.dir) }()
 	report := Report{Go: runtime.Version(), CPUs: runtime.NumCPU(), Slice: o.slice.String(), Rounds: o.rounds}
 	if o.soak > 0 {
-		s, err := soak(ctx, o)
+		s, err := soak(ctx, o, b)
 		if err != nil {
 			return err
 		}
@@ -110,7 +114,7 @@ func run(ctx context.Context, o options) error {
 	fmt.Println(header)
 	for _, storage := range o.storages {
 		for _, token := range o.tokens {
-			results, err := measure(ctx, o, storage, token)
+			results, err := measure(ctx, o, b, storage, token)
 			if err != nil {
 				return err
 			}
@@ -124,8 +128,8 @@ func run(ctx context.Context, o options) error {
 }
 
 // measure starts a Vault and measures every concurrency and latency on it.
-func measure(ctx context.Context, o options, storage, token string) ([]Result, error) {
-	s, err := startStack(ctx, o, storage, token)
+func measure(ctx context.Context, o options, b *binaries, storage, token string) ([]Result, error) {
+	s, err := startStack(ctx, b, storage, token)
 	if err != nil {
 		return nil, err
 	}

@@ -25,6 +25,43 @@ const (
 	organization = cabletest.DefaultOrganizationID
 )
 
+// binaries are what a stack runs.
+type binaries struct {
+	dir           string
+	vault, sim    string
+	engine, floor vaulttest.Plugin
+	env           []string // of the server, and so of the plugins
+}
+
+// build finds the server and builds the rest, in a temporary folder.
+func build(ctx context.Context, o options) (b *binaries, err error) {
+	b = new(binaries)
+	if b.vault, err = vaulttest.Find(ctx); err != nil {
+		return nil, err
+	}
+	if b.dir, err = os.MkdirTemp("", "cable-bench-bin"); err != nil {
+		return nil, err
+	}
+	engine := "cmd/" + enginePlugin
+	if o.profile != "" {
+		engine = "internal/bench/profiled"
+		file, err := filepath.Abs(o.profile)
+		if err != nil {
+			return nil, err
+		}
+		b.env = []string{"BENCH_PROFILE=" + file}
+	}
+	var sim vaulttest.Plugin
+	for program, to := range map[string]*vaulttest.Plugin{engine: &b.engine, "internal/bench/floor": &b.floor, "cmd/cable-sim": &sim} {
+		if *to, err = vaulttest.Build(ctx, b.dir, program, ""); err != nil {
+			_ = os.RemoveAll(b.dir)
+			return nil, err
+		}
+	}
+	b.engine.Name, b.sim = enginePlugin, sim.File
+	return b, nil
+}
+
 // stack is a Vault server with both engines, and a simulated Cable.
 type stack struct {
 	dir               string
@@ -37,7 +74,7 @@ type stack struct {
 }
 
 // startStack starts everything on free loopback ports in a temporary folder.
-func startStack(ctx context.Context, o options, storage, tokenType string) (s *stack, err error) {
+func startStack(ctx context.Context, b *binaries, storage, tokenType string) (s *stack, err error) {
 	s = new(stack)
 	if s.dir, err = os.MkdirTemp("", "cable-bench"); err != nil {
 		return nil, err
@@ -51,23 +88,20 @@ func startStack(ctx context.Context, o options, storage, tokenType string) (s *s
 		return &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: 512, DisableCompression: true}}
 	}
 	s.client, s.simClient = transport(), transport()
-	if s.sim, err = vaulttest.StartSimulator(ctx, filepath.Join(o.bin, "cable-sim"), s.dir); err != nil {
+	if s.sim, err = vaulttest.StartSimulator(ctx, b.sim, s.dir); err != nil {
 		return nil, err
 	}
-	config := vaulttest.Config{Binary: o.vault, Dir: s.dir, LogLevel: "info"}
-	for _, name := range []string{enginePlugin, floorPlugin} {
-		config.Plugins = append(config.Plugins, vaulttest.Plugin{Name: name, File: filepath.Join(o.bin, name)})
-	}
+	config := vaulttest.Config{Binary: b.vault, Dir: s.dir, LogLevel: "info", Plugins: []vaulttest.Plugin{b.engine, b.floor}, Env: b.env}
 	if storage == "raft" {
 		config.Raft = &vaulttest.Raft{Dir: filepath.Join(s.dir, "raft")}
 	}
 	if s.vault, err = vaulttest.Start(ctx, config); err != nil {
 		return nil, err
 	}
-	return s, s.configure(ctx, tokenType)
+	return s, s.configure(ctx, b, tokenType)
 }
 
-func (s *stack) configure(ctx context.Context, tokenType string) error {
+func (s *stack) configure(ctx context.Context, b *binaries, tokenType string) error {
 	raw, err := os.ReadFile(s.sim.KeyFile)
 	if err != nil {
 		return err
@@ -97,7 +131,7 @@ func (s *stack) configure(ctx context.Context, tokenType string) error {
 	}
 	s.token = created.Auth.Token
 	var err1, err2 error
-	s.enginePID, err1 = childOf(s.vault.Process.Pid, enginePlugin)
+	s.enginePID, err1 = childOf(s.vault.Process.Pid, filepath.Base(b.engine.File))
 	s.floor, err2 = childOf(s.vault.Process.Pid, floorPlugin)
 	return cmp.Or(err1, err2)
 }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strings"
 )
@@ -38,10 +39,11 @@ type Plugin struct {
 	File    string // in the server's plugin folder
 }
 
-// Build builds the program name of cmd into the folder dir, as that version.
-func Build(ctx context.Context, dir, name, version string) (Plugin, error) {
-	p := Plugin{Name: name, Version: version, File: filepath.Join(dir, name)}
-	_, err := output(ctx, "go", "build", "-o", p.File, "-ldflags", "-X "+module+"/internal/version.stamped="+version, module+"/cmd/"+name)
+// Build builds a program of this module into the folder dir. The program is that
+// version if it is the plugin; "" leaves it as it is.
+func Build(ctx context.Context, dir, program, version string) (Plugin, error) {
+	p := Plugin{Name: path.Base(program), Version: version, File: filepath.Join(dir, path.Base(program))}
+	_, err := output(ctx, "go", "build", "-o", p.File, "-ldflags", "-X "+module+"/internal/version.stamped="+version, module+"/"+program)
 	return p, err
 }
 

@@ -4,7 +4,7 @@
 // Package vaulttest starts a real Vault or OpenBao server with the plugin, on
 // loopback, for the end-to-end tests, the benchmark and the demos:
 //
-//	plugin, err := vaulttest.Build(dir, "vault-plugin-secrets-cable", "v0.0.1")
+//	plugin, err := vaulttest.Build(ctx, dir, "cmd/vault-plugin-secrets-cable", "v0.0.1")
 //	…
 //	server, err := vaulttest.Start(ctx, vaulttest.Config{Dir: dir, Plugins: []vaulttest.Plugin{plugin}})
 //	if err != nil {

@@ -53,7 +53,7 @@ func run(command []string) error {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	bin := filepath.Join(dir, "bin")
-	plugin, err := vaulttest.Build(ctx, bin, "vault-plugin-secrets-cable", version.String())
+	plugin, err := vaulttest.Build(ctx, bin, "cmd/vault-plugin-secrets-cable", version.String())
 	if err != nil {
 		return err
 	}
@@ -61,7 +61,7 @@ func run(command []string) error {
 	if err != nil {
 		return err
 	}
-	simulator, err := vaulttest.Build(ctx, bin, "cable-sim", version.String())
+	simulator, err := vaulttest.Build(ctx, bin, "cmd/cable-sim", "")
 	if err != nil {
 		return err
 	}
