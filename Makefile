@@ -15,9 +15,8 @@ help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 .PHONY: build
-build: ## Build the plugin and the simulator into bin/
-	@mkdir -p bin
-	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable ./cmd/cable-sim
+build: ## Build the plugin into bin/
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
 
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
@@ -34,18 +33,17 @@ dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
 .PHONY: test
 test: ## Run the unit tests and the end-to-end tests on a real Vault
 	@$(MAKE) -s servers
-	go test -p 1 ./...
+	go test -shuffle=on -p 1 ./...
 
 .PHONY: check
 check: tidy lint shellcheck ## Run what must be green before a change lands
 	@$(MAKE) -s servers
-	go test -p 1 -race ./...
+	go test -shuffle=on -p 1 -race ./...
 
 # What the end-to-end tests run beside the plugin, built before go test's clock runs.
 .PHONY: servers
 servers:
 	@scripts/vault --path >/dev/null
-	@scripts/vault --events >/dev/null
 	@scripts/prometheus --path >/dev/null
 
 .PHONY: lint
@@ -64,15 +62,11 @@ tidy: ## Check that go.mod and go.sum are tidy
 shellcheck: ## Check the scripts, where shellcheck is installed
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/* .ci/run; else echo 'shellcheck is not installed: skipped'; fi
 
-.PHONY: dashboard
-dashboard: ## Draw the dashboard from a load with faults (docs/dashboard.svg)
-	@scripts/dashboard
-
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
 	@scripts/fuzz $(FUZZTIME)
 
 .PHONY: bench
-bench: build ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
-	go build -trimpath -o bin/ ./internal/bench/floor ./internal/bench
-	bin/bench -vault "$$(scripts/vault --path)" -bin bin $(BENCH)
+bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
+	@go build -o .cache/ ./internal/bench
+	@.cache/bench $(BENCH)

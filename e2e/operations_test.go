@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
 // findJQ is where jq is: on PATH, else built once from the version that
@@ -68,7 +69,7 @@ func TestOperations(t *testing.T) {
 	}
 	dir := t.TempDir()
 	place := func(parts ...string) string { return filepath.Join(append([]string{dir}, parts...)...) }
-	for _, d := range []string{"raft", "plugins", "bin"} {
+	for _, d := range []string{"plugins", "bin"} {
 		if err := os.Mkdir(place(d), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -79,15 +80,11 @@ func TestOperations(t *testing.T) {
 		}
 	}
 	v := &vaultServer{plugins: place("plugins")}
-	if err := v.start(dir, raftConfig(place("raft")), func(string) []string { return nil }); err != nil {
+	if err := v.start(dir, &vaulttest.Raft{Dir: place("raft")}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
 	watch(t, v)
-	var unsealKey string
-	unsealKey, v.root = initKeys(t, v.ok(t, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}))
-	v.unseal(t, unsealKey)
-	v.ok(t, "PUT", "sys/audit/file", map[string]any{"type": "file", "options": map[string]any{"file_path": v.audit}})
 
 	sim := cabletest.NewServer(t, nil)
 	m := &mount{vaultServer: v, sim: sim, path: "cable"}
@@ -121,7 +118,7 @@ func TestOperations(t *testing.T) {
 	}{
 		"Install": {
 			before: func() {
-				binary(filepath.Join(suite.plugins, pluginName))
+				binary(suite.plugin.File)
 				write("refresh-key.txt", sim.RefreshKey()+"\n")
 			},
 			want: []string{"Success! Registered plugin", "Success! Enabled", "Cable minted a token with these settings"},
@@ -133,7 +130,7 @@ func TestOperations(t *testing.T) {
 		},
 		"Verify": {want: []string{regexp.QuoteMeta(pluginVersion), `configured +true`, `lease_duration +14m5`}},
 		"Upgrade": {
-			before: func() { binary(next); lease = read().LeaseID },
+			before: func() { binary(next.File); lease = read().LeaseID },
 			want:   []string{`(?m)^` + regexp.QuoteMeta(nextVersion) + `$`},
 		},
 		"Roll back": {
@@ -208,7 +205,7 @@ func TestOperations(t *testing.T) {
 				a := read()
 				lease = a.LeaseID
 				v.ok(t, "PUT", "sys/seal", nil)
-				write("unseal-key.txt", unsealKey+"\n")
+				write("unseal-key.txt", v.Key+"\n")
 				expiry := time.Unix(a.number("expiry"), 0)
 				waitFor(t, 20*time.Second, "the token runs out", func() bool { return time.Now().After(expiry) })
 			},

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
 // ownServer starts a server for one test.
@@ -47,7 +48,7 @@ func (v *vaultServer) pluginProcesses(t *testing.T) (pids []int) {
 		// pid (name) state parent …: the name is cut at 15 bytes, and may hold anything.
 		name, rest, _ := strings.Cut(string(stat[bytes.IndexByte(stat, '(')+1:]), ") ")
 		fields := strings.Fields(rest)
-		if !strings.HasPrefix(pluginName, name) || len(fields) < 2 || fields[0] == "Z" || fields[1] != strconv.Itoa(v.cmd.Process.Pid) {
+		if !strings.HasPrefix(pluginName, name) || len(fields) < 2 || fields[0] == "Z" || fields[1] != strconv.Itoa(v.Process.Pid) {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
@@ -184,10 +185,7 @@ func TestVaultKilled(t *testing.T) {
 	if len(pids) != 1 {
 		t.Fatalf("plugin processes %v, want one", pids)
 	}
-	if err := v.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	<-v.exited
+	v.kill(t)
 	waitFor(t, 10*time.Second, "the plugin ends", func() bool { return !runs(pids[0]) })
 }
 
@@ -221,33 +219,22 @@ func TestRestart(t *testing.T) {
 	t.Parallel()
 	needVault(t)
 	dir := t.TempDir()
-	data := filepath.Join(dir, "raft")
-	if err := os.Mkdir(data, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	raft := &vaulttest.Raft{Dir: filepath.Join(dir, "raft")}
 	v := new(vaultServer)
-	start := func() {
-		t.Helper()
-		if err := v.start(dir, raftConfig(data), func(string) []string { return nil }); err != nil {
-			t.Fatal(err)
-		}
-	}
-	start()
-	t.Cleanup(func() { v.stop() })
-	var key string
-	key, v.root = initKeys(t, v.ok(t, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}))
-	v.unseal(t, key)
-	if err := v.setUp(); err != nil {
+	if err := v.start(dir, raft, suite.plugin); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { v.stop() })
 	m := newMount(t, v, nil)
 	m.configure(t)
 	lease := m.read(t).LeaseID
 	role := m.ok(t, "GET", m.path+"/roles/app", nil)
 
 	v.stop()
-	start()
-	v.unseal(t, key)
+	raft.Key, raft.Root = v.Key, v.root
+	if err := v.start(dir, raft); err != nil {
+		t.Fatal(err)
+	}
 	if got := m.ok(t, "GET", m.path+"/roles/app", nil); fmt.Sprint(got.Data) != fmt.Sprint(role.Data) {
 		t.Errorf("the role after the restart: %s, before: %s", got, role)
 	}
@@ -256,7 +243,7 @@ func TestRestart(t *testing.T) {
 	if n := m.leaseCount(m.path + "/creds/app"); n != 1 {
 		t.Errorf("%d leases, want the one of after the restart", n)
 	}
-	err := filepath.WalkDir(data, func(path string, e os.DirEntry, err error) error {
+	err := filepath.WalkDir(raft.Dir, func(path string, e os.DirEntry, err error) error {
 		if err != nil || !e.Type().IsRegular() {
 			return err
 		}

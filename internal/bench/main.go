@@ -57,8 +57,8 @@ type options struct {
 	latencies, concurrency []int
 	slice                  time.Duration
 	rounds                 int
-	vault, bin             string
-	jsonOut                string
+	profile                string
+	jsonOut, csvOut        string
 	soak                   time.Duration
 }
 
@@ -70,18 +70,11 @@ func main() {
 	concurrency := flag.String("concurrency", "1,32,128", "concurrent readers")
 	flag.DurationVar(&o.slice, "slice", time.Second, "length of a slice")
 	flag.IntVar(&o.rounds, "rounds", 5, "slices of each target")
-	flag.StringVar(&o.vault, "vault", "", "the Vault binary (scripts/vault --path)")
-	flag.StringVar(&o.bin, "bin", "", "the folder with vault-plugin-secrets-cable, cable-sim and floor")
+	flag.StringVar(&o.profile, "profile", "", "write a CPU profile of the last plugin process to this file")
 	flag.StringVar(&o.jsonOut, "json", "", "write the report to this file")
+	flag.StringVar(&o.csvOut, "csv", "", "write reads per second, the floor's and the engine's, to this file, for tools/chart")
 	flag.DurationVar(&o.soak, "soak", 0, "instead: run at full load for so long on integrated storage")
-	svg := flag.String("svg", "", "instead: draw the report of -json into this file")
 	flag.Parse()
-	if *svg != "" {
-		if err := chart(o.jsonOut, *svg); err != nil {
-			log.Fatal(err)
-		}
-		return
-	}
 	o.storages, o.tokens = strings.Split(*storages, ","), strings.Split(*tokens, ",")
 	for _, l := range []struct {
 		text string
@@ -103,10 +96,15 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, o options) error {
+func run(ctx context.Context, o options) (err error) {
+	b, err := build(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.RemoveAll(b.dir) }()
 	report := Report{Go: runtime.Version(), CPUs: runtime.NumCPU(), Slice: o.slice.String(), Rounds: o.rounds}
 	if o.soak > 0 {
-		s, err := soak(ctx, o)
+		s, err := soak(ctx, o, b)
 		if err != nil {
 			return err
 		}
@@ -116,19 +114,22 @@ func run(ctx context.Context, o options) error {
 	fmt.Println(header)
 	for _, storage := range o.storages {
 		for _, token := range o.tokens {
-			results, err := measure(ctx, o, storage, token)
+			results, err := measure(ctx, o, b, storage, token)
 			if err != nil {
 				return err
 			}
 			report.Results = append(report.Results, results...)
 		}
 	}
+	if err := writeCSV(o.csvOut, report.Results); err != nil {
+		return err
+	}
 	return writeReport(o.jsonOut, report)
 }
 
 // measure starts a Vault and measures every concurrency and latency on it.
-func measure(ctx context.Context, o options, storage, token string) ([]Result, error) {
-	s, err := startStack(ctx, o, storage, token)
+func measure(ctx context.Context, o options, b *binaries, storage, token string) ([]Result, error) {
+	s, err := startStack(ctx, b, storage, token)
 	if err != nil {
 		return nil, err
 	}
@@ -201,4 +202,22 @@ func writeReport(file string, r Report) error {
 		return err
 	}
 	return os.WriteFile(file, append(raw, '\n'), 0o600)
+}
+
+// writeCSV writes a line for each condition.
+func writeCSV(file string, results []Result) error {
+	if file == "" {
+		return nil
+	}
+	var b strings.Builder
+	b.WriteString("condition,floor,engine\n")
+	for _, r := range results {
+		switch r.Target {
+		case "floor":
+			fmt.Fprintf(&b, `"%s, %s token, %d ms, %d readers",%.0f,`, r.Storage, r.Token, r.LatencyMS, r.Concurrency, r.PerSecond)
+		case "engine":
+			fmt.Fprintf(&b, "%.0f\n", r.PerSecond)
+		}
+	}
+	return os.WriteFile(file, []byte(b.String()), 0o600)
 }

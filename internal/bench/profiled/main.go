@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Command profiled serves the engine as the plugin does, and writes a CPU
-// profile of its whole life to the file that BENCH_PROFILE names. It stands in
-// for the plugin where bench is run with -profile; it is never shipped.
+// profile of its whole run to the file that BENCH_PROFILE names. It stands in
+// for the plugin if bench is run with -profile; it is never shipped.
 package main
 
 import (
