@@ -75,7 +75,7 @@ func firstCodes(rows [][]string) (words []string) {
 func engineSource(t *testing.T) string {
 	t.Helper()
 	var source strings.Builder
-	for _, pattern := range []string{"*.go", "internal/cable/*.go"} {
+	for _, pattern := range []string{"*.go", "internal/cable/*.go", "cmd/vault-plugin-secrets-cable/*.go"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)

@@ -532,7 +532,7 @@ func testQuotas(t *testing.T, r *runbook) {
 		{"cable/", true, true, true},
 	} {
 		r.v.ok(t, "POST", "sys/quotas/rate-limit/tried", map[string]any{"path": tt.path, "rate": 1, "interval": "1m"})
-		// The counters of a quota are by client, for all its paths: each read starts anew.
+		// The counters of a quota are by client, for all its paths: each read starts with a new one.
 		got := [3]bool{}
 		for i, path := range []string{"cable/creds/reports", "cable/creds/other", "cable/status"} {
 			got[i] = limited(path)
