@@ -223,30 +223,13 @@ func (p *promServer) query(t *testing.T, expr string) map[string]string {
 // storage would have to break, and returns how often each was.
 func everyOutcome(t *testing.T, m *mount) map[string]string {
 	t.Helper()
-	reply := func(status int, f cabletest.Fault) {
-		t.Helper()
-		m.sim.SetFault(f)
-		if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != status {
-			t.Fatalf("with %+v: %s, want %d", f, a, status)
-		}
-		m.sim.ClearFaults()
-	}
-	other := "org_of_somebody_else"
+	want := map[string]string{"minted app": "3", "invalid_request app": "1", "invalid_request (unknown)": "1", "canceled app": "1", "paused app": "1"}
 	lease := m.read(t).LeaseID
 	m.read(t)
 	m.read(t)
 	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": lease})
 	m.do(t, "GET", m.path+"/creds/app?ttl=1s", nil)
 	m.do(t, "GET", m.path+"/creds/none", nil)
-	reply(400, cabletest.Fault{Status: 401})
-	reply(400, cabletest.Fault{Status: 403})
-	reply(502, cabletest.Fault{Status: 500})
-	reply(502, cabletest.Fault{Reset: cabletest.ResetAfter})
-	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "1s"})
-	reply(504, cabletest.Fault{Delay: 10 * time.Second})
-	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "20s"})
-	reply(502, cabletest.Fault{Body: "<html>"})
-	reply(502, cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: &other, ScopesOrganizationID: &other}})
 	func() { // a caller that leaves
 		m.sim.SetFault(cabletest.Fault{Delay: 10 * time.Second})
 		defer m.sim.ClearFaults()
@@ -259,13 +242,12 @@ func everyOutcome(t *testing.T, m *mount) map[string]string {
 			return strings.Contains(m.ok(t, "GET", m.path+"/metrics", nil).text, `outcome="canceled"`)
 		})
 	}()
-	reply(429, cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "100"}})
-	reply(429, cabletest.Fault{})
-	return map[string]string{
-		"minted app": "3", "invalid_request app": "1", "invalid_request (unknown)": "1",
-		"key_rejected app": "1", "rejected_by_cable app": "1", "cable_error app": "1", "unreachable app": "1", "timed_out app": "1",
-		"invalid_response app": "1", "grant_mismatch app": "1", "canceled app": "1", "rate_limited app": "1", "paused app": "1",
+	for _, f := range failures {
+		m.fail(t, f)
+		want[f.outcome+" app"] = "1"
 	}
+	m.do(t, "GET", m.path+"/creds/app", nil) // in the pause of the last
+	return want
 }
 
 // selector finds a series in what is served, and a selector in an expression.

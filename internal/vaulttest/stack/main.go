@@ -32,55 +32,52 @@ func main() {
 		fmt.Fprintln(os.Stderr, "usage: stack COMMAND [ARG...]")
 		os.Exit(2)
 	}
-	err := run(os.Args[1:])
-	var exit *exec.ExitError
-	switch {
-	case errors.As(err, &exit):
-		os.Exit(max(exit.ExitCode(), 1)) // the command has said why
-	case err != nil:
+	status, err := run(os.Args[1:])
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "stack:", err)
-		os.Exit(1)
 	}
+	os.Exit(status)
 }
 
-func run(command []string) error {
-	// A signal ends the command, then the rest, and is no failure.
+// run returns the exit status, that of the command if it was started. A signal
+// ends the command, then the rest, and is no failure.
+func run(command []string) (status int, err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	dir, err := os.MkdirTemp("", "cable-stack-")
 	if err != nil {
-		return err
+		return 1, err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	bin := filepath.Join(dir, "bin")
 	plugin, err := vaulttest.Build(ctx, bin, "cmd/vault-plugin-secrets-cable", version.String())
 	if err != nil {
-		return err
+		return 1, err
 	}
 	sum, err := plugin.Sum()
 	if err != nil {
-		return err
+		return 1, err
 	}
 	simulator, err := vaulttest.Build(ctx, bin, "cmd/cable-sim", "")
 	if err != nil {
-		return err
+		return 1, err
 	}
 	vault, err := vaulttest.Find(ctx)
 	if err != nil {
-		return err
+		return 1, err
 	}
 	if err := os.Symlink(vault, filepath.Join(bin, "vault")); err != nil {
-		return err
+		return 1, err
 	}
 
 	sim, err := vaulttest.StartSimulator(context.Background(), simulator.File, dir, "-latency", "20ms")
 	if err != nil {
-		return err
+		return 1, err
 	}
 	defer sim.Stop()
 	server, err := vaulttest.Start(context.Background(), vaulttest.Config{Binary: vault, Dir: dir, LogLevel: "debug", PluginDir: bin})
 	if err != nil {
-		return err
+		return 1, err
 	}
 	defer server.Stop()
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
@@ -89,8 +86,13 @@ func run(command []string) error {
 	cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = dir, os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(server.CLIEnv(), "PATH="+bin+string(os.PathListSeparator)+os.Getenv("PATH"),
 		"CABLE_URL="+sim.URL, "CABLE_CONTROL="+sim.Control, "SHA256="+sum, "VERSION="+plugin.Version)
-	if err := cmd.Run(); ctx.Err() == nil {
-		return err
+	err = cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case err == nil, ctx.Err() != nil:
+		return 0, nil
+	case errors.As(err, &exit):
+		return max(exit.ExitCode(), 1), nil // the command has said why
 	}
-	return nil
+	return 1, err
 }
