@@ -282,15 +282,16 @@ func TestPageForm(t *testing.T) {
 	if first := slices.IndexFunc(readme, func(l string) bool { return strings.HasPrefix(l, "$ vault") }); len(readme) > 121 || first > 19 {
 		t.Errorf("the README has %d lines, and its first command in line %d", len(readme)-1, first+1)
 	}
-	var install [2][]string
-	for i, page := range []string{"README.md", "docs/runbook.md"} {
+	install := func(page string, names ...string) (texts []string) {
 		for _, b := range blocksOf(t, page) {
-			if name := strings.TrimPrefix(b.id, page+"#"); name == "Install/1" || name == "Configure/1" || page == "README.md" && name == "Install/2" {
-				install[i] = append(install[i], b.text)
+			if slices.Contains(names, strings.TrimPrefix(b.id, page+"#")) {
+				texts = append(texts, b.text)
 			}
 		}
+		return texts
 	}
-	if len(install[0]) != 2 || !slices.Equal(install[0], install[1]) {
-		t.Errorf("the README and the runbook install in two ways:\n%q\n%q", install[0], install[1])
+	short := install("README.md", "Install/1", "Install/2", "Install/3")
+	if long := install("docs/runbook.md", "Install/1", "Install/3", "Configure/1"); len(short) != 3 || !slices.Equal(short, long) {
+		t.Errorf("the README and the runbook install in two ways:\n%q\n%q", short, long)
 	}
 }

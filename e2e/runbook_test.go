@@ -186,9 +186,9 @@ func TestRunbook(t *testing.T) {
 
 	// NOTE: vault -field prints no newline if it does not write to a terminal.
 	r.runPage("docs/runbook.md", map[string]step{
-		"Install/1": {
-			before: func() { r.hasBinary(suite.plugin) },
-			want:   []string{"Success! Registered plugin", "Success! Enabled"},
+		"Install/1": {before: func() { r.hasBinary(suite.plugin) }},
+		"Install/3": {
+			want: []string{"Success! Registered plugin", "Success! Enabled", "Success! Tuned"},
 			after: func(string) {
 				if got := v.ok(t, "GET", "sys/mounts/cable", nil).Data["running_plugin_version"]; got != pluginVersion {
 					t.Errorf("the mount runs %v", got)
@@ -213,12 +213,12 @@ func TestRunbook(t *testing.T) {
 		"Verify/1": {want: []string{regexp.QuoteMeta(pluginVersion), `configured +true`, `lease_duration +14m5`, `last_mint_role +reports`}},
 
 		"Upgrade/1": {fails: true, want: []string{"No value found at sys/plugins/pins/secret/" + pluginName}},
-		"Upgrade/2": {
-			before: func() { r.hasBinary(next); lease = r.read().LeaseID },
-			want:   []string{"Success! Registered plugin"},
-			after:  func(string) { runs(pluginVersion) },
-		},
+		"Upgrade/2": {before: func() { r.hasBinary(next); lease = r.read().LeaseID }},
 		"Upgrade/3": {
+			want:  []string{"Success! Registered plugin"},
+			after: func(string) { runs(pluginVersion) },
+		},
+		"Upgrade/4": {
 			want:  []string{`(?m)` + regexp.QuoteMeta(nextVersion) + `$`},
 			after: func(string) { isTuned(nextVersion); runs(nextVersion) },
 		},
@@ -569,7 +569,7 @@ func TestFailedReload(t *testing.T) {
 	for _, b := range blocksOf(t, "docs/runbook.md") {
 		blocks[strings.TrimPrefix(b.id, "docs/runbook.md#")] = b.text
 	}
-	reload, _, _ := strings.Cut(blocks["Upgrade/3"], "vault read")
+	reload, _, _ := strings.Cut(blocks["Upgrade/4"], "vault read")
 	serves := func(status int) {
 		t.Helper()
 		if a := r.v.do(t, "GET", "cable/status", nil); a.status != status || status == 200 && a.Data["version"] != pluginVersion {
@@ -578,9 +578,9 @@ func TestFailedReload(t *testing.T) {
 	}
 
 	r.hasBinary(suite.plugin)
-	r.run(blocks["Install/1"])
+	r.run(blocks["Install/1"] + blocks["Install/3"])
 	r.hasBinary(next)
-	r.run(blocks["Upgrade/2"])
+	r.run(blocks["Upgrade/2"] + blocks["Upgrade/3"])
 	if err := os.Remove(r.installed(nextVersion)); err != nil {
 		t.Fatal(err)
 	}
