@@ -34,11 +34,13 @@ var pageTests = map[string]string{
 
 // notRun are the blocks that no page's test runs, with the reason.
 var notRun = map[string]string{
-	"README.md#Try it/1":                        "make demo starts servers of its own: TestDemo runs it",
-	"docs/runbook.md#Install/2":                 "needs root, and a server that runs as another user: TestMlock runs it",
-	"docs/design.md#History of optimisations/1": "a profile of the benchmark, which takes minutes and the whole machine",
-	"docs/performance.md#How it was measured/1": "the benchmark takes minutes and the whole machine",
-	"docs/tutorial.md#Start/1":                  "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
+	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
+	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestMlock runs it",
+	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
+	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
+	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
+	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
+	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
 }
 
 // block is a fenced block of a page: commands, a transcript, or HCL.
