@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -155,7 +156,7 @@ func (s *shell) start(t *testing.T, name string, args ...string) (stop func()) {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(binary, args...)
-	cmd.Dir, cmd.Env = s.dir, append(s.env, "VAULT_TOKEN=")
+	cmd.Dir, cmd.Env = s.dir, slices.Concat(s.env, []string{"VAULT_TOKEN="})
 	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
 	if err != nil {
 		t.Fatal(err)
@@ -227,7 +228,7 @@ listener "tcp" {
 }
 `)
 		kept := s.env
-		s.env = append(append([]string{}, s.env...), env...)
+		s.env = slices.Concat(s.env, env)
 		stop = s.start(t, "vault", "proxy", "-config=proxy.hcl")
 		s.env = kept
 		waitFor(t, 30*time.Second, "Proxy forwards", func() bool {
