@@ -269,7 +269,7 @@ listener "tcp" {
 // applications: batch tokens bound the lease, a last use discards the token.
 func TestReadersTokens(t *testing.T) {
 	t.Parallel()
-	_, m := newApplication(t)
+	s, m := newApplication(t)
 	m.ok(t, "PUT", "sys/policies/acl/reader", map[string]any{"policy": `path "cable/creds/*" { capabilities = ["read"] }`})
 	read := func(token map[string]any) *answer {
 		t.Helper()
@@ -293,5 +293,43 @@ func TestReadersTokens(t *testing.T) {
 	}
 	if a := read(map[string]any{"num_uses": 2}); a.status != 200 {
 		t.Errorf("with two uses: %s", a)
+	}
+	if out := s.run("vault unwrap $(vault read -wrap-ttl=60s -field=wrapping_token cable/creds/reports)"); !strings.Contains(out, "expires_at") {
+		t.Errorf("the wrapped token:\n%s", out)
+	}
+}
+
+// TestReferencePage runs the commands that docs/reference.md has in its text:
+// what a read returns can be written back, and lists go page by page.
+func TestReferencePage(t *testing.T) {
+	t.Parallel()
+	s, m := newApplication(t)
+	jq, err := findJQ()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(jq, s.place(".bin/jq")); err != nil {
+		t.Fatal(err)
+	}
+	command := regexp.MustCompile("`(vault read -format=json cable/roles/reports [^`]+)`").FindStringSubmatch(readFile(t, "../docs/reference.md"))
+	if command == nil {
+		t.Fatal("the page has no command that writes back what a read returned")
+	}
+	data := func(path string) string { return fmt.Sprint(m.ok(t, "GET", "cable/"+path, nil).Data) }
+	for command, path := range map[string]string{
+		command[1]: "roles/reports",
+		strings.ReplaceAll(command[1], "roles/reports", "config"):                             "config",
+		strings.Replace(command[1], "write cable/roles/reports", "write cable/roles/copy", 1): "roles/copy",
+	} {
+		from := strings.Replace(path, "copy", "reports", 1)
+		before := data(from)
+		s.run(command)
+		if after := data(path); after != before {
+			t.Errorf("%s: %s, want %s", command, after, before)
+		}
+	}
+	a := m.ok(t, "GET", "cable/roles?list=true&after=app&limit=1", nil)
+	if got := fmt.Sprint(a.Data["keys"]); got != "[copy]" {
+		t.Errorf("the roles after app, one of them: %s", got)
 	}
 }
