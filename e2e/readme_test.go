@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -62,10 +63,16 @@ func TestReadme(t *testing.T) {
 	}
 }
 
+// stackBuild is held while a script builds the program that starts its servers:
+// two at once would write one file.
+var stackBuild sync.Mutex
+
 // TestDemo runs make demo, which ends by itself.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	needVault(t)
+	stackBuild.Lock()
+	defer stackBuild.Unlock()
 	cmd := exec.CommandContext(t.Context(), "../scripts/demo")
 	cmd.WaitDelay = 10 * time.Second
 	out, err := cmd.CombinedOutput()

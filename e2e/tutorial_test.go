@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -28,6 +29,9 @@ func TestTutorial(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer out.Close()
+	stackBuild.Lock()
+	started := sync.OnceFunc(stackBuild.Unlock)
+	defer started()
 	dev := exec.Command("../scripts/dev")
 	dev.Stdout, dev.Stderr = out, out
 	if err := dev.Start(); err != nil {
@@ -45,6 +49,7 @@ func TestTutorial(t *testing.T) {
 		}
 		return strings.Contains(readFile(t, printed), "Ctrl-C stops everything")
 	})
+	started()
 
 	// The second shell, with what the first one said.
 	paste := regexp.MustCompile(`export VAULT_ADDR=(\S+) VAULT_TOKEN=(\S+) CABLE_CONTROL=(\S+)\n\s+alias vault=(\S+)`).FindStringSubmatch(readFile(t, printed))
