@@ -15,7 +15,8 @@ help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 .PHONY: build
-build: ## Build the plugin into bin/
+build: ## Build the plugin into bin/, which Vault takes as -dev-plugin-dir
+	@rm -rf bin
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
 
 .PHONY: demo

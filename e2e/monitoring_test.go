@@ -219,11 +219,11 @@ func (p *promServer) query(t *testing.T, expr string) map[string]string {
 	return found
 }
 
-// everyOutcome has reads end in every way but vault_failed, for which Vault's
+// everyOutcome has reads end in every way but vault_error, for which Vault's
 // storage would have to break, and returns how often each was.
 func everyOutcome(t *testing.T, m *mount) map[string]string {
 	t.Helper()
-	want := map[string]string{"minted app": "3", "request_refused app": "1", "request_refused (unknown)": "1", "canceled app": "1", "held app": "1"}
+	want := map[string]string{"minted app": "3", "invalid_request app": "1", "invalid_request (unknown)": "1", "canceled app": "1", "paused app": "1"}
 	lease := m.read(t).LeaseID
 	m.read(t)
 	m.read(t)
@@ -275,19 +275,19 @@ func TestMonitoring(t *testing.T) {
 		}
 	}()
 	waitFor(t, 30*time.Second, "Prometheus has scraped all", func() bool {
-		diff = cmp.Diff(want, p.query(t, fmt.Sprintf(`sum by (outcome, role) (vault_cable_mints_total{mount=%q})`, m.path)))
+		diff = cmp.Diff(want, p.query(t, fmt.Sprintf(`sum by (outcome, role) (vault_cable_token_requests_total{mount=%q})`, m.path)))
 		return diff == ""
 	})
 	for expr, value := range map[string]string{
-		`sum(vault_cable_granted_life_seconds_count)`:                          "3",
-		`sum(vault_cable_api_requests_total{code="401"})`:                      "1",
-		`sum(vault_cable_api_requests_total{code=~"401|403|500|429"})`:         "4",
-		`sum(vault_cable_api_requests_total{code=~"502|503|504|400|404|408"})`: "0",
-		`sum(vault_cable_grants_refused_total)`:                                "1",
-		`sum(vault_cable_holds_total)`:                                         "1",
-		`sum(vault_cable_hold_active)`:                                         "1",
-		`sum(vault_cable_revocations_total)`:                                   "1",
-		`sum(vault_cable_panics_total)`:                                        "0",
+		`sum(vault_cable_granted_lifetime_seconds_count)`:                   "3",
+		`sum(vault_cable_api_calls_total{code="401"})`:                      "1",
+		`sum(vault_cable_api_calls_total{code=~"401|403|500|429"})`:         "4",
+		`sum(vault_cable_api_calls_total{code=~"502|503|504|400|404|408"})`: "0",
+		`sum(vault_cable_grant_mismatches_total)`:                           "1",
+		`sum(vault_cable_pauses_total)`:                                     "1",
+		`sum(vault_cable_paused)`:                                           "1",
+		`sum(vault_cable_leases_ended_total)`:                               "1",
+		`sum(vault_cable_panics_total)`:                                     "0",
 	} {
 		if got := p.query(t, expr)[""]; got != value {
 			t.Errorf("%s: %s, want %s", expr, got, value)
@@ -326,7 +326,7 @@ func checkNames(t *testing.T, m *mount, dashboard, alerts string) {
 			labels[name] = true
 		}
 	}
-	served["vault_cable_mints_total"]["outcome"] = append(served["vault_cable_mints_total"]["outcome"], "vault_failed") // see everyOutcome
+	served["vault_cable_token_requests_total"]["outcome"] = append(served["vault_cable_token_requests_total"]["outcome"], "vault_error") // see everyOutcome
 
 	used := map[string]bool{}
 	for name, text := range map[string]string{"dashboard.json": dashboard, "alerts.yml": alerts} {
@@ -454,7 +454,7 @@ func checkAlerts(t *testing.T, p *promServer, m *mount) {
 			Labels, Annotations map[string]string
 		}
 	}
-	for _, name := range []string{"CableGrantRefused", "CableOrphansSuspected"} {
+	for _, name := range []string{"CableGrantMismatch", "CableUndeliveredTokens"} {
 		waitFor(t, 30*time.Second, name+" fires", func() bool {
 			p.get(t, "alerts", nil, &alerts)
 			for _, a := range alerts.Alerts {
