@@ -82,7 +82,7 @@ func TestReadsInAPause(t *testing.T) {
 	if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != 429 {
 		t.Errorf("after a write of something else: %s, want the pause to go on", a)
 	}
-	m.ok(t, "POST", m.path+"/config", map[string]any{"refresh_key": key})
+	m.ok(t, "POST", m.path+"/config", map[string]any{"refresh_key": key, "token_url": m.sim.URL})
 	m.read(t)
 }
 

@@ -40,13 +40,13 @@ type failure struct {
 // failures has one failure for each outcome. What leads to which outcome, with
 // which error, is tested in internal/cable and in the root package.
 var failures = []failure{
-	{outcome: "key_refused", fault: cabletest.Fault{Status: 401, Message: "no, {refresh_key}"}, status: 400, text: "no, [redacted]; the refresh key was sent with auth_scheme=raw"},
-	{outcome: "cable_refused", fault: cabletest.Fault{Status: 403}, status: 400, text: "403: Forbidden; check the organization and the scopes of roles/app"},
-	{outcome: "cable_failed", fault: cabletest.Fault{Status: 500}, status: 502, text: "500: Internal Server Error"},
+	{outcome: "key_rejected", fault: cabletest.Fault{Status: 401, Message: "no, {refresh_key}"}, status: 400, text: "no, [redacted]; the refresh key was sent with auth_scheme=raw"},
+	{outcome: "rejected_by_cable", fault: cabletest.Fault{Status: 403}, status: 400, text: "403: Forbidden; check the organization and the scopes of roles/app"},
+	{outcome: "cable_error", fault: cabletest.Fault{Status: 500}, status: 502, text: "500: Internal Server Error"},
 	{outcome: "unreachable", fault: cabletest.Fault{Reset: cabletest.ResetAfter}, status: 502, text: "cable could not be reached"},
 	{outcome: "timed_out", fault: cabletest.Fault{Delay: time.Minute}, timeout: "1s", status: 504, text: "the budget of 1s ran out"},
-	{outcome: "answer_refused", fault: cabletest.Fault{Body: "<html></html>"}, status: 502, text: "it is not a JSON object"},
-	{outcome: "grant_refused", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("org_other"), ScopesOrganizationID: ptr("org_other")}}, status: 502, text: `"org_other"`},
+	{outcome: "invalid_response", fault: cabletest.Fault{Body: "<html></html>"}, status: 502, text: "it is not a JSON object"},
+	{outcome: "grant_mismatch", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("org_other"), ScopesOrganizationID: ptr("org_other")}}, status: 502, text: `"org_other"`},
 	{outcome: "rate_limited", fault: cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "70"}}, status: 429, text: "70s"},
 }
 
@@ -106,7 +106,7 @@ func TestPauseWithoutTuning(t *testing.T) {
 	m.sim.SetFault(cabletest.Fault{Times: 1, Status: 429, Header: map[string]string{"Retry-After": "2"}})
 	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "2s"}) // or the engine waits, and repeats
 	a := m.do(t, "GET", m.path+"/creds/app", nil)
-	if want := "cable answered 429: Too Many Requests; no request is sent for another 2s"; a.status != 429 || message(a) != want || a.header.Get("Retry-After") != "" {
+	if want := "cable responded 429: Too Many Requests; no API call for another 2s"; a.status != 429 || message(a) != want || a.header.Get("Retry-After") != "" {
 		t.Errorf("got %s, want %q and no header", a, want)
 	}
 	waitFor(t, 10*time.Second, "a token after the pause", func() bool {
@@ -157,7 +157,7 @@ func TestProxy(t *testing.T) {
 	}
 	proxy.Close()
 	a := m.do(t, "GET", m.path+"/creds/app", nil)
-	if want := "cable could not be reached: connecting through the proxy of the environment: connection refused"; a.status != 502 || message(a) != want {
+	if want := "cable could not be reached: connecting through the environment's proxy: connection refused"; a.status != 502 || message(a) != want {
 		t.Errorf("no proxy: %s, want %q", a, want)
 	}
 }

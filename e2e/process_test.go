@@ -205,7 +205,7 @@ func TestPluginLog(t *testing.T) {
 	if want := "vault-plugin-secrets-cable/" + pluginVersion; calls[0].UserAgent != want {
 		t.Errorf("User-Agent %q, want %q", calls[0].UserAgent, want)
 	}
-	for _, want := range [][]string{{"using plugin", "version=5"}, {"[INFO]", "config was written", "refresh_key_version=1", "mount=" + m.path + "/"}, {"[INFO]", "a role was written", "role=app"}} {
+	for _, want := range [][]string{{"using plugin", "version=5"}, {"[INFO]", "config written", "refresh_key_version=1", "mount=" + m.path + "/"}, {"[INFO]", "role written", "role=app"}} {
 		waitFor(t, 10*time.Second, fmt.Sprintf("a line in the log with %q", want), func() bool { return v.logHas(want...) })
 	}
 	if v.logHas("[ERROR]", pluginName) || v.logHas("[WARN]", pluginName) {

@@ -324,7 +324,7 @@ func TestStorm(t *testing.T) {
 	}
 	promised := map[int][]string{
 		400: {`role \"app\" is disabled`},
-		502: {"cable answered 500", "the connection was closed before the answer was whole"},
+		502: {"cable responded 500", "the connection was closed before the response was complete"},
 		504: {"the budget of 1s ran out"},
 	}
 	for _, s := range read {
@@ -353,8 +353,14 @@ func TestStorm(t *testing.T) {
 		t.Errorf("%d tokens were handed out without a lease", n)
 	}
 	t.Logf("simulator: %+v; %d leases", stats, len(held))
-	if lost := stats.Minted - len(leases); lost > stats.ByStatus[0]+underWay {
-		t.Errorf("%d tokens that nobody holds, but Cable's resets and the kill account for %d", lost, stats.ByStatus[0]+underWay)
+	reported := 0 // a token that arrives after its role was disabled is among them
+	for _, s := range read {
+		if strings.Contains(s.text, "was not delivered") {
+			reported++
+		}
+	}
+	if lost := stats.Minted - len(leases); lost > reported+underWay {
+		t.Errorf("%d undelivered tokens, but only %d were reported, and %d requests were under way at the kill", lost, reported, underWay)
 	}
 
 	after := m.pluginProcesses(t)
