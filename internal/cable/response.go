@@ -175,7 +175,8 @@ func (c *Client) envelope(raw []byte) string {
 // cableClock returns Cable's clock when it sent the response to a call of the
 // given duration: Date plus Age, or the zero time without a usable Date. An Age
 // beyond the call means that a cache responded, from which a token cannot be
-// taken: it is older than its lease would be.
+// taken: it is older than its lease would be. An Age counts a second more than it
+// says, because it is cut off at whole seconds.
 func cableClock(header http.Header, duration time.Duration) (time.Time, error) {
 	var age time.Duration
 	if values := header.Values("Age"); len(values) > 0 {
@@ -186,6 +187,7 @@ func cableClock(header http.Header, duration time.Duration) (time.Time, error) {
 		if age = time.Duration(seconds) * time.Second; age > duration+ageSlack {
 			return time.Time{}, errors.New("its Age header exceeds the duration of the call: it comes from a cache")
 		}
+		age += time.Second
 	}
 	now := date(header)
 	if !now.IsZero() {

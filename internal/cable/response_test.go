@@ -63,7 +63,8 @@ func TestDecode(t *testing.T) {
 	}
 }
 
-// TestCableClock pins that Cable's clock is Date plus Age, that an unusable Date
+// TestCableClock pins that Cable's clock is Date plus Age and the second that
+// Age is cut off by, that an unusable Date
 // counts as none, and which Age is refused.
 func TestCableClock(t *testing.T) {
 	t.Parallel()
@@ -88,11 +89,11 @@ func TestCableClock(t *testing.T) {
 		{"1711929600", nil, 0, time.Time{}, ""},
 		{"Sun, 99 Mar 2024 23:00:00 GMT", nil, 0, time.Time{}, ""},
 		{"", []string{"5"}, 0, time.Time{}, ""},
-		{date, []string{"0"}, 0, at, ""},
-		{date, []string{"5"}, 0, at.Add(5 * time.Second), ""},
+		{date, []string{"0"}, 0, at.Add(time.Second), ""},
+		{date, []string{"5"}, 0, at.Add(6 * time.Second), ""},
 		{date, []string{"6"}, 0, time.Time{}, cached},
 		{date, []string{"6"}, time.Second - 1, time.Time{}, cached},
-		{date, []string{"6"}, time.Second, at.Add(6 * time.Second), ""},
+		{date, []string{"6"}, time.Second, at.Add(7 * time.Second), ""},
 		{date, []string{"3000"}, 20 * time.Second, time.Time{}, cached},
 		{"", []string{"3000"}, 20 * time.Second, time.Time{}, cached},
 		{date, []string{"2147483647"}, time.Minute, time.Time{}, cached},
