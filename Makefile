@@ -1,3 +1,6 @@
+# Copyright (c) The vault-plugin-secrets-cable authors
+# SPDX-License-Identifier: MPL-2.0
+
 # Needs go, git and make. Everything else is built from source, once, into the
 # ignored folders .cache and bin.
 .DEFAULT_GOAL := help

@@ -1,3 +1,6 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 // Command cable-sim is a simulator of Cable's token API, for demos and end-to-end tests and for people without a Cable
 // account. It listens on loopback only, and prints one line per call to stderr: never the refresh key or a token. The
 // faults that it can simulate are those of package cabletest; control.go says how to ask for them.

@@ -15,9 +15,10 @@ const (
 	// DefaultTokenURL is the current endpoint (v2.0 request-token reference).
 	DefaultTokenURL = "https://api.cable.tech/v2/auth/token"
 
-	// MinLifetime and MaxLifetime bound expiry_seconds, both included: 300 (5
-	// minutes) to 86400 (24 hours), by the request-token reference.
+	// MinLifetime is the least expiry_seconds: 300 (request-token reference).
 	MinLifetime = 5 * time.Minute
+
+	// MaxLifetime is the greatest expiry_seconds: 86400 (request-token reference).
 	MaxLifetime = 24 * time.Hour
 
 	// DefaultTimeout is the budget of one RequestToken, retries included.

@@ -185,7 +185,7 @@ func TestAllowPanics(t *testing.T) {
 			}
 			func() {
 				defer func() {
-					if p := recover(); p != errWithdrawn {
+					if p, _ := recover().(error); !errors.Is(p, errWithdrawn) {
 						t.Errorf("%d: recovered %v", times, p)
 					}
 				}()
