@@ -38,6 +38,8 @@ type vaultServer struct {
 	audit string // file
 
 	env     []string // for the server, and so for the plugin
+	mlock   bool     // lock memory
+	level   string   // of the log; default trace
 	plugins string   // the plugin folder; default that of all tests
 	binary  string   // default that of all tests
 
@@ -96,6 +98,9 @@ func (v *vaultServer) start(dir, config string, args func(addr string) []string)
 	if v.binary == "" {
 		v.binary = suite.vault
 	}
+	if v.level == "" {
+		v.level = "trace"
+	}
 	for range 5 { // another process may take the port meanwhile
 		listener, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -105,19 +110,19 @@ func (v *vaultServer) start(dir, config string, args func(addr string) []string)
 		_ = listener.Close()
 		v.addr = "http://" + addr
 		file := filepath.Join(dir, "vault.hcl")
-		text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = true\napi_addr = %q\n", v.plugins, v.addr) +
+		text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = %t\napi_addr = %q\n", v.plugins, !v.mlock, v.addr) +
 			strings.ReplaceAll(config, "ADDR", addr)
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil { // for a server of another user
 			return err
 		}
 		log, err := os.OpenFile(v.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 		if err != nil {
 			return err
 		}
-		v.cmd = exec.Command(v.binary, append([]string{"server", "-log-level=trace", "-config=" + file}, args(addr)...)...)
+		v.cmd = exec.Command(v.binary, append([]string{"server", "-log-level=" + v.level, "-config=" + file}, args(addr)...)...)
 		v.cmd.Stdout, v.cmd.Stderr = log, log
 		// The simulator is on loopback: no proxy of this machine is to be asked.
-		v.cmd.Env = append(append(os.Environ(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+dir, "VAULT_LOG_LEVEL=trace"), v.env...)
+		v.cmd.Env = append(append(os.Environ(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+dir, "VAULT_LOG_LEVEL="+v.level), v.env...)
 		err = v.cmd.Start()
 		_ = log.Close()
 		if err != nil {

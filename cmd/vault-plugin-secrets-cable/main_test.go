@@ -55,6 +55,9 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 2 && os.Args[1] == hostArg {
+		host(os.Args[2:]...)
+	}
 	// More tests at once than there are processors, unless the number is given:
 	// most of them wait to see that nothing happens.
 	flag.Parse()
@@ -103,6 +106,24 @@ var certificate = sync.OnceValue(func() string {
 	defer server.Close()
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
 })
+
+// skipUnlessRequired skips a test whose prerequisite is missing, or fails it
+// where the prerequisites are required: in CI, which runs on Linux as root.
+func skipUnlessRequired(t *testing.T, reason string) {
+	t.Helper()
+	if os.Getenv("E2E") == "require" && runtime.GOOS == "linux" {
+		t.Fatalf("E2E=require: %s", reason)
+	}
+	t.Skip(reason)
+}
+
+// needProgram skips a test that needs a program that is not there.
+func needProgram(t *testing.T, name string) {
+	t.Helper()
+	if _, err := exec.LookPath(name); err != nil {
+		skipUnlessRequired(t, err.Error())
+	}
+}
 
 // TestServe starts the plugin as Vault does and calls it with Vault's own
 // client. What it responds is tested in e2e.

@@ -4,16 +4,25 @@
 package main
 
 import (
+	"math"
 	"os"
+	"os/signal"
 	"runtime"
 	"runtime/debug"
-	"time"
+	"syscall"
 
 	"github.com/hashicorp/go-hclog"
+	goplugin "github.com/hashicorp/go-plugin"
+	"github.com/hashicorp/vault/sdk/helper/pluginutil"
 	"github.com/hashicorp/vault/sdk/plugin"
+	"google.golang.org/grpc"
 
 	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
 )
+
+// protocolVersion is the version of the plugin protocol that Vault and this
+// plugin speak: multiplexed, and with AutoMTLS.
+const protocolVersion = 5
 
 // serve serves the plugin until Vault ends it or is gone. It returns the exit
 // status: 1 if the plugin cannot run, else 0.
@@ -39,29 +48,37 @@ func serve(args []string) int {
 		// printed: they may contain anything.
 		logger.Warn("arguments given at registration ignored: this plugin takes none", "count", len(args))
 	}
+	if err := pluginutil.OptionallyEnableMlock(); err != nil {
+		logger.Error("the plugin cannot be served", "error", err)
+		return 1
+	}
+	// SIGHUP makes Vault reload its configuration. One that is sent to the whole
+	// process group, as by a terminal that closes, must not end the plugin.
+	signal.Ignore(syscall.SIGHUP)
 	// The engine keeps a few MiB in memory, so Go would collect after every few
 	// hundred mints; twice the room costs some MiB and saves a part of that.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
 	}
 
-	go endWithParent()
-	// NOTE: no TLS provider. It serves plugin protocols before version 5, which
-	// Vault 1.16 and later do not speak with a plugin; version 5 uses AutoMTLS.
-	if err := plugin.ServeMultiplex(&plugin.ServeOpts{BackendFactoryFunc: cablesecrets.Factory, Logger: logger}); err != nil {
-		logger.Error("the plugin cannot be served", "error", err)
-		return 1
-	}
+	watch := newWatch(newParent(stdout, logFile))
+	// What plugin.ServeMultiplex in Vault's SDK does, but for two things: it takes
+	// no options for the gRPC server, and it offers older plugin protocols, which
+	// Vault 1.16 and later do not speak with a plugin.
+	goplugin.Serve(&goplugin.ServeConfig{
+		HandshakeConfig: plugin.HandshakeConfig,
+		VersionedPlugins: map[int]goplugin.PluginSet{protocolVersion: {
+			plugin.BackendPluginName: &plugin.GRPCBackendPlugin{Factory: cablesecrets.Factory, MultiplexingSupport: true, Logger: logger},
+		}},
+		Logger: logger,
+		GRPCServer: func(opts []grpc.ServerOption) *grpc.Server {
+			opts = append(opts, grpc.MaxRecvMsgSize(math.MaxInt32), grpc.MaxSendMsgSize(math.MaxInt32))
+			server := goplugin.DefaultGRPCServer(append(opts, watch.options()...))
+			go watch.stopWhenGone(server)
+			return server
+		},
+	})
 	return 0
-}
-
-// endWithParent ends the process soon after Vault, its parent, is gone. A Vault
-// that was killed ends no plugin, and this one holds the refresh key in memory.
-func endWithParent() {
-	for parent := os.Getppid(); os.Getppid() == parent; {
-		time.Sleep(time.Second)
-	}
-	os.Exit(1) // without a word: nobody reads it
 }
 
 // logLevel is the level of what is sent to Vault, which filters what arrives by
