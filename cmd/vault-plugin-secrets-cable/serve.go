@@ -13,7 +13,6 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
-	"github.com/hashicorp/vault/sdk/helper/pluginutil"
 	"github.com/hashicorp/vault/sdk/plugin"
 	"google.golang.org/grpc"
 
@@ -29,7 +28,7 @@ const protocolVersion = 5
 //
 // NOTE: standard output belongs to the handshake and standard error to the
 // logger: nothing else may write to either.
-func serve(args []string) int {
+func serve(args []string) (status int) {
 	// go-plugin replaces both. Without a reference they would be finalized and
 	// their descriptors closed, and the next connections would get the numbers.
 	stdout, stderr := os.Stdout, os.Stderr
@@ -42,14 +41,23 @@ func serve(args []string) int {
 		JSONFormat: true,
 	})
 	hclog.SetDefault(logger)
+	start := &startLogger{Logger: logger}
+	defer func() {
+		if r := recover(); r != nil {
+			start.panicked(r, debug.Stack())
+		}
+		if start.failed {
+			status = 1
+		}
+	}()
 	if len(args) > 0 {
 		// Other plugins take -ca-cert=…, so it is often given at registration. If
 		// it were refused, the mount could not be enabled. The arguments are never
 		// printed: they may contain anything.
 		logger.Warn("arguments given at registration ignored: this plugin takes none", "count", len(args))
 	}
-	if err := pluginutil.OptionallyEnableMlock(); err != nil {
-		logger.Error("the plugin cannot be served", "error", err)
+	if err := checkStart(); err != nil {
+		start.fail(err)
 		return 1
 	}
 	// SIGHUP makes Vault reload its configuration. One that is sent to the whole
@@ -70,7 +78,7 @@ func serve(args []string) int {
 		VersionedPlugins: map[int]goplugin.PluginSet{protocolVersion: {
 			plugin.BackendPluginName: &plugin.GRPCBackendPlugin{Factory: cablesecrets.Factory, MultiplexingSupport: true, Logger: logger},
 		}},
-		Logger: logger,
+		Logger: start,
 		GRPCServer: func(opts []grpc.ServerOption) *grpc.Server {
 			opts = append(opts, grpc.MaxRecvMsgSize(math.MaxInt32), grpc.MaxSendMsgSize(math.MaxInt32))
 			server := goplugin.DefaultGRPCServer(append(opts, watch.options()...))
@@ -78,7 +86,7 @@ func serve(args []string) int {
 			return server
 		},
 	})
-	return 0
+	return status
 }
 
 // logLevel is the level of what is sent to Vault, which filters what arrives by
