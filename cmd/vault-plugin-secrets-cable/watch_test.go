@@ -288,11 +288,10 @@ func TestServerRuns(t *testing.T) {
 			if tt.do != nil {
 				tt.do(t, readProcess(t, file))
 			}
-			// Two looks of a watch that would look without a reason.
-			for end := time.Now().Add(2*lookEvery + lookEvery/2); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-				if err := protocol.Ping(); err != nil {
-					t.Fatalf("the plugin has ended: %v; standard error: %s", err, &stderr)
-				}
+			// Longer than a watch takes that knows of no stream. A call would be a sign.
+			time.Sleep(connectWithin + 3*lookEvery/2)
+			if err := protocol.Ping(); err != nil {
+				t.Fatalf("the plugin has ended: %v; standard error: %s", err, &stderr)
 			}
 			// The one call that ends it.
 			if err := protocol.Close(); err != nil {
@@ -314,8 +313,12 @@ func TestBroken(t *testing.T) {
 		t.Error("there is a reader, and a parent")
 	}
 	_ = r.Close()
-	if runtime.GOOS != "windows" && !gone() {
-		t.Error("there is no reader")
+	// Another test may be about to start a process, which has the read end as well
+	// until it runs.
+	for end := time.Now().Add(10 * time.Second); runtime.GOOS != "windows" && !gone(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("there is no reader")
+		}
 	}
 	_ = w.Close()
 	if gone() {
