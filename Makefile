@@ -40,7 +40,7 @@ test: ## Run the unit tests and the end-to-end tests on a real Vault
 	go test -shuffle=on -p 1 ./...
 
 .PHONY: check
-check: tidy lint shellcheck ## Run what must be green before a change lands
+check: tidy lint shellcheck cross ## Run what must be green before a change lands
 	@$(MAKE) -s servers
 	go test -shuffle=on -p 1 -race ./...
 
@@ -57,6 +57,11 @@ lint: $(GOLANGCI) ## Run the linters that .golangci.yml names
 $(GOLANGCI):
 	@mkdir -p .cache
 	cd tools/lint && GOFLAGS=-mod=readonly go build -trimpath -ldflags '-s -w' -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+CROSS ?= darwin/amd64 darwin/arm64 freebsd/amd64 windows/amd64 linux/386
+.PHONY: cross
+cross: ## Check that all compiles for the other systems, tests included
+	cd tools/cross && GOFLAGS=-mod=readonly go run . ../.. $(CROSS)
 
 .PHONY: tidy
 tidy: ## Check that go.mod and go.sum are tidy

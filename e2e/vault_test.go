@@ -35,6 +35,8 @@ type vaultServer struct {
 	audit string // file
 
 	env     []string // for the server, and so for the plugin
+	mlock   bool     // lock memory
+	level   string   // of the log; default trace
 	plugins string   // the plugin folder; default: that of all tests
 	binary  string   // default: that of all tests
 }
@@ -54,7 +56,7 @@ func (v *vaultServer) startDev(dir string) error { return v.start(dir, nil, suit
 func (v *vaultServer) start(dir string, raft *vaulttest.Raft, plugins ...vaulttest.Plugin) error {
 	v.audit = cmp.Or(v.audit, filepath.Join(dir, "audit.log"))
 	s, err := vaulttest.Start(suite.ctx, vaulttest.Config{
-		Binary: cmp.Or(v.binary, suite.vault), Dir: dir, Env: v.env,
+		Binary: cmp.Or(v.binary, suite.vault), Dir: dir, Env: v.env, LogLevel: v.level, LockMemory: v.mlock,
 		PluginDir: cmp.Or(v.plugins, suite.plugins), Plugins: plugins, Audit: v.audit, Raft: raft,
 	})
 	if err != nil {

@@ -37,6 +37,8 @@ type Config struct {
 	LogLevel string   // of the server and of the plugin; default "trace"
 	Env      []string // more of the server's environment, and so of the plugin's
 
+	LockMemory bool // as in production; default: disable_mlock
+
 	// PluginDir is the plugin folder; default: the one that holds the first of
 	// Plugins, which are those to register.
 	PluginDir string
@@ -124,7 +126,7 @@ func (s *Server) run(ctx context.Context, c Config) error {
 		return err
 	}
 	file := filepath.Join(c.Dir, "vault.hcl")
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		return err
 	}
 	level := cmp.Or(c.LogLevel, "trace")
@@ -160,7 +162,7 @@ func (s *Server) configuration(c Config, addr string) (string, error) {
 			return "", err
 		}
 	}
-	text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = true\napi_addr = %q\n", folder, s.Addr) + s.Product.configuration()
+	text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = %t\napi_addr = %q\n", folder, !c.LockMemory, s.Addr) + s.Product.configuration()
 	if c.Raft == nil {
 		return text, nil
 	}
