@@ -269,8 +269,8 @@ func TestVaultKilled(t *testing.T) {
 		"script, log redirected":    {plugin: `"$plugin" "$@" 2>/dev/null; exit $?`},
 		"plugin in a PID namespace": {namespace: true, plugin: `exec unshare --pid --fork --mount-proc "$plugin" "$@"`},
 		// As in a container with an init process, which outlives Vault.
-		"all in a PID namespace":              {namespace: true, vault: `exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`},
-		"all in a PID namespace, with script": {namespace: true, vault: `exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`, plugin: `"$plugin" "$@"; exit $?`},
+		"all in a PID namespace":              {namespace: true, vault: `[ "$1" = server ] || exec "$VAULT" "$@"; exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`},
+		"all in a PID namespace, with script": {namespace: true, vault: `[ "$1" = server ] || exec "$VAULT" "$@"; exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`, plugin: `"$plugin" "$@"; exit $?`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

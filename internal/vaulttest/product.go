@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"regexp"
+	"time"
 )
 
 // Product is who made a server, by what the server says of itself. Whatever
@@ -29,6 +30,8 @@ var versionLine = regexp.MustCompile(`^(Vault|OpenBao) v(\S+)`)
 
 // identify asks a binary which server it is.
 func identify(ctx context.Context, binary string) (product Product, version string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
 	out, err := exec.CommandContext(ctx, binary, "version").Output()
 	if err != nil {
 		return "", "", fmt.Errorf("%s version: %w", binary, err)
