@@ -25,6 +25,7 @@ import (
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
@@ -48,9 +49,12 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 // newBackend returns a backend that is yet to be set up.
 func newBackend() *backend {
-	b := new(backend)
+	b := &backend{requestToken: func(ctx context.Context, c *cable.Client, r cable.TokenRequest) (*cable.Token, error) {
+		return c.RequestToken(ctx, r)
+	}}
+	b.ctx, b.cancel = context.WithCancel(context.Background())
 	m := newMetrics()
-	b.cache = newCache(m.apiCallEnded)
+	b.cache = newCache(m.apiCallEnded, m.sharedTokenDropped)
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		Help:           strings.TrimSpace(backendHelp),
@@ -79,6 +83,7 @@ func newBackend() *backend {
 
 // clean ends the mount on this node.
 func (b *backend) clean(context.Context) {
+	b.cancel()
 	b.cache.invalidate(configStoragePath)
 	b.telemetry.events.close()
 }
@@ -130,14 +135,19 @@ func (b *backend) recoverPanic(req *logical.Request, resp **logical.Response, er
 	if p, ok := value.(*panicked); ok {
 		value, stack = p.value, p.stack
 	}
+	if resp != nil {
+		*resp = nil
+	}
+	*err = b.panicked(req, value, stack)
+}
+
+// panicked reports a panic, and returns the error for its request.
+func (b *backend) panicked(req *logical.Request, value any, stack []byte) error {
 	b.telemetry.metrics.panics.Inc()
 	b.telemetry.requestLog(req).Error("panic in a handler; the request failed and the engine continues",
 		"operation", req.Operation, "path", req.Path,
 		"panic_type", fmt.Sprintf("%T", value), "stack", string(stack))
-	if resp != nil {
-		*resp = nil
-	}
-	*err = logical.CodedError(http.StatusInternalServerError,
+	return logical.CodedError(http.StatusInternalServerError,
 		fmt.Sprintf("internal error in the Cable secrets engine: search Vault's log for request_id %s", req.ID))
 }
 

@@ -41,6 +41,7 @@ type testMount struct {
 	log     *syncBuffer
 	events  *logical.MockEventSender
 	hangTTL atomic.Pointer[chan struct{}] // lease settings are not reported until it is closed
+	maxTTL  atomic.Int64                  // max_lease_ttl if not 0, for tuning during requests
 }
 
 // testView is what a mount asks Vault, from more than one goroutine: its
@@ -54,6 +55,9 @@ type testView struct {
 func (v testView) MaxLeaseTTL() time.Duration {
 	if hang := v.m.hangTTL.Load(); hang != nil {
 		<-*hang
+	}
+	if d := v.m.maxTTL.Load(); d != 0 {
+		return time.Duration(d)
 	}
 	return v.StaticSystemView.MaxLeaseTTL()
 }
@@ -397,8 +401,8 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 		{logical.PatchOperation, "config", "auth_scheme, ca_cert"},
 		{logical.ReadOperation, "config", "takes no parameters"},
 		{logical.DeleteOperation, "config", "takes no parameters"},
-		{logical.UpdateOperation, "roles/ci", "disabled, max_ttl, organization_id, scopes, ttl"},
-		{logical.UpdateOperation, "roles/new", "disabled, max_ttl, organization_id, scopes, ttl"},
+		{logical.UpdateOperation, "roles/ci", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
+		{logical.UpdateOperation, "roles/new", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
 		{logical.PatchOperation, "roles/ci", "disabled, max_ttl"},
 		{logical.ReadOperation, "roles/ci", "takes no parameters"},
 		{logical.DeleteOperation, "roles/ci", "takes no parameters"},

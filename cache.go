@@ -39,12 +39,19 @@ type backend struct {
 	*framework.Backend
 	cache     *cache
 	telemetry *telemetry
+
+	ctx    context.Context // ends with the mount
+	cancel context.CancelFunc
+
+	requestToken func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) // another one in tests
 }
 
 // cache is what a mount keeps in memory of its stored entries.
 type cache struct {
-	// observe is called for each API call.
+	// observe is called for each API call, dropped for each shared token that is
+	// dropped, with the number of its readers.
 	observe func(cable.Call)
+	dropped func(readers int)
 
 	// writes makes read, merge and store of an entry one step, by storage key.
 	writes keyedMutex
@@ -62,6 +69,10 @@ type cache struct {
 	// roles are those that a token was requested for, up to maxCachedRoles.
 	// Entries are never changed, only replaced.
 	roles map[string]*roleEntry
+
+	// shared has what the readers of roles with reuse_for share, up to
+	// maxCachedRoles.
+	shared map[string]*sharedRole
 
 	// uncertain are the storage keys of entries whose last write failed, with
 	// whether their token requests fail meanwhile. keepsRoles turns false if they
@@ -86,9 +97,9 @@ type liveConfig struct {
 }
 
 // newCache returns an empty cache.
-func newCache(observe func(cable.Call)) *cache {
+func newCache(observe func(cable.Call), dropped func(readers int)) *cache {
 	return &cache{
-		observe: observe, roles: make(map[string]*roleEntry), uncertain: make(map[string]bool), keepsRoles: true,
+		observe: observe, dropped: dropped, shared: make(map[string]*sharedRole), roles: make(map[string]*roleEntry), uncertain: make(map[string]bool), keepsRoles: true,
 		timeout: maxRequestTimeout * time.Second,
 	}
 }
@@ -252,13 +263,53 @@ func (c *cache) invalidate(key string) {
 // again. The caller holds mu.
 func (c *cache) dropLocked(key string) {
 	c.generation++
-	if key == configStoragePath && c.live != nil {
-		c.live.client.Close()
-		c.live = nil
+	if key == configStoragePath {
+		if c.live != nil {
+			c.live.client.Close()
+			c.live = nil
+		}
+		for _, s := range c.shared {
+			s.retire()
+		}
+		clear(c.shared)
 	}
 	if name, ok := roleOfKey(key); ok {
 		delete(c.roles, name)
+		if s := c.shared[name]; s != nil {
+			s.retire()
+			delete(c.shared, name)
+		}
 	}
+}
+
+// sharedRole returns what the readers of a role share that read these settings
+// in this generation; nil if these are not kept, or there are too many roles.
+func (c *cache) sharedRole(name string, set settings, generation uint64) *sharedRole {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.generation != generation {
+		return nil // this reader mints alone, with what it read
+	}
+	s := c.shared[name]
+	if s == nil && c.live == set.config && c.roles[name] == set.role && len(c.shared) < maxCachedRoles {
+		s = &sharedRole{settings: set, dropped: c.dropped}
+		c.shared[name] = s
+	}
+	return s
+}
+
+// rolesDown returns the roles whose readers get the previous token because Cable
+// is down, with the outcome of their last call.
+func (c *cache) rolesDown() map[string]any {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	down := make(map[string]any)
+	for name, s := range c.shared {
+		if o := s.isDown(); o != "" {
+			down[name] = string(o)
+		}
+	}
+	return down
 }
 
 // keyedMutex is a mutex for each key.

@@ -128,7 +128,7 @@ func TestUncertainIsNotKept(t *testing.T) {
 // good, and a blocked role stays blocked.
 func TestUncertainIsBounded(t *testing.T) {
 	t.Parallel()
-	c := newCache(nil)
+	c := newCache(nil, nil)
 	fails := func() error { return errors.New("context canceled") }
 	_ = c.write(t.Context(), "roles/blocked", true, fails)
 	for i := range 3 * maxCachedRoles {

@@ -62,6 +62,9 @@ type metrics struct {
 	grantedLifetime       prometheus.Histogram
 	leasesEnded           prometheus.Counter
 	leaseEndedRemaining   prometheus.Histogram
+	reuseFallbacks        *prometheus.CounterVec // cause
+	reusedTokenAge        prometheus.Histogram
+	reusedTokenReaders    prometheus.Histogram
 	events                *prometheus.CounterVec // result
 	panics                prometheus.Counter
 
@@ -126,6 +129,12 @@ func newMetrics() *metrics {
 		"Leases that were revoked or expired, those with an unknown token expiry included.")
 	m.leaseEndedRemaining = histogram("lease_ended_remaining_lifetime_seconds",
 		"Remaining token lifetime when the lease ended; a few seconds if it expired normally.", slices.Concat([]float64{5, 60}, lifetimes))
+	m.reuseFallbacks = counters("reuse_fallbacks_total",
+		"Reads that returned the previous shared token because Cable is down, by the outcome of the shared call.", "cause")
+	m.reusedTokenAge = histogram("reused_token_age_seconds",
+		"Age of a shared token when it was returned to another reader.", []float64{1, 10, 60, 300, 600, 1800, 3600, 7200, 14400, 28800, 43200})
+	m.reusedTokenReaders = histogram("reused_token_readers",
+		"Reads that a shared token was returned to, observed when it is dropped.", []float64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000})
 	m.events = counters("events_total",
 		"Events for Vault's event system: sent, failed, or dropped because Vault accepted them too slowly.", "result")
 	m.panics = counter("panics_total",
@@ -139,6 +148,9 @@ func newMetrics() *metrics {
 		m.apiCallsByCode[code] = m.apiCalls.WithLabelValues(strconv.Itoa(code))
 	}
 	m.apiCalls.WithLabelValues(noResponse)
+	for _, o := range []outcome{outcomeCableError, outcomeRateLimited, outcomePaused, outcomeUnreachable, outcomeTimedOut} {
+		m.reuseFallbacks.WithLabelValues(string(o))
+	}
 	for _, r := range []eventResult{eventSent, eventFailed, eventDropped} {
 		m.events.WithLabelValues(string(r))
 	}
@@ -173,19 +185,31 @@ func (m *metrics) apiCallEnded(c cable.Call) {
 func (m *metrics) tokenRequestEnded(r *tokenReport, took time.Duration, isCurrent func(generation uint64) bool) {
 	o := r.outcome()
 	m.tokenRequests.WithLabelValues(m.roleLabel(r, isCurrent), string(o)).Inc()
-	if r.attempts() > 0 {
+	if r.reused {
+		m.reusedTokenAge.Observe(r.age.Seconds())
+		if r.fallback != "" {
+			m.reuseFallbacks.WithLabelValues(string(r.fallback)).Inc()
+		}
+	} else if r.attempts() > 0 {
 		m.tokenRequestDuration.Observe(took.Seconds())
 	}
+}
+
+// callEnded counts what a token request, or a shared call, comes to at Cable.
+func (m *metrics) callEnded(r *tokenReport) {
 	if r.minted != nil {
 		m.grantedLifetime.Observe(float64(r.minted.lifetime))
 	}
-	if o == outcomeGrantMismatch {
+	if r.outcome() == outcomeGrantMismatch {
 		m.grantMismatches.Inc()
 	}
 	if r.failure != nil && r.failure.undeliveredUntil > 0 {
 		m.undeliveredTokens.Inc()
 	}
 }
+
+// sharedTokenDropped counts the readers of a shared token.
+func (m *metrics) sharedTokenDropped(readers int) { m.reusedTokenReaders.Observe(float64(readers)) }
 
 // leaseEnded counts a lease that was revoked or expired; left is the remaining
 // lifetime of its token, negative if that is not known.

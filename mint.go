@@ -28,6 +28,9 @@ type tokenParams struct {
 	scopes []string // nil if the caller named none
 }
 
+// isDefault reports whether the caller named nothing.
+func (p tokenParams) isDefault() bool { return !p.hasTTL && p.scopes == nil }
+
 // settings are what a token request is resolved with.
 type settings struct {
 	config *liveConfig
@@ -79,6 +82,11 @@ func (b *backend) mintOnce(ctx context.Context, r *tokenReport, params tokenPara
 	if err != nil {
 		return nil, err
 	}
+	if set.role.ReuseFor > 0 && params.isDefault() {
+		if s := b.cache.sharedRole(r.role, set, r.generation); s != nil {
+			return b.mintShared(ctx, r, s)
+		}
+	}
 	generation := r.generation
 	return b.mintWith(ctx, r, set, params, func() error {
 		if !b.cache.isCurrent(generation) {
@@ -86,6 +94,20 @@ func (b *backend) mintOnce(ctx context.Context, r *tokenReport, params tokenPara
 		}
 		return nil
 	})
+}
+
+// mintShared returns a token that the role's readers share.
+func (b *backend) mintShared(ctx context.Context, r *tokenReport, s *sharedRole) (*mintedToken, error) {
+	requested, warnings, err := b.resolve(ctx, r, s.settings, tokenParams{})
+	if err != nil {
+		return nil, err
+	}
+	r.sharing = true
+	m, err := b.reuse(ctx, r, s, requested)
+	if m != nil {
+		m.warnings = append(warnings, m.warnings...)
+	}
+	return m, err
 }
 
 // settings reads the configuration and the role, and refuses if there is none.
@@ -131,12 +153,21 @@ func (b *backend) mintWith(ctx context.Context, r *tokenReport, set settings, pa
 		return nil, err
 	}
 	requested.Start, requested.Allow = r.received, allow
+	m, err := b.call(ctx, r, set.config, requested)
+	if err != nil {
+		return nil, err
+	}
+	m.warnings = append(warnings, m.warnings...)
+	return m, nil
+}
 
+// call requests a token from Cable, checks the grant, and decides the lease.
+func (b *backend) call(ctx context.Context, r *tokenReport, config *liveConfig, requested cable.TokenRequest) (*mintedToken, error) {
 	b.telemetry.metrics.tokenRequestsInFlight.Inc()
-	token, err := set.config.client.RequestToken(ctx, requested)
+	token, err := b.requestToken(ctx, config.client, requested)
 	b.telemetry.metrics.tokenRequestsInFlight.Dec()
 	if err != nil {
-		return nil, callFailure(err, r, set.config)
+		return nil, callFailure(err, r, config)
 	}
 	r.granted = token
 
@@ -149,7 +180,7 @@ func (b *backend) mintWith(ctx context.Context, r *tokenReport, set settings, pa
 	}
 	lifetime := int64(requested.Lifetime / time.Second)
 	now := time.Now()
-	m := &mintedToken{Token: token, scopes: granted, warnings: warnings}
+	m := &mintedToken{Token: token, scopes: granted}
 	m.lease, m.lifetime, err = decideLease(grantedLifetime{
 		requested: lifetime, expiry: token.Expiry, date: token.Date, sentAt: token.SentAt, elapsed: elapsed(token.SentAt, now),
 	})
@@ -224,7 +255,7 @@ func checkEnabled(name string, set settings) error {
 // checkStillEnabled refuses a token that arrived after the mount or the role was
 // disabled or deleted, or if that cannot be known.
 func (b *backend) checkStillEnabled(ctx context.Context, r *tokenReport) error {
-	if r.verify || b.cache.isCurrent(r.generation) {
+	if r.verify || r.shared || b.cache.isCurrent(r.generation) {
 		return nil
 	}
 	// What is asked of storage now may take a moment beyond the request's budget:

@@ -25,6 +25,7 @@ type outcome string
 
 const (
 	outcomeMinted          outcome = "minted"
+	outcomeReused          outcome = "reused"            // the role's shared token was returned
 	outcomeInvalidRequest  outcome = "invalid_request"   // refused by the engine, before Cable was called
 	outcomeKeyRejected     outcome = "key_rejected"      // Cable responded 401
 	outcomeRejectedByCable outcome = "rejected_by_cable" // another 4xx
@@ -54,6 +55,7 @@ type handling struct {
 // anything being wrong with it.
 var outcomes = map[outcome]handling{
 	outcomeMinted:          {http.StatusOK, hclog.Debug, false},
+	outcomeReused:          {http.StatusOK, hclog.Debug, false},
 	outcomeInvalidRequest:  {http.StatusBadRequest, hclog.Debug, false},
 	outcomeKeyRejected:     {http.StatusBadRequest, hclog.Warn, true},
 	outcomeRejectedByCable: {http.StatusBadRequest, hclog.Warn, true},
@@ -89,6 +91,7 @@ type failure struct {
 	cableStatus int           // the HTTP status of Cable's response, 0 without one
 	attempts    int           // API calls made
 	retryAfter  time.Duration // of rate_limited and paused
+	certificate bool          // Cable's certificate was refused
 
 	// undeliveredUntil is the Unix time until which a token may be valid that
 	// Cable issued and nobody received; 0 if there can be none.
@@ -119,7 +122,7 @@ func classify(err error) *failure {
 	case errors.As(err, &ce):
 		return &failure{
 			outcome: outcomeOf(ce), message: ce.Error(), detail: ce.Detail, cause: err,
-			cableStatus: ce.StatusCode, attempts: ce.Attempts, retryAfter: ce.RetryAfter,
+			cableStatus: ce.StatusCode, attempts: ce.Attempts, retryAfter: ce.RetryAfter, certificate: ce.Certificate,
 		}
 	}
 	f = &failure{outcome: outcomeVaultError, message: err.Error(), detail: err.Error(), cause: err}

@@ -103,8 +103,11 @@ func parseTokenParams(role string, in input) (params tokenParams, err error) {
 }
 
 const credsHelp = `
-Each read mints an access token and returns it with a lease. The lease cannot
-be renewed and ends no later than the token. Read again for a new one.
+A read returns an access token with a lease. The lease cannot be renewed and
+ends no later than the token. Read again for a new one.
+
+Each read mints a token, unless the role has reuse_for: then reads without
+parameters share one.
 
 ttl requests another lifetime, scopes a subset of the role's scopes. Either can
 be in the query of a read or in the body of a write.

@@ -165,6 +165,17 @@ func TestMetricsMove(t *testing.T) {
 			}
 			m.refused(http.StatusInternalServerError, logical.UpdateOperation, "creds/ci", nil)
 		}, up},
+		{"reused_token_age_seconds_count", func() {
+			m.sim.ClearFaults()
+			m.write("roles/ci", map[string]any{"ttl": 600, "reuse_for": 1})
+			m.read("creds/ci")
+			m.read("creds/ci")
+		}, up},
+		{`reuse_fallbacks_total{cause="cable_error"}`, func() {
+			fault(cabletest.Fault{Status: 500})
+			m.waitUntil(func() bool { return len(m.ok(logical.ReadOperation, "creds/ci", nil).Warnings) > 0 }) // once reuse_for has passed
+		}, up},
+		{"reused_token_readers_count", func() { m.write("roles/ci", map[string]any{"reuse_for": 0}) }, up},
 		{"pauses_total", func() {
 			fault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "90"}})
 			mint()

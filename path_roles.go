@@ -22,6 +22,7 @@ func (r *roleEntry) toResponseData() map[string]any {
 		"scopes":          r.Scopes,
 		"ttl":             r.TTL,
 		"max_ttl":         r.MaxTTL,
+		"reuse_for":       r.ReuseFor,
 		"disabled":        r.Disabled,
 	}
 }
@@ -71,6 +72,12 @@ func (r *roleEntry) merge(in input, isPatch bool, now time.Time) (*roleEntry, er
 	}
 	if (changes.has("ttl") || changes.has("max_ttl")) && next.TTL > next.maxLifetime() {
 		return nil, refusal(fmt.Sprintf("ttl of %ds is above max_ttl of %ds: lower ttl or raise max_ttl", next.TTL, next.maxLifetime()))
+	}
+	if v, ok := changes["reuse_for"].(int); ok {
+		next.ReuseFor = int64(v)
+	}
+	if (changes.has("reuse_for") || changes.has("ttl")) && next.ReuseFor > next.TTL/2 {
+		return nil, refusal(fmt.Sprintf("reuse_for of %s needs a ttl of at least twice that, and ttl is %ds (0: not set): lower reuse_for or set ttl", showSeconds(next.ReuseFor), next.TTL))
 	}
 	if v, ok := changes["disabled"].(bool); ok {
 		next.Disabled = v
@@ -155,7 +162,9 @@ func (b *backend) pathRoles() *framework.Path {
 		})
 	}
 	fields := roleResponseFields()
-	fields["ttl"].Type, fields["max_ttl"].Type = framework.TypeDurationSecond, framework.TypeDurationSecond
+	for _, name := range []string{"ttl", "max_ttl", "reuse_for"} {
+		fields[name].Type = framework.TypeDurationSecond
+	}
 	fields["name"] = &framework.FieldSchema{
 		Type:        framework.TypeString,
 		Description: "The role's name.",
@@ -209,6 +218,10 @@ func roleResponseFields() map[string]*framework.FieldSchema {
 		"max_ttl": {
 			Type:        framework.TypeInt,
 			Description: "The longest lifetime of a token in seconds: 300s to 86400s; 0 for 24 hours. The mount's max_lease_ttl caps it.",
+		},
+		"reuse_for": {
+			Type:        framework.TypeInt,
+			Description: "For how long, in seconds, reads without parameters share a token: at most half of ttl, which must be set; 0 (the default): each read mints.",
 		},
 		"disabled": {
 			Type:        framework.TypeBool,
@@ -392,12 +405,18 @@ The names are sorted. "after" returns names that sort after the given one;
 
 const rolesHelp = `
 A role names an organization, the scopes of its tokens, and their lifetimes. A
-read of creds/<name> mints a token for it, so permission to read that path is
+read of creds/<name> returns a token for it, so permission to read that path is
 permission to have the role's tokens.
 
 A write keeps the fields that it does not name, and what a read returns can be
 written back. ttl=0 or max_ttl=0 restores the default. A patch with null removes
 organization_id. disabled=true disables the role.
+
+By default, each read mints. With reuse_for, reads without parameters share a
+token for that long, so that a fleet does not use up Cable's rate limit; ttl must
+be at least twice reuse_for. While Cable is down, such reads return the previous
+token with a warning. Every write of the role or of config, even one that changes
+nothing, drops the shared token.
 
 Deleting or disabling a role stops minting. Tokens that were minted before stay
 valid until their expiry: Cable cannot revoke them.

@@ -25,7 +25,7 @@ func TestRoleWrite(t *testing.T) {
 	if w := m.write("roles/ci", map[string]any{"scopes": " person:read, ,transactions:read,person:read"}); w != nil {
 		t.Errorf("warnings: %q", w)
 	}
-	want := map[string]any{"organization_id": "", "scopes": []string{"person:read", "transactions:read"}, "ttl": int64(0), "max_ttl": int64(0), "disabled": false}
+	want := map[string]any{"organization_id": "", "scopes": []string{"person:read", "transactions:read"}, "ttl": int64(0), "max_ttl": int64(0), "reuse_for": int64(0), "disabled": false}
 	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
 		t.Error(diff)
 	}
@@ -232,7 +232,7 @@ func TestRoleConcurrentWrites(t *testing.T) {
 		wg.Go(func() { m.write("roles/ci", data) })
 	}
 	wg.Wait()
-	want := map[string]any{"organization_id": "org_x", "scopes": []string{"person:write"}, "ttl": int64(600), "max_ttl": int64(1200), "disabled": true}
+	want := map[string]any{"organization_id": "org_x", "scopes": []string{"person:write"}, "ttl": int64(600), "max_ttl": int64(1200), "reuse_for": int64(0), "disabled": true}
 	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
 		t.Error(diff)
 	}

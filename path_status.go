@@ -69,6 +69,8 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 		"pause_seconds":           {Type: framework.TypeInt64, Description: "Seconds until requests resume after Cable's 429; 0 if not paused."},
 		"paused_until":            {Type: framework.TypeString, Description: "When that pause ends."},
 
+		"reuse_fallbacks": {Type: framework.TypeKVPairs, Description: "Roles whose last API call for a shared token found Cable down, with its outcome. Their readers get the previous token while it is usable.", Required: true},
+
 		"last_mint_at":              {Type: framework.TypeString, Description: "When the last token was minted.", Required: true},
 		"last_mint_role":            {Type: framework.TypeString, Description: "For which role.", Required: true},
 		"last_failure_at":           {Type: framework.TypeString, Description: "When the last token request failed. Refused, paused and canceled requests do not count as failures.", Required: true},
@@ -92,6 +94,7 @@ func (b *backend) pathStatusRead(ctx context.Context, req *logical.Request, _ *f
 	} else {
 		maps.Copy(resp.Data, configData(live, time.Now()))
 	}
+	resp.Data["reuse_fallbacks"] = b.cache.rolesDown()
 	disabled, err := b.disabledRoles(ctx, req.Storage)
 	if err != nil {
 		resp.AddWarning("disabled_roles may be incomplete: " + err.Error())
@@ -157,8 +160,8 @@ func (b *backend) disabledRoles(ctx context.Context, s logical.Storage) (disable
 const statusHelp = `
 Shows whether the mount is configured, the version and age of the refresh key,
 what is disabled, the last minted token, the last failure, whether token
-requests are paused after Cable's 429, token requests by outcome, and the build
-of the engine.
+requests are paused after Cable's 429, for which roles Cable is down, token
+requests by outcome, and the build of the engine.
 
 Counters are kept in memory on this node and reset on restart, reload or
 failover. The response contains no secrets. If storage is unavailable, a warning

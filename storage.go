@@ -118,6 +118,7 @@ type roleEntry struct {
 	Scopes         []string `json:"scopes"` // sorted, without duplicates
 	TTL            int64    `json:"ttl,omitempty"`
 	MaxTTL         int64    `json:"max_ttl,omitempty"`
+	ReuseFor       int64    `json:"reuse_for,omitempty"`
 	Disabled       bool     `json:"disabled,omitempty"`
 
 	// EarlierUntil is the Unix time until which tokens may be valid that were

@@ -28,6 +28,8 @@ type tokenReport struct {
 	received time.Time
 	role     string // the name, also of a role that does not exist
 	verify   bool   // for verify_role: no caller gets the token
+	shared   bool   // a call on behalf of all who wait for it
+	sharing  bool   // waits for such a call, or needs none
 
 	roleExists bool
 	generation uint64             // of the settings that the request was resolved with
@@ -36,6 +38,10 @@ type tokenReport struct {
 
 	minted  *mintedToken // nil if it failed
 	failure *failure     // nil if it did not
+
+	reused   bool          // another reader had the token minted
+	age      time.Duration // of the shared token, since its call was sent
+	fallback outcome       // why the previous token was returned, or ""
 }
 
 // mintedToken is an access token that was checked and may be returned.
@@ -53,10 +59,14 @@ func (m *mintedToken) expiresAt() string { return rfc3339(m.Expiry) }
 
 // outcome names how the request ended.
 func (r *tokenReport) outcome() outcome {
-	if r.failure != nil {
+	switch {
+	case r.failure != nil:
 		return r.failure.outcome
+	case r.reused:
+		return outcomeReused
+	default:
+		return outcomeMinted
 	}
-	return outcomeMinted
 }
 
 // attempts counts the API calls.
@@ -106,13 +116,44 @@ func (t *telemetry) requestLog(req *logical.Request) hclog.Logger {
 // settings that it was resolved with are still those in use.
 func (t *telemetry) tokenRequestEnded(r *tokenReport, isCurrent func(generation uint64) bool) {
 	took := time.Since(r.received)
+	if r.sharing { // what there is to say of the call, sharedCallEnded says
+		t.logReader(r, took)
+		t.metrics.tokenRequestEnded(r, took, isCurrent)
+		t.tally.tokenRequestEnded(r)
+		return
+	}
 	t.logTokenRequest(r, took)
 	if r.verify {
 		return // a trial says nothing about the settings in use
 	}
 	t.metrics.tokenRequestEnded(r, took, isCurrent)
+	t.metrics.callEnded(r)
 	t.tally.tokenRequestEnded(r)
 	t.events.sendTokenRequest(r)
+}
+
+// sharedCallEnded reports how a call ended that was made for all readers who
+// waited for it, once.
+func (t *telemetry) sharedCallEnded(r *tokenReport) {
+	t.logTokenRequest(r, time.Since(r.received))
+	t.metrics.callEnded(r)
+	t.tally.sharedCallEnded(r)
+	t.events.sendTokenRequest(r)
+}
+
+// logReader writes the line of a reader of a shared token.
+func (t *telemetry) logReader(r *tokenReport, took time.Duration) {
+	if !t.logger().IsDebug() {
+		return
+	}
+	phrase := "token reused"
+	if r.failure != nil {
+		phrase = "token request failed"
+	} else if !r.reused {
+		phrase = "token minted"
+	}
+	t.requestLog(r.req).Debug(phrase, "role", r.role, "outcome", string(r.outcome()), "duration", took.Round(time.Microsecond).String(),
+		"age", r.age.Round(time.Millisecond).String(), "fallback", string(r.fallback))
 }
 
 // logTokenRequest writes the one line of a token request.
@@ -233,12 +274,22 @@ func (c *tally) tokenRequestEnded(r *tokenReport) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.counts[last.outcome]++
-	if r.failure == nil {
+	if last.outcome == outcomeMinted {
 		c.lastMint = last
-	} else if outcomes[last.outcome].failure {
+	} else if r.failure != nil && outcomes[last.outcome].failure {
 		last.cableStatus = r.failure.cableStatus
 		c.lastFailure = last
 	}
+}
+
+// sharedCallEnded keeps the failure of a call that its readers may not see.
+func (c *tally) sharedCallEnded(r *tokenReport) {
+	if r.failure == nil || !outcomes[r.outcome()].failure {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.lastFailure = tallied{at: time.Now(), role: r.roleName(), outcome: r.outcome(), cableStatus: r.failure.cableStatus}
 }
 
 // leaseEnded counts a lease that was revoked or expired.

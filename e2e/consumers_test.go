@@ -38,7 +38,7 @@ func TestConsumers(t *testing.T) {
 	s, m := newApplication(t)
 	m.ok(t, "POST", "cable/roles/ci", map[string]any{"scopes": "transactions:read"})
 	blocks := blocksOf(t, "docs/consumers.md")
-	if len(blocks) != 2 || blocks[0].language != "hcl" || blocks[1].language != "hcl" {
+	if len(blocks) != 3 || blocks[0].language != "hcl" || blocks[1].language != "hcl" || blocks[2].language != "sh" {
 		t.Fatalf("the page has %d blocks: %v", len(blocks), blocks)
 	}
 
@@ -67,6 +67,18 @@ func TestConsumers(t *testing.T) {
 			t.Errorf("%s %s %v under the page's policy: %v %v, want %d", tt.method, tt.path, tt.body, a, err, tt.status)
 		}
 	}
+
+	// The readers of a role that share a token, and a reader with parameters.
+	s.run(blocks[2].text)
+	calls := m.sim.CallCount()
+	first, second := m.ok(t, "GET", "cable/creds/reports", nil), m.ok(t, "GET", "cable/creds/reports", nil)
+	if first.token() != second.token() || first.LeaseID == second.LeaseID || first.LeaseDuration < 3500 || m.sim.CallCount() != calls+1 {
+		t.Errorf("two readers: %d API calls, leases of %ds and %ds", m.sim.CallCount()-calls, first.LeaseDuration, second.LeaseDuration)
+	}
+	if a := m.ok(t, "GET", "cable/creds/reports?ttl=1h", nil); a.token() == first.token() {
+		t.Error("a read with parameters shares the token")
+	}
+	m.ok(t, "POST", "cable/roles/reports", map[string]any{"reuse_for": 0, "ttl": "15m"})
 
 	// Agent, by its name for the configuration on the page.
 	m.ok(t, "POST", "sys/auth/approle", map[string]any{"type": "approle"})

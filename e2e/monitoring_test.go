@@ -242,6 +242,18 @@ func everyOutcome(t *testing.T, m *mount) map[string]string {
 			return strings.Contains(m.ok(t, "GET", m.path+"/metrics", nil).text, `outcome="canceled"`)
 		})
 	}()
+	func() { // readers that share a token, and get the previous one while Cable is down
+		m.ok(t, "POST", m.path+"/roles/shared", map[string]any{"scopes": "transactions:read", "ttl": "5m", "reuse_for": "1s"})
+		m.ok(t, "GET", m.path+"/creds/shared", nil)
+		m.sim.SetFault(cabletest.Fault{Status: 500})
+		defer m.sim.ClearFaults()
+		reused := 0
+		waitFor(t, 10*time.Second, "readers get the previous token", func() bool {
+			reused++
+			return strings.Contains(m.ok(t, "GET", m.path+"/creds/shared", nil).text, "Cable is down (cable_error)")
+		})
+		want["minted shared"], want["reused shared"] = "1", fmt.Sprint(reused)
+	}()
 	for _, f := range failures {
 		m.fail(t, f)
 		want[f.outcome+" app"] = "1"
@@ -279,9 +291,10 @@ func TestMonitoring(t *testing.T) {
 		return diff == ""
 	})
 	for expr, value := range map[string]string{
-		`sum(vault_cable_granted_lifetime_seconds_count)`:                   "3",
+		`sum(vault_cable_granted_lifetime_seconds_count)`:                   "4",
 		`sum(vault_cable_api_calls_total{code="401"})`:                      "1",
-		`sum(vault_cable_api_calls_total{code=~"401|403|500|429"})`:         "4",
+		`sum(vault_cable_api_calls_total{code=~"401|403|500|429"})`:         "5",
+		`sum(vault_cable_reuse_fallbacks_total{cause="cable_error"})`:       "1",
 		`sum(vault_cable_api_calls_total{code=~"502|503|504|400|404|408"})`: "0",
 		`sum(vault_cable_grant_mismatches_total)`:                           "1",
 		`sum(vault_cable_pauses_total)`:                                     "1",

@@ -174,6 +174,23 @@ func TestRunbook(t *testing.T) {
 			t.Errorf("last_failure_outcome is %s, want %s", got, outcome)
 		}
 	}
+	// shares switches reuse on, and returns the token that the role's readers
+	// then share.
+	shares := func(reuseFor string) string {
+		t.Helper()
+		v.ok(t, "POST", "cable/roles/reports", map[string]any{"reuse_for": reuseFor})
+		return r.read().token()
+	}
+	// fallsBack waits until readers get the previous token because of a fault.
+	fallsBack := func(previous, outcome string) {
+		t.Helper()
+		waitFor(t, 10*time.Second, "readers get the previous token", func() bool {
+			a := r.read()
+			return a.token() == previous && strings.Contains(a.text, "Cable is down ("+outcome+")")
+		})
+	}
+	mintsEach := func() { v.ok(t, "POST", "cable/roles/reports", map[string]any{"reuse_for": 0}) }
+	var shared string
 	disabled := func(path, want string) {
 		t.Helper()
 		if got := r.field(path, "disabled"); got != want {
@@ -260,9 +277,21 @@ func TestRunbook(t *testing.T) {
 
 		"Rotate the refresh key/1": {want: []string{`token_url +` + regexp.QuoteMeta(tokenURL), `(?m)^ca_cert +n/a$`}},
 		"Rotate the refresh key/2": {
-			before: withdrawn,
-			want:   []string{minted},
-			after:  func(string) { rotated(tokenURL) },
+			before: func() {
+				shared = shares("5m")
+				if r.read().token() != shared {
+					t.Error("the role's readers do not share a token")
+				}
+				withdrawn()
+			},
+			want: []string{minted},
+			after: func(string) {
+				rotated(tokenURL)
+				if r.read().token() == shared {
+					t.Error("a rotation did not drop the shared token")
+				}
+				mintsEach()
+			},
 		},
 		"Rotate the refresh key/3": {
 			before: func() { // the gateway has a root of its own
@@ -389,19 +418,34 @@ func TestRunbook(t *testing.T) {
 
 		"A token leaked/1": {
 			before: func() {
-				a := r.read()
-				lease = a.LeaseID
-				r.write("leaked-token.txt", a.token()+"\n")
+				shared = shares("2m")
+				lease = r.read().LeaseID
+				r.write("leaked-token.txt", shared+"\n")
 			},
-			want:  []string{"cable/creds/reports"},
-			after: func(out string) { contains(t, out, lease) },
+			want: []string{"cable/creds/reports"},
+			after: func(out string) {
+				contains(t, out, lease)
+				if n := strings.Count(out, "\n"); n != 2 {
+					t.Errorf("%d readers had the token, want 2:\n%s", n, out)
+				}
+				v.ok(t, "PUT", "sys/leases/revoke-prefix/cable/creds/reports", map[string]any{"sync": true})
+				if r.read().token() != shared {
+					t.Error("the end of the leases dropped the shared token")
+				}
+			},
 		},
-		"A token leaked/2": {want: []string{"the role is disabled", validUntil}, after: func(string) { disabled("roles/reports", "true") }},
-		"A token leaked/3": {after: func(string) {
+		"A token leaked/2": {after: func(string) {
+			if a := r.read(); a.status != 200 || a.token() == shared {
+				t.Errorf("status %d; the leaked token is still returned: %t", a.status, a.token() == shared)
+			}
+		}},
+		"A token leaked/3": {want: []string{"the role is disabled", validUntil}, after: func(string) { disabled("roles/reports", "true") }},
+		"A token leaked/4": {after: func(string) {
 			disabled("roles/reports", "false")
 			if got := r.read().LeaseDuration; got > 300 {
 				t.Errorf("the lease is for %ds", got)
 			}
+			mintsEach()
 		}},
 
 		"Cable responds 401/1": {
@@ -424,15 +468,40 @@ func TestRunbook(t *testing.T) {
 				t.Errorf("the lease is for %ds", got)
 			}
 		}},
+		"Cable responds 429/3": {after: func(string) {
+			calls := r.cable.CallCount()
+			if r.read().token() != r.read().token() || r.cable.CallCount() != calls+1 {
+				t.Errorf("two readers, %d API calls", r.cable.CallCount()-calls)
+			}
+			shared = shares("1s")
+			r.cable.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "25"}})
+			fallsBack(shared, "rate_limited")
+			withdrawn() // starts without the pause
+			v.ok(t, "POST", "cable/config", map[string]any{"refresh_key": r.cable.RefreshKey()})
+		}},
 
 		"Cable responds 5xx or cannot be reached/1": {
 			before: func() {
-				r.cable.SetFault(cabletest.Fault{Status: 500, Times: 1})
-				failed("cable_error")
+				shared = shares("1s")
+				r.cable.SetFault(cabletest.Fault{Status: 500})
+				fallsBack(shared, "cable_error")
 			},
-			want: []string{"(?m)^cable_error401$"},
+			want: []string{`map\[reports:cable_error\]`, `vault_cable_reuse_fallbacks_total\{cause="cable_error"\} [1-9]`},
+			after: func(string) {
+				if a := v.do(t, "POST", "cable/config", map[string]any{"request_timeout": 11, "verify_role": "reports"}); a.status != 502 {
+					t.Errorf("a write with verify_role while Cable is down: %s", a)
+				}
+				fallsBack(shared, "cable_error")
+				v.ok(t, "POST", "cable/config", map[string]any{"request_timeout": 20})
+				if a := r.read(); a.status != 502 {
+					t.Errorf("after a write without it: status %d", a.status)
+				}
+				r.cable.ClearFaults()
+				mintsEach()
+			},
 		},
-		"Cable responds 5xx or cannot be reached/2": {want: []string{"(?m)^vault_cable_undelivered_tokens_total 1$", "undelivered_until=20"}},
+		"Cable responds 5xx or cannot be reached/2": {want: []string{"(?m)^cable_error401$"}},
+		"Cable responds 5xx or cannot be reached/3": {want: []string{"(?m)^vault_cable_undelivered_tokens_total [1-9]", "undelivered_until=20"}},
 
 		"Cable's response was refused/1": {
 			before: func() {

@@ -168,7 +168,7 @@ func (r *request) failure(ctx context.Context, sent bool, err error) *Error {
 		paused.Attempts = r.calls
 		return paused
 	}
-	e := &Error{Kind: Unreachable, Detail: describe(err), MaybeIssued: sent, Attempts: r.calls}
+	e := &Error{Kind: Unreachable, Detail: describe(err), MaybeIssued: sent, Attempts: r.calls, Certificate: isCertificateError(err)}
 	when := "before a request was sent"
 	if sent {
 		when = "after the request was sent"

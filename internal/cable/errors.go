@@ -81,6 +81,10 @@ type Error struct {
 
 	// Attempts counts the API calls.
 	Attempts int
+
+	// Certificate reports that Kind is Unreachable because the server's
+	// certificate was refused: a fault of the configuration, not of the network.
+	Certificate bool
 }
 
 // Error implements error.
