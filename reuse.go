@@ -92,19 +92,9 @@ func (b *backend) reuse(ctx context.Context, r *tokenReport, s *sharedRole, requ
 	for {
 		s.mu.Lock()
 		now := time.Now()
-		if s.isOld {
+		if m, err := s.atOnce(r, now, lifetime); m != nil || err != nil {
 			s.mu.Unlock()
-			return nil, errChanged
-		}
-		if s.token.isFresh(now, s.role.ReuseFor, lifetime) {
-			if m := s.token.lease(r, now, true); m != nil {
-				s.mu.Unlock()
-				return m, nil
-			}
-		}
-		if s.call == nil && s.failures > 0 && now.Before(s.failedAt.Add(s.backoff())) {
-			defer s.mu.Unlock()
-			return b.fallBack(r, s, lifetime, s.failure.after(now.Sub(s.failedAt)))
+			return m, err
 		}
 		first := s.call == nil
 		if first {
@@ -133,6 +123,24 @@ func (b *backend) reuse(ctx context.Context, r *tokenReport, s *sharedRole, requ
 	}
 }
 
+// atOnce returns what a reader gets without a call: the current token or, for a
+// while after a failure, the previous one or that failure. It returns neither a
+// token nor an error if a call is needed. s.mu is held.
+func (s *sharedRole) atOnce(r *tokenReport, now time.Time, lifetime int64) (*mintedToken, error) {
+	if s.isOld {
+		return nil, errChanged
+	}
+	if s.token.isFresh(now, s.role.ReuseFor, lifetime) {
+		if m := s.token.lease(r, now, true); m != nil {
+			return m, nil
+		}
+	}
+	if s.call == nil && s.failures > 0 && now.Before(s.failedAt.Add(s.backoff())) {
+		return s.fallBack(r, now, lifetime, s.failure.after(now.Sub(s.failedAt)))
+	}
+	return nil, nil
+}
+
 // await returns what a shared call comes to for one of its readers; neither a
 // token nor an error if the reader has to look again.
 func (b *backend) await(ctx context.Context, r *tokenReport, s *sharedRole, call *sharedCall, first bool, lifetime int64, patienceEnds <-chan time.Time) (*mintedToken, error) {
@@ -141,16 +149,16 @@ func (b *backend) await(ctx context.Context, r *tokenReport, s *sharedRole, call
 		if cause := context.Cause(ctx); !errors.Is(cause, errBudget) {
 			return nil, cause
 		}
-		return b.fallBackNow(r, s, lifetime, notInTime(fmt.Sprintf("the budget of %s ran out", s.config.timeout())))
+		return s.fallBackNow(r, lifetime, notInTime(fmt.Sprintf("the budget of %s ran out", s.config.timeout())))
 	case <-patienceEnds:
-		return b.fallBackNow(r, s, lifetime, notInTime("the API call is still under way"))
+		return s.fallBackNow(r, lifetime, notInTime("the API call is still under way"))
 	case <-call.done:
 	}
 	if call.err != nil {
 		if errors.Is(call.err, errChanged) {
 			return nil, errChanged
 		}
-		return b.fallBackNow(r, s, lifetime, classify(call.err))
+		return s.fallBackNow(r, lifetime, classify(call.err))
 	}
 	if call.requested > lifetime {
 		return nil, nil // the ceiling was lowered meanwhile
@@ -172,16 +180,15 @@ func notInTime(why string) *failure {
 }
 
 // fallBackNow is fallBack for those who do not hold s.mu.
-func (b *backend) fallBackNow(r *tokenReport, s *sharedRole, lifetime int64, f *failure) (*mintedToken, error) {
+func (s *sharedRole) fallBackNow(r *tokenReport, lifetime int64, f *failure) (*mintedToken, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return b.fallBack(r, s, lifetime, f)
+	return s.fallBack(r, time.Now(), lifetime, f)
 }
 
 // fallBack returns the previous token because of a failure, if that means that
 // Cable is down, else the failure. s.mu is held.
-func (b *backend) fallBack(r *tokenReport, s *sharedRole, lifetime int64, f *failure) (*mintedToken, error) {
-	now := time.Now()
+func (s *sharedRole) fallBack(r *tokenReport, now time.Time, lifetime int64, f *failure) (*mintedToken, error) {
 	if s.isOld || !f.meansDown() || !s.token.isFallback(now, lifetime) {
 		return nil, f
 	}
@@ -229,7 +236,7 @@ func (b *backend) runShared(s *sharedRole, call *sharedCall, requested cable.Tok
 	s.call = nil
 	call.token, call.err = token, err
 	if !s.isOld {
-		s.keep(token, classify(err))
+		s.keep(token, classify(err), time.Now())
 	}
 	call.report.failure = classify(err)
 	if !errors.Is(err, errChanged) { // else nobody was called
@@ -264,8 +271,8 @@ func (b *backend) callShared(s *sharedRole, call *sharedCall, requested cable.To
 }
 
 // keep keeps the result of a call. s.mu is held.
-func (s *sharedRole) keep(token *sharedToken, f *failure) {
-	s.failure, s.failedAt = f, time.Now()
+func (s *sharedRole) keep(token *sharedToken, f *failure, now time.Time) {
+	s.failure, s.failedAt = f, now
 	if f != nil && f.meansDown() {
 		s.failures++
 		return
