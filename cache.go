@@ -207,6 +207,15 @@ func (c *cache) role(ctx context.Context, s logical.Storage, name string) (*role
 	return role, nil
 }
 
+// settings returns the configuration and the role, with the generation that they
+// are of, if both are in memory. What is kept there is certain.
+func (c *cache) settings(name string) (set settings, generation uint64, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	set = settings{c.live, c.roles[name]}
+	return set, c.generation, set.config != nil && set.role != nil
+}
+
 // uncertainLocked returns the error of an entry whose token requests fail. The
 // caller holds mu.
 func (c *cache) uncertainLocked(key string) error {

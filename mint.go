@@ -110,9 +110,13 @@ func (b *backend) mintShared(ctx context.Context, r *tokenReport, s *sharedRole)
 	return m, err
 }
 
-// settings reads the configuration and the role, and refuses if there is none.
-// It takes until the request's budget ends at most.
+// settings returns the configuration and the role, from memory or storage, and
+// refuses if there is none. It takes until the request's budget ends at most.
 func (b *backend) settings(ctx context.Context, r *tokenReport) (settings, error) {
+	if set, generation, ok := b.cache.settings(r.role); ok {
+		r.roleExists, r.generation = true, generation
+		return set, nil
+	}
 	generation, timeout := b.cache.now()
 	configCtx, cancel := r.withBudget(ctx, timeout)
 	defer cancel()

@@ -107,14 +107,15 @@ func (f *failure) Unwrap() error { return f.cause }
 // classify makes a failure of an error: the one place that tells errors apart.
 // It returns nil for nil.
 func classify(err error) *failure {
+	if err == nil {
+		return nil // the common case, before what errors.As needs is allocated
+	}
 	var (
 		f       *failure
 		ce      *cable.Error
 		refused refusal
 	)
 	switch {
-	case err == nil:
-		return nil
 	case errors.As(err, &f):
 		return f
 	case errors.As(err, &refused):

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
@@ -523,9 +524,18 @@ func TestConcurrency(t *testing.T) {
 
 // BenchmarkCredsRead measures the handler over in-memory storage, with a mint
 // over loopback in it.
-func BenchmarkCredsRead(b *testing.B) {
+func BenchmarkCredsRead(b *testing.B) { benchmarkCredsRead(b, newConfiguredMount(b)) }
+
+// BenchmarkCredsReuse is BenchmarkCredsRead for a role with reuse_for.
+func BenchmarkCredsReuse(b *testing.B) {
 	m := newConfiguredMount(b)
-	m.b.telemetry.events.off.Store(true) // as on Vault Community
+	m.write("roles/ci", map[string]any{"ttl": "1h", "reuse_for": "30m"})
+	benchmarkCredsRead(b, m)
+}
+
+func benchmarkCredsRead(b *testing.B, m *testMount) {
+	m.b.telemetry.events.off.Store(true)       // as on Vault Community
+	m.b.telemetry.logger = hclog.NewNullLogger // as at level info
 	read := func() {
 		resp, err := m.b.HandleRequest(b.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
 		if err != nil || resp.IsError() {

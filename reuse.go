@@ -43,6 +43,11 @@ const (
 	// token stop waiting for it: all but the first one after a success.
 	patience = time.Second
 
+	// leaseMargin is how much sooner a reused token's lease ends than the one of
+	// the read that minted: that may have lost a second by rounding, and Vault
+	// starts to count when it stores a lease, a little later than the engine.
+	leaseMargin = 2 * time.Second
+
 	minBackoff = 5 * time.Second
 	maxBackoff = time.Minute
 )
@@ -87,8 +92,6 @@ type sharedCall struct {
 // requested is what the reader would mint with now.
 func (b *backend) reuse(ctx context.Context, r *tokenReport, s *sharedRole, requested cable.TokenRequest) (*mintedToken, error) {
 	lifetime := int64(requested.Lifetime / time.Second)
-	ctx, cancel := r.withBudget(ctx, s.config.timeout())
-	defer cancel()
 	for {
 		s.mu.Lock()
 		now := time.Now()
@@ -144,6 +147,8 @@ func (s *sharedRole) atOnce(r *tokenReport, now time.Time, lifetime int64) (*min
 // await returns what a shared call comes to for one of its readers; neither a
 // token nor an error if the reader has to look again.
 func (b *backend) await(ctx context.Context, r *tokenReport, s *sharedRole, call *sharedCall, first bool, lifetime int64, patienceEnds <-chan time.Time) (*mintedToken, error) {
+	ctx, cancel := r.withBudget(ctx, s.config.timeout())
+	defer cancel()
 	select {
 	case <-ctx.Done():
 		if cause := context.Cause(ctx); !errors.Is(cause, errBudget) {
@@ -348,11 +353,15 @@ func (t *sharedToken) remaining(now time.Time) time.Duration {
 // than that of the read that minted; nil if no second is left of it. The role's
 // mu is held.
 func (t *sharedToken) lease(r *tokenReport, now time.Time, reused bool) *mintedToken {
-	m := *t.mintedToken
-	m.warnings = slices.Clone(m.warnings)
-	if m.lease = int64((seconds(t.mintedToken.lease) - elapsed(t.leasedAt, now)) / time.Second); m.lease < 1 {
+	left := seconds(t.mintedToken.lease) - elapsed(t.leasedAt, now)
+	if reused {
+		left -= leaseMargin
+	}
+	if left < time.Second {
 		return nil
 	}
+	m := *t.mintedToken
+	m.lease, m.warnings = int64(left/time.Second), slices.Clone(m.warnings)
 	t.readers++
 	r.granted, r.reused, r.age = t.Token, reused, elapsed(t.SentAt, now)
 	return &m

@@ -41,7 +41,11 @@ func soak(ctx context.Context, o options, b *binaries) (*Soak, error) {
 		return nil, err
 	}
 	defer s.stop()
-	engine := s.targets()[2]
+	targets, err := s.targets([]string{"engine"})
+	if err != nil {
+		return nil, err
+	}
+	engine := targets[0]
 	result := &Soak{Duration: o.soak.String(), Readers: readers}
 	start := time.Now()
 	fmt.Println("  at s   reads/s   p50 ms   p99 ms  plugin MiB   leases  errors")

@@ -4,14 +4,15 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -22,6 +23,7 @@ import (
 const (
 	enginePlugin = "vault-plugin-secrets-cable"
 	floorPlugin  = "floor"
+	oldPlugin    = "old" // of -old
 	organization = cabletest.DefaultOrganizationID
 )
 
@@ -30,7 +32,8 @@ type binaries struct {
 	dir           string
 	vault, sim    string
 	engine, floor vaulttest.Plugin
-	env           []string // of the server, and so of the plugins
+	old           vaulttest.Plugin // no name: not compared with
+	env           []string         // of the server, and so of the plugins
 }
 
 // build finds the server and builds the rest, in a temporary folder.
@@ -59,6 +62,17 @@ func build(ctx context.Context, o options) (b *binaries, err error) {
 		}
 	}
 	b.engine.Name, b.sim = enginePlugin, sim.File
+	if o.old != "" {
+		program, err := os.ReadFile(o.old)
+		b.old = vaulttest.Plugin{Name: oldPlugin, File: filepath.Join(b.dir, oldPlugin)}
+		if err == nil {
+			err = os.WriteFile(b.old.File, program, 0o700)
+		}
+		if err != nil {
+			_ = os.RemoveAll(b.dir)
+			return nil, err
+		}
+	}
 	return b, nil
 }
 
@@ -67,9 +81,9 @@ type stack struct {
 	dir               string
 	sim               *vaulttest.Simulator
 	vault             *vaulttest.Server
-	key               string // refresh key
-	token             string // of the readers, for Vault
-	enginePID, floor  int
+	key               string         // refresh key
+	token             string         // of the readers, for Vault
+	pids              map[string]int // of the plugin processes, by name
 	client, simClient *http.Client
 }
 
@@ -91,35 +105,54 @@ func startStack(ctx context.Context, b *binaries, storage, tokenType string) (s 
 	if s.sim, err = vaulttest.StartSimulator(ctx, b.sim, s.dir); err != nil {
 		return nil, err
 	}
-	config := vaulttest.Config{Binary: b.vault, Dir: s.dir, LogLevel: "info", Plugins: []vaulttest.Plugin{b.engine, b.floor}, Env: b.env}
+	plugins := []vaulttest.Plugin{b.engine, b.floor}
+	if b.old.Name != "" {
+		plugins = append(plugins, b.old)
+	}
+	config := vaulttest.Config{Binary: b.vault, Dir: s.dir, LogLevel: "info", Plugins: plugins, Env: b.env}
 	if storage == "raft" {
 		config.Raft = &vaulttest.Raft{Dir: filepath.Join(s.dir, "raft")}
 	}
 	if s.vault, err = vaulttest.Start(ctx, config); err != nil {
 		return nil, err
 	}
-	return s, s.configure(ctx, b, tokenType)
+	return s, s.configure(ctx, plugins, tokenType)
 }
 
-func (s *stack) configure(ctx context.Context, b *binaries, tokenType string) error {
+func (s *stack) configure(ctx context.Context, plugins []vaulttest.Plugin, tokenType string) error {
 	raw, err := os.ReadFile(s.sim.KeyFile)
 	if err != nil {
 		return err
 	}
 	s.key = strings.TrimSpace(string(raw))
-	for _, c := range []struct {
-		path string
-		data map[string]any
-	}{
-		{"sys/mounts/" + enginePlugin, map[string]any{"type": enginePlugin}},
-		{"sys/mounts/" + floorPlugin, map[string]any{"type": floorPlugin}},
-		{"sys/policies/acl/bench", map[string]any{"policy": `path "+/creds/*" { capabilities = ["read"] }`}},
-		{enginePlugin + "/config", map[string]any{"refresh_key": s.key, "token_url": s.sim.URL, "organization_id": organization}},
-		{enginePlugin + "/roles/bench", map[string]any{"scopes": "person:read,transactions:read", "ttl": 3600}},
-	} {
-		if err := s.vault.Call(ctx, "POST", c.path, c.data, nil); err != nil {
+	role := map[string]any{"scopes": "person:read,transactions:read", "ttl": 3600}
+	shared := maps.Clone(role)
+	shared["reuse_for"] = 1800
+	s.pids = make(map[string]int)
+	for _, p := range plugins {
+		if err := s.vault.Call(ctx, "POST", "sys/mounts/"+p.Name, map[string]any{"type": p.Name}, nil); err != nil {
 			return err
 		}
+		if s.pids[p.Name], err = childOf(s.vault.Process.Pid, filepath.Base(p.File)); err != nil {
+			return err
+		}
+		if p.Name == floorPlugin {
+			continue
+		}
+		config := map[string]any{"refresh_key": s.key, "token_url": s.sim.URL, "organization_id": organization}
+		if err := s.vault.Call(ctx, "POST", p.Name+"/config", config, nil); err != nil {
+			return err
+		}
+		if err := s.vault.Call(ctx, "POST", p.Name+"/roles/bench", role, nil); err != nil {
+			return err
+		}
+		if err := s.vault.Call(ctx, "POST", p.Name+"/roles/shared", shared, nil); err != nil && p.Name != oldPlugin {
+			return err
+		}
+	}
+	policy := map[string]any{"policy": `path "+/creds/*" { capabilities = ["read"] }`}
+	if err := s.vault.Call(ctx, "POST", "sys/policies/acl/bench", policy, nil); err != nil {
+		return err
 	}
 	var created struct {
 		Auth struct {
@@ -130,14 +163,11 @@ func (s *stack) configure(ctx context.Context, b *binaries, tokenType string) er
 		return err
 	}
 	s.token = created.Auth.Token
-	var err1, err2 error
-	s.enginePID, err1 = childOf(s.vault.Process.Pid, filepath.Base(b.engine.File))
-	s.floor, err2 = childOf(s.vault.Process.Pid, floorPlugin)
-	return cmp.Or(err1, err2)
+	return nil
 }
 
-// targets are the direct POST, the floor and the engine, in this order.
-func (s *stack) targets() []*target {
+// targets returns those with these names, in this order.
+func (s *stack) targets(names []string) (targets []*target, err error) {
 	body := fmt.Sprintf(`{"expiry_seconds":3600,"scopes":{"organization_id":%q,"scopes":["person:read","transactions:read"]}}`, organization)
 	read := func(mount, role string) func(context.Context) (*http.Request, error) {
 		return func(ctx context.Context) (*http.Request, error) {
@@ -148,9 +178,11 @@ func (s *stack) targets() []*target {
 			return req, err
 		}
 	}
-	none := func() (int, error) { return 0, nil }
-	return []*target{
-		{name: "direct", client: s.simClient, stats: s.connections, request: func(ctx context.Context) (*http.Request, error) {
+	engine := func(name, mount, role string) *target {
+		return &target{name: name, client: s.client, stats: s.simStats, request: read(mount, role), pid: s.pids[mount]}
+	}
+	all := []*target{
+		{name: "direct", client: s.simClient, stats: s.simStats, request: func(ctx context.Context) (*http.Request, error) {
 			req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.sim.URL, strings.NewReader(body))
 			if err == nil {
 				req.Header.Set("Authorization", s.key)
@@ -158,22 +190,37 @@ func (s *stack) targets() []*target {
 			}
 			return req, err
 		}},
-		{name: "floor", client: s.client, stats: none, request: read(floorPlugin, "bench"), pid: s.floor},
-		{name: "engine", client: s.client, stats: s.connections, request: read(enginePlugin, "bench"), pid: s.enginePID},
+		engine("floor", floorPlugin, "bench"),
+		engine("engine", enginePlugin, "bench"),
+		engine("reuse", enginePlugin, "shared"),
+		engine("old", oldPlugin, "bench"),
+		engine("old-reuse", oldPlugin, "shared"),
 	}
+	for _, name := range names {
+		i := slices.IndexFunc(all, func(t *target) bool { return t.name == name })
+		if i < 0 {
+			return nil, fmt.Errorf("there is no target %q", name)
+		}
+		targets = append(targets, all[i])
+	}
+	return targets, nil
 }
 
-// connections asks the simulator how many it has seen.
-func (s *stack) connections() (int, error) {
+// stats are what the simulator has counted.
+type stats struct {
+	Calls       int `json:"calls"`
+	Connections int `json:"connections"`
+}
+
+// simStats asks the simulator.
+func (s *stack) simStats() (counted stats, err error) {
 	resp, err := s.simClient.Get(s.sim.Control + "/stats") //nolint:noctx // the client has a time-out, and the server is ours
 	if err != nil {
-		return 0, err
+		return counted, err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	var stats struct {
-		Connections int `json:"connections"`
-	}
-	return stats.Connections, json.NewDecoder(resp.Body).Decode(&stats)
+	err = json.NewDecoder(resp.Body).Decode(&counted)
+	return counted, err
 }
 
 // setLatency has the simulator answer after d.
