@@ -190,7 +190,7 @@ func (m *metrics) tokenRequestEnded(r *tokenReport, took time.Duration, isCurren
 		if r.fallback != "" {
 			m.reuseFallbacks.WithLabelValues(string(r.fallback)).Inc()
 		}
-	} else if r.attempts() > 0 {
+	} else if r.attempts() > 0 && (r.waited || !r.sharing) {
 		m.tokenRequestDuration.Observe(took.Seconds())
 	}
 }

@@ -84,8 +84,8 @@ type sharedCall struct {
 	err       error // a *failure, or errChanged
 
 	report    *tokenReport
-	waiting   int // readers
-	delivered bool
+	waiting   int  // readers
+	delivered bool // to one of them
 }
 
 // reuse returns the role's shared token to a reader, minting one if needed.
@@ -114,10 +114,9 @@ func (b *backend) reuse(ctx context.Context, r *tokenReport, s *sharedRole, requ
 		}
 		s.mu.Unlock()
 
-		m, err := b.await(ctx, r, s, call, first, lifetime, patienceEnds)
+		m, err := b.await(ctx, r, s, call, lifetime, patienceEnds)
 		s.mu.Lock()
 		call.waiting--
-		call.delivered = call.delivered || m != nil
 		b.reportUndelivered(s, call)
 		s.mu.Unlock()
 		if m != nil || err != nil {
@@ -138,15 +137,19 @@ func (s *sharedRole) atOnce(r *tokenReport, now time.Time, lifetime int64) (*min
 			return m, nil
 		}
 	}
-	if s.call == nil && s.failures > 0 && now.Before(s.failedAt.Add(s.backoff())) {
-		return s.fallBack(r, now, lifetime, s.failure.after(now.Sub(s.failedAt)))
+	if wait := s.failedAt.Add(s.backoff()).Sub(now); s.call == nil && s.failures > 0 && wait > 0 {
+		later := *s.failure
+		later.retryAfter = max(wait, s.failure.retryAfter-now.Sub(s.failedAt))
+		later.message += fmt.Sprintf("; this role makes no API call for another %ds", wholeSeconds(later.retryAfter))
+		return s.fallBack(r, now, lifetime, &later)
 	}
 	return nil, nil
 }
 
 // await returns what a shared call comes to for one of its readers; neither a
 // token nor an error if the reader has to look again.
-func (b *backend) await(ctx context.Context, r *tokenReport, s *sharedRole, call *sharedCall, first bool, lifetime int64, patienceEnds <-chan time.Time) (*mintedToken, error) {
+func (b *backend) await(ctx context.Context, r *tokenReport, s *sharedRole, call *sharedCall, lifetime int64, patienceEnds <-chan time.Time) (*mintedToken, error) {
+	r.waited = true
 	ctx, cancel := r.withBudget(ctx, s.config.timeout())
 	defer cancel()
 	select {
@@ -173,7 +176,8 @@ func (b *backend) await(ctx context.Context, r *tokenReport, s *sharedRole, call
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if m := call.token.lease(r, time.Now(), !first); m != nil {
+	if m := call.token.lease(r, time.Now(), call.delivered); m != nil {
+		call.delivered = true
 		return m, nil
 	}
 	return nil, refuseToken(&mismatch{"its lifetime was used up before it could be returned"}, call.token.Token)
@@ -194,6 +198,7 @@ func (s *sharedRole) fallBackNow(r *tokenReport, lifetime int64, f *failure) (*m
 // fallBack returns the previous token because of a failure, if that means that
 // Cable is down, else the failure. s.mu is held.
 func (s *sharedRole) fallBack(r *tokenReport, now time.Time, lifetime int64, f *failure) (*mintedToken, error) {
+	r.callFailed = true
 	if s.isOld || !f.meansDown() || !s.token.isFallback(now, lifetime) {
 		return nil, f
 	}
@@ -221,16 +226,9 @@ func (f *failure) meansDown() bool {
 	}
 }
 
-// after returns the failure as it is some time later: with less time to wait.
-func (f *failure) after(d time.Duration) *failure {
-	later := *f
-	later.retryAfter = max(0, f.retryAfter-d)
-	return &later
-}
-
 // backoff is the time between the last failed call and the next one.
 func (s *sharedRole) backoff() time.Duration {
-	return min(minBackoff<<min(s.failures-1, 8), maxBackoff)
+	return min(minBackoff<<min(max(s.failures-1, 0), 8), maxBackoff)
 }
 
 // runShared makes a shared call and keeps its token.
@@ -310,7 +308,7 @@ func (s *sharedRole) retire() {
 func (s *sharedRole) isDown() outcome {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.failures == 0 {
+	if s.failures == 0 || !s.token.isFallback(time.Now(), maxLifetime) {
 		return ""
 	}
 	return s.failure.outcome

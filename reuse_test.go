@@ -583,9 +583,12 @@ func TestReuseWhileCableIsDown(t *testing.T) {
 					t.Fatalf("%s left: %v %v", left, resp, err)
 				}
 				m.wantWarning(resp.Warnings, "Cable is down ("+string(f.outcome)+")", "previous token")
+				if got := m.read("status"); fmt.Sprint(got["reuse_fallbacks"]) != "map[ci:"+string(f.outcome)+"]" {
+					t.Fatalf("%s left: status: %v", left, got)
+				}
 			}
-			if got := m.read("status"); fmt.Sprint(got["reuse_fallbacks"]) != "map[ci:"+string(f.outcome)+"]" {
-				t.Errorf("status: %v", got)
+			if got := m.read("status"); fmt.Sprint(got["reuse_fallbacks"]) != "map[]" {
+				t.Errorf("the token has expired, and status says: %v", got)
 			} else if f.outcome != outcomePaused && got["last_failure_outcome"] != string(f.outcome) {
 				t.Errorf("the last failure in status: %v", got)
 			}

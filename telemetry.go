@@ -29,7 +29,7 @@ type tokenReport struct {
 	role     string // the name, also of a role that does not exist
 	verify   bool   // for verify_role: no caller gets the token
 	shared   bool   // a call on behalf of all who wait for it
-	sharing  bool   // waits for such a call, or needs none
+	sharing  bool   // may return such a call's token
 
 	roleExists bool
 	generation uint64             // of the settings that the request was resolved with
@@ -39,7 +39,10 @@ type tokenReport struct {
 	minted  *mintedToken // nil if it failed
 	failure *failure     // nil if it did not
 
-	reused   bool          // another reader had the token minted
+	waited     bool // for a shared call
+	callFailed bool // and that failed: its own report says so
+
+	reused   bool          // the token was returned to another reader before
 	age      time.Duration // of the shared token, since its call was sent
 	fallback outcome       // why the previous token was returned, or ""
 }
@@ -117,7 +120,11 @@ func (t *telemetry) requestLog(req *logical.Request) hclog.Logger {
 func (t *telemetry) tokenRequestEnded(r *tokenReport, isCurrent func(generation uint64) bool) {
 	took := time.Since(r.received)
 	if r.sharing { // what there is to say of the call, sharedCallEnded says
-		t.logReader(r, took)
+		if r.failure != nil && !r.callFailed {
+			t.logTokenRequest(r, took)
+		} else {
+			t.logReader(r, took)
+		}
 		t.metrics.tokenRequestEnded(r, took, isCurrent)
 		t.tally.tokenRequestEnded(r)
 		return
@@ -143,14 +150,12 @@ func (t *telemetry) sharedCallEnded(r *tokenReport) {
 
 // logReader writes the line of a reader of a shared token.
 func (t *telemetry) logReader(r *tokenReport, took time.Duration) {
-	if !t.logger().IsDebug() {
+	if !t.logger().IsDebug() || r.outcome() == outcomeMinted { // the call has its line
 		return
 	}
 	phrase := "token reused"
 	if r.failure != nil {
 		phrase = "token request failed"
-	} else if !r.reused {
-		phrase = "token minted"
 	}
 	t.requestLog(r.req).Debug(phrase, "role", r.role, "outcome", string(r.outcome()), "duration", took.Round(time.Microsecond).String(),
 		"age", r.age.Round(time.Millisecond).String(), "fallback", string(r.fallback))
@@ -270,26 +275,29 @@ func newTally() *tally {
 
 // tokenRequestEnded counts a token request.
 func (c *tally) tokenRequestEnded(r *tokenReport) {
-	last := tallied{at: time.Now(), role: r.roleName(), outcome: r.outcome()}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.counts[last.outcome]++
+	c.counts[r.outcome()]++
+	c.keepLastLocked(r)
+}
+
+// sharedCallEnded keeps the end of a call that its readers may not see.
+func (c *tally) sharedCallEnded(r *tokenReport) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.keepLastLocked(r)
+}
+
+// keepLastLocked keeps a token request as the last mint or the last failure, if
+// it is one. The caller holds mu.
+func (c *tally) keepLastLocked(r *tokenReport) {
+	last := tallied{at: time.Now(), role: r.roleName(), outcome: r.outcome()}
 	if last.outcome == outcomeMinted {
 		c.lastMint = last
 	} else if r.failure != nil && outcomes[last.outcome].failure {
 		last.cableStatus = r.failure.cableStatus
 		c.lastFailure = last
 	}
-}
-
-// sharedCallEnded keeps the failure of a call that its readers may not see.
-func (c *tally) sharedCallEnded(r *tokenReport) {
-	if r.failure == nil || !outcomes[r.outcome()].failure {
-		return
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.lastFailure = tallied{at: time.Now(), role: r.roleName(), outcome: r.outcome(), cableStatus: r.failure.cableStatus}
 }
 
 // leaseEnded counts a lease that was revoked or expired.
