@@ -181,9 +181,12 @@ func (s *stack) cell(ctx context.Context, o options, concurrency int) ([]Result,
 			return nil, err
 		}
 	}
-	for range o.rounds {
-		for i, t := range targets {
-			sl, err := t.load(ctx, concurrency, o.slice)
+	for round := range o.rounds {
+		for i := range targets {
+			if round%2 == 1 { // there and back: what comes after what makes no difference
+				i = len(targets) - 1 - i
+			}
+			sl, err := targets[i].load(ctx, concurrency, o.slice)
 			if err != nil {
 				return nil, err
 			}
