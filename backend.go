@@ -53,6 +53,8 @@ func newBackend() *backend {
 		return c.RequestToken(ctx, r)
 	}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
+	b.maxLeaseTTL.read = func() time.Duration { return b.System().MaxLeaseTTL() }
+	b.defaultLeaseTTL.read = func() time.Duration { return b.System().DefaultLeaseTTL() }
 	m := newMetrics()
 	b.cache = newCache(m.apiCallEnded, m.sharedTokenDropped)
 	b.Backend = &framework.Backend{

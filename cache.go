@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -39,6 +40,8 @@ type backend struct {
 	*framework.Backend
 	cache     *cache
 	telemetry *telemetry
+
+	maxLeaseTTL, defaultLeaseTTL leaseSetting
 
 	ctx    context.Context // ends with the mount
 	cancel context.CancelFunc
@@ -360,6 +363,87 @@ func (m *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err e
 		leave()
 		return nil, fmt.Errorf("waiting for another write of the same entry: %w", context.Cause(ctx))
 	}
+}
+
+// leaseSettingPatience is how long requests wait for a call to Vault that began
+// before they needed its result, before the next one is made.
+const leaseSettingPatience = time.Second
+
+// leaseSetting is one of the mount's lease settings. It is read from Vault for
+// each request, because tuning a mount takes effect at the next one, but by one
+// call for all that wait: those that come while a call is under way, which may
+// have read the setting before they came, wait for the next call.
+type leaseSetting struct {
+	read func() time.Duration
+
+	mu     sync.Mutex
+	reader *leaseSettingReader // at work, or nil
+	next   *leaseSettingCall   // not begun yet; nil if nobody waits
+}
+
+// leaseSettingReader makes calls for as long as there are requests that wait.
+type leaseSettingReader struct{ began time.Time } // its last call
+
+// leaseSettingCall is one call to Vault.
+type leaseSettingCall struct {
+	done     chan struct{} // closed when what follows is set
+	ttl      time.Duration
+	panicked *panicked
+}
+
+// get returns the setting as it is now, in seconds. It waits until ctx ends at
+// most, and panics if the call did.
+func (s *leaseSetting) get(ctx context.Context) (int64, error) {
+	s.mu.Lock()
+	if s.next == nil {
+		s.next = &leaseSettingCall{done: make(chan struct{})}
+	}
+	call := s.next
+	if s.reader == nil || time.Since(s.reader.began) > leaseSettingPatience {
+		s.reader = &leaseSettingReader{began: time.Now()}
+		go s.run(s.reader)
+	}
+	s.mu.Unlock()
+	select {
+	case <-call.done:
+		if call.panicked != nil {
+			panic(call.panicked)
+		}
+		return int64(call.ttl / time.Second), nil
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+}
+
+// run makes calls until nobody waits, or another reader has taken over.
+func (s *leaseSetting) run(me *leaseSettingReader) {
+	for {
+		s.mu.Lock()
+		call := s.next
+		if s.reader != me {
+			s.mu.Unlock()
+			return
+		}
+		if call == nil {
+			s.reader = nil
+			s.mu.Unlock()
+			return
+		}
+		s.next, me.began = nil, time.Now()
+		s.mu.Unlock()
+		call.make(s.read)
+	}
+}
+
+// make makes the call. A panic becomes that of those who wait.
+func (c *leaseSettingCall) make(read func() time.Duration) {
+	defer func() {
+		if value := recover(); value != nil {
+			c.panicked = &panicked{value: value, stack: debug.Stack()}
+		}
+		close(c.done)
+	}()
+	c.ttl = read()
 }
 
 // replicationStateMaxAge is how long a node's replication state is used, and

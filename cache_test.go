@@ -10,7 +10,9 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
@@ -384,6 +386,90 @@ func TestBudgetFromReceipt(t *testing.T) {
 		status, err := m.on(gate, logical.ReadOperation, "creds/ci", nil)
 		if took := time.Since(start); status != http.StatusGatewayTimeout || took > 3*time.Second {
 			t.Errorf("%d %v after %s, want one budget for both", status, err, took)
+		}
+	})
+}
+
+// TestLeaseSetting: requests share calls to Vault, and none gets what was read
+// before it came.
+func TestLeaseSetting(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var ttl, calls, took atomic.Int64 // seconds
+		s := &leaseSetting{read: func() time.Duration {
+			calls.Add(1)
+			value := ttl.Load()
+			time.Sleep(seconds(took.Load()))
+			if value < 0 {
+				panic("no value")
+			}
+			return seconds(value)
+		}}
+		const waiting = 10
+		get := func() (value int64, panicked bool) {
+			defer func() { panicked = recover() != nil }()
+			ctx, cancel := context.WithTimeoutCause(t.Context(), time.Minute, errBudget)
+			defer cancel()
+			value, err := s.get(ctx)
+			if err != nil {
+				return -1, false
+			}
+			return value, false
+		}
+		// atOnce has a first request make a call, and more come during it, after
+		// the setting has changed.
+		atOnce := func(first, then, duration int64) (wrong int) {
+			var wg sync.WaitGroup
+			var bad atomic.Int64
+			start := func(want int64) {
+				wg.Go(func() {
+					if value, panicked := get(); value != want && !panicked || panicked != (want < 0) {
+						bad.Add(1)
+					}
+				})
+				synctest.Wait()
+			}
+			ttl.Store(first)
+			took.Store(duration)
+			calls.Store(0)
+			start(first)
+			ttl.Store(then)
+			took.Store(0)
+			for range waiting {
+				start(then)
+			}
+			wg.Wait()
+			return int(bad.Load())
+		}
+		if wrong := atOnce(600, 300, 1); wrong != 0 || calls.Load() != 2 {
+			t.Errorf("%d wrong values, %d calls; want 2 calls", wrong, calls.Load())
+		}
+		if wrong := atOnce(600, -1, 1); wrong != 0 || calls.Load() != 2 {
+			t.Errorf("a panic: %d wrong values, %d calls", wrong, calls.Load())
+		}
+
+		// A call that hangs holds up nobody who comes later.
+		ttl.Store(600)
+		took.Store(3600)
+		go get()
+		synctest.Wait()
+		took.Store(0)
+		time.Sleep(2 * leaseSettingPatience)
+		if value, _ := get(); value != 600 {
+			t.Errorf("while another call hangs: %d", value)
+		}
+		took.Store(3600)
+		if value, _ := get(); value != -1 {
+			t.Errorf("of a call that hangs: %d, want the end of the budget", value)
+		}
+		time.Sleep(2 * time.Hour)
+		took.Store(0)
+		if value, _ := get(); value != 600 {
+			t.Errorf("after that: %d", value)
+		}
+		synctest.Wait()
+		if s.reader != nil {
+			t.Error("a reader is at work although nobody waits")
 		}
 	})
 }

@@ -225,12 +225,12 @@ func (b *backend) resolve(ctx context.Context, r *tokenReport, set settings, par
 		requested.Scopes = params.scopes
 	}
 	in := lifetimeInput{hasTTL: params.hasTTL, requestTTL: params.ttl, roleTTL: role.TTL, roleMaxTTL: role.MaxTTL}
-	// Each of the mount's lease settings is a call to Vault, made only if it matters.
+	// Each of the mount's lease settings is read from Vault, only if it matters.
 	ctx, cancel := r.withBudget(ctx, config.timeout())
 	defer cancel()
-	in.mountMax, err = mountTTL(ctx, b.System().MaxLeaseTTL)
+	in.mountMax, err = b.maxLeaseTTL.get(ctx)
 	if err == nil && !in.hasTTL && in.roleTTL == 0 {
-		in.mountDefault, err = mountTTL(ctx, b.System().DefaultLeaseTTL)
+		in.mountDefault, err = b.defaultLeaseTTL.get(ctx)
 	}
 	if err != nil {
 		return requested, nil, err
@@ -238,11 +238,6 @@ func (b *backend) resolve(ctx context.Context, r *tokenReport, set settings, par
 	lifetime, warnings, err := decideLifetime(in)
 	requested.Lifetime = seconds(lifetime)
 	return requested, warnings, err
-}
-
-// mountTTL reads one of the mount's lease settings, in seconds.
-func mountTTL(ctx context.Context, read func() time.Duration) (int64, error) {
-	return within(ctx, func() (int64, error) { return int64(read() / time.Second), nil })
 }
 
 // checkEnabled refuses if the mount or the role is disabled.
