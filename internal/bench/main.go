@@ -78,7 +78,7 @@ func main() {
 	latencies := flag.String("latency", "0,20", "simulated latencies of Cable, in milliseconds")
 	concurrency := flag.String("concurrency", "1,32,128", "concurrent readers")
 	targets := flag.String("targets", "direct,floor,engine,reuse", "what to measure; floor is what the others are compared with")
-	flag.StringVar(&o.old, "old", "", "another build of the plugin, a file, to measure in the same turns as the targets old and old-reuse")
+	flag.StringVar(&o.old, "old", "", "another build of the plugin, a file, to measure in the same turns as the targets old and old-reuse; memory cannot be compared")
 	flag.DurationVar(&o.slice, "slice", time.Second, "length of a slice")
 	flag.IntVar(&o.rounds, "rounds", 5, "slices of each target")
 	flag.StringVar(&o.profile, "profile", "", "write a CPU profile of the last plugin process to this file")

@@ -66,7 +66,7 @@ func build(ctx context.Context, o options) (b *binaries, err error) {
 		program, err := os.ReadFile(o.old)
 		b.old = vaulttest.Plugin{Name: oldPlugin, File: filepath.Join(b.dir, oldPlugin)}
 		if err == nil {
-			err = os.WriteFile(b.old.File, program, 0o700)
+			err = os.WriteFile(b.old.File, program, 0o700) //nolint:gosec // it is run
 		}
 		if err != nil {
 			_ = os.RemoveAll(b.dir)
