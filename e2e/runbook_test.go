@@ -470,7 +470,8 @@ func TestRunbook(t *testing.T) {
 		}},
 		"Cable responds 429/3": {after: func(string) {
 			calls := r.cable.CallCount()
-			if r.read().token() != r.read().token() || r.cable.CallCount() != calls+1 {
+			first, second := r.read().token(), r.read().token()
+			if first != second || r.cable.CallCount() != calls+1 {
 				t.Errorf("two readers, %d API calls", r.cable.CallCount()-calls)
 			}
 			shared = shares("1s")

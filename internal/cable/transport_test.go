@@ -511,7 +511,7 @@ func TestTLS(t *testing.T) {
 				}
 				return
 			}
-			diffError(t, Error{Kind: Unreachable, Detail: tt.refused, Attempts: tt.attempts}, mustFail(t, t.Context(), c))
+			diffError(t, Error{Kind: Unreachable, Detail: tt.refused, Attempts: tt.attempts, Certificate: strings.Contains(tt.refused, "certificate")}, mustFail(t, t.Context(), c))
 			if n := sim.CallCount(); n != 0 {
 				t.Errorf("the server saw %d requests", n)
 			}
