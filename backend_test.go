@@ -708,7 +708,7 @@ func TestGarbageInStorage(t *testing.T) {
 		m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID})
 		m.write("roles/ci", map[string]any{"scopes": "transactions:read,person:read"})
 		if m.read("creds/ci") == nil {
-			t.Error("no token after writing anew")
+			t.Error("no token after writing again")
 		}
 	}
 }

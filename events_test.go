@@ -47,7 +47,7 @@ func (m *testMount) waitForEvent(kind string, wanted func(map[string]string) boo
 	return found
 }
 
-// TestEvents pins what is told of changes and of leases; TestOutcomes has those
+// TestEvents pins the events of changes and of leases; TestOutcomes has those
 // of mints, and e2e what arrives at a subscriber.
 func TestEvents(t *testing.T) {
 	t.Parallel()

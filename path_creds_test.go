@@ -194,7 +194,7 @@ func TestCredsGrants(t *testing.T) {
 	for _, tt := range []struct {
 		name        string
 		fault       cabletest.Fault
-		refused     string   // a part of the 502, or "" where the token is handed on
+		refused     string   // a part of the 502, or "" if the token is returned
 		scopes      []string // nil: as asked
 		warning     []string
 		maxLifetime int64 // the lease at most; 0: an hour

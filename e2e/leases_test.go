@@ -152,7 +152,7 @@ func TestVaultEndsLeases(t *testing.T) {
 }
 
 // TestRevokeSaysSo: a lease that is revoked before its token dies leaves a line
-// in Vault's log that the token lives on.
+// in Vault's log that the token stays valid.
 func TestRevokeSaysSo(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)
