@@ -180,8 +180,10 @@ func TestDocumentDefaultsResetNothing(t *testing.T) {
 	m.write("config", map[string]any{"request_timeout": 33, "auth_scheme": "bearer"})
 	m.write("roles/ci", map[string]any{"ttl": 600, "max_ttl": 7200, "organization_id": "org_2"})
 	for _, tt := range []struct{ path, method, at, field string }{
-		{"/config", "post", "config", "disabled"}, {"/config", "patch", "config", "disabled"},
-		{"/roles/{name}", "post", "roles/ci", "disabled"}, {"/roles/{name}", "patch", "roles/ci", "disabled"},
+		{"/config", "post", "config", "disabled"},
+		{"/config", "patch", "config", "disabled"},
+		{"/roles/{name}", "post", "roles/ci", "disabled"},
+		{"/roles/{name}", "patch", "roles/ci", "disabled"},
 	} {
 		before := m.read(tt.at)
 		before[tt.field] = false

@@ -37,7 +37,8 @@ func TestToken(t *testing.T) {
 		{"no scopes", cabletest.Fault{Grant: &cabletest.Grant{OmitScopes: true}}, Token{}},
 		{"empty list of scopes", cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{}}}, Token{ScopesOrganizationID: org, Scopes: []string{}}},
 		{
-			"other scopes of another organization", cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"b:c", "a:b"}, ScopesOrganizationID: &other}},
+			"other scopes of another organization",
+			cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"b:c", "a:b"}, ScopesOrganizationID: &other}},
 			Token{ScopesOrganizationID: other, Scopes: []string{"b:c", "a:b"}},
 		},
 		{"a clock that is years off", cabletest.Fault{ClockSkew: -100_000 * time.Hour}, requested},

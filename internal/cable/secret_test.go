@@ -122,8 +122,17 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 	h := hidden{cfg.RefreshKey, &token.Value, cfg, &cfg, *c, c, *token, token, testRequest(), failure, []Secret{cfg.RefreshKey, token.Value}, map[string]Token{"a": *token}, *asBearer, struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}}}
 	values := []any{
 		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token, testRequest(), *failure, failure, c.Pause(),
-		c.redactor, &c.redactor, tokenBody{Token: secretText{token.Value}}, &tokenBody{Token: secretText{token.Value}}, secretText{token.Value},
-		h, &h, []any{h}, []Client{*c}, []*Client{c}, [1]Token{*token}, map[string]any{"h": h, "c": *c}, map[Secret]int{token.Value: 1},
+		c.redactor, &c.redactor,
+		tokenBody{Token: secretText{token.Value}},
+		&tokenBody{Token: secretText{token.Value}},
+		secretText{token.Value},
+		h, &h,
+		[]any{h},
+		[]Client{*c},
+		[]*Client{c},
+		[1]Token{*token},
+		map[string]any{"h": h, "c": *c},
+		map[Secret]int{token.Value: 1},
 		fmt.Errorf("wrapped: %w", failure), errors.Join(failure, fmt.Errorf("%v %v", c, token)), reflect.ValueOf(h), reflect.ValueOf(c),
 	}
 	verbs := "vsqxXdtTpcUobeEfFgGw"
