@@ -284,8 +284,7 @@ func TestVaultKilled(t *testing.T) {
 			v := &vaultServer{plugins: folder}
 			if tt.vault != "" {
 				v.binary = filepath.Join(dir, "vault-script")
-				v.env = []string{"VAULT=" + suite.vault}
-				writeScript(t, v.binary, tt.vault)
+				writeScript(t, v.binary, "export VAULT="+suite.vault+"\n"+tt.vault)
 			}
 			if err := v.startDev(dir); err != nil {
 				t.Fatal(err)
