@@ -691,7 +691,7 @@ func TestReuseSettings(t *testing.T) {
 	if got := m.read("roles/ci")["reuse_for"]; got != int64(1800) {
 		t.Errorf("reuse_for %v", got)
 	}
-	for _, data := range []map[string]any{{"reuse_for": 1801}, {"ttl": 3599}, {"ttl": 0}, {"reuse_for": -1}, {"reuse_for": "x"}, {"reuse_for": 1 << 40}} {
+	for _, data := range []map[string]any{{"reuse_for": 1801}, {"ttl": 3599}, {"ttl": 0}, {"reuse_for": -1}, {"reuse_for": "x"}, {"reuse_for": int64(1 << 40)}} {
 		m.refused(400, logical.UpdateOperation, "roles/ci", data, "reuse_for")
 	}
 	m.refused(400, logical.UpdateOperation, "roles/new", map[string]any{"scopes": "a:b", "reuse_for": "5m"}, "reuse_for of 300s needs a ttl")

@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -12,7 +13,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -84,10 +84,12 @@ func TestMlock(t *testing.T) {
 	t.Parallel()
 	needVault(t)
 	if os.Geteuid() != 0 {
-		t.Skip("needs root, to give a capability to a file and to start a server as another user")
+		skipUnlessRequired(t, errors.New("to give a capability to a file and to start a server as another user takes root"))
 	}
-	if _, err := exec.LookPath("setcap"); err != nil {
-		t.Skip(err)
+	for _, program := range []string{"setcap", "setpriv"} {
+		if _, err := exec.LookPath(program); err != nil {
+			skipUnlessRequired(t, err)
+		}
 	}
 	const nobody = 65534
 	dir, err := os.MkdirTemp("", "cable-mlock-") // t.TempDir is behind folders of root alone
@@ -129,14 +131,13 @@ storage "raft" {
 		{"setcap", "cap_ipc_lock=+ep", binary},
 	} {
 		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
-			t.Skipf("%v: %v\n%s", command, err, out) // such as in a container without that right
+			skipUnlessRequired(t, fmt.Errorf("%v: %w\n%s", command, err, out)) // such as in a container without that right
 		}
 	}
 	// The listener comes with the address; ulimit, as root's children may lock anything.
 	cmd := exec.Command("bash", "-c", `ulimit -l 64
 printf 'listener "tcp" {\n  address = "%s"\n  cluster_address = "127.0.0.1:0"\n  tls_disable = true\n}\n' "$1" >> "$2"
-exec "$0" server -log-level=info -config="$2"`, binary, "ADDR", config)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+exec setpriv --reuid="$3" --regid="$3" --clear-groups "$0" server -log-level=info -config="$2"`, binary, "ADDR", config, fmt.Sprint(nobody))
 	cmd.Dir = dir
 	v := startByHand(t, cmd)
 	var keys struct {

@@ -81,7 +81,8 @@ func TestStart(t *testing.T) {
 				t.Errorf("error %v, want %q", err, tt.want)
 			}
 			if text, err := os.ReadFile(filepath.Join(dir, "pid")); err == nil {
-				if pid, _ := strconv.Atoi(string(text)); syscall.Kill(pid, 0) == nil {
+				pid, _ := strconv.Atoi(string(text))
+				if p, err := os.FindProcess(pid); err == nil && p.Signal(syscall.Signal(0)) == nil {
 					t.Errorf("process %d is left", pid)
 				}
 			}
