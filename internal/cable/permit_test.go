@@ -185,7 +185,7 @@ func TestAllowPanics(t *testing.T) {
 			}
 			func() {
 				defer func() {
-					if p := recover(); p != errWithdrawn {
+					if p := recover(); p != any(errWithdrawn) {
 						t.Errorf("%d: recovered %v", times, p)
 					}
 				}()
@@ -238,7 +238,7 @@ func writeFrame(conn net.Conn, kind, flags byte, stream uint32, payload ...uint3
 	_, _ = conn.Write(frame)
 }
 
-// TestNoReplay pins that net/http does not repeat a call that the server ended,
+// TestNoReplay pins that net/http does not retry a call that the server ended,
 // in whatever way: after some codes, and after GOAWAY, it would.
 func TestNoReplay(t *testing.T) {
 	t.Parallel()
