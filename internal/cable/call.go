@@ -99,11 +99,15 @@ func (c *Client) turn(ctx context.Context) (end func(), err error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	if err := c.pause.check(); err != nil { // another call may have begun a pause
-		<-c.turns
+	end = func() { <-c.turns }
+	if err = ctx.Err(); err == nil {
+		err = c.pause.check() // another call may have begun one
+	}
+	if err != nil {
+		end()
 		return nil, err
 	}
-	return func() { <-c.turns }, nil
+	return end, nil
 }
 
 // httpRequest is the request of one API call, whose body p guards.

@@ -9,10 +9,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unsafe"
 
@@ -156,6 +158,41 @@ func TestFaults(t *testing.T) {
 					t.Logf("with %s", protocol)
 					return
 				}
+			}
+		})
+	}
+}
+
+// stalledBody is a body whose end does not arrive before the call's context ends.
+type stalledBody struct{ ctx context.Context }
+
+func (b stalledBody) Read([]byte) (int, error) {
+	<-b.ctx.Done()
+	return 0, b.ctx.Err()
+}
+
+func (stalledBody) Close() error { return nil }
+
+// TestStalledBody pins for how long a body that stalls delays an error, and that
+// a 200 runs into the end of the budget.
+func TestStalledBody(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[int]time.Duration{
+		200: budget, 202: 0, 302: 0, 400: errorBodyTimeout, 401: errorBodyTimeout, 429: errorBodyTimeout, 500: errorBodyTimeout, 503: errorBodyTimeout,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newClientAt(t, Config{TokenURL: "http://localhost/", Timeout: budget})
+			c.transport.RegisterProtocol("http", roundTripFunc(func(r *http.Request) (*http.Response, error) {
+				httptrace.ContextClientTrace(r.Context()).WroteHeaders()
+				return &http.Response{StatusCode: status, Header: http.Header{"Retry-After": {"60"}}, Body: stalledBody{r.Context()}}, nil
+			}))
+			start := time.Now()
+			e := mustFail(t, t.Context(), c)
+			if took := time.Since(start); took != want || e.StatusCode != status && status != 200 {
+				t.Errorf("%d after %s, want %d after %s", e.StatusCode, took, status, want)
+			}
+			if paused := c.Pause().Remaining() > 0; paused != (status == 429) {
+				t.Errorf("%d: paused %t", status, paused)
 			}
 		})
 	}
@@ -334,7 +371,7 @@ func TestCallerLeaves(t *testing.T) {
 	t.Run("at its deadline", func(t *testing.T) {
 		t.Parallel()
 		url, _ := rawServer(t, func(conn net.Conn) { readRequest(conn); hang(conn) })
-		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), budget)
 		defer cancel()
 		c := newClientAt(t, Config{TokenURL: url, Timeout: time.Minute})
 		diffError(t, Error{Kind: TimedOut, Detail: "the caller's deadline passed after the request was sent", MaybeIssued: true, Attempts: 1}, mustFail(t, ctx, c))
@@ -391,7 +428,7 @@ func TestStart(t *testing.T) {
 	srv := cabletest.NewServer(t, nil)
 	srv.SetFault(cabletest.Fault{Delay: time.Hour})
 	tr := testRequest()
-	tr.Start = time.Now().Add(-hour + 50*time.Millisecond)
+	tr.Start = time.Now().Add(-hour + budget)
 	token, err := newClient(t, srv, Config{Timeout: hour}).RequestToken(t.Context(), tr)
 	diffError(t, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out after the request was sent", MaybeIssued: true, Attempts: 1}, checkError(t, token, err))
 }

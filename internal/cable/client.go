@@ -11,6 +11,7 @@ import (
 	"time"
 )
 
+// Bounds and defaults of Cable's token API and of this client.
 const (
 	// DefaultTokenURL is the current endpoint (v2.0 request-token reference).
 	DefaultTokenURL = "https://api.cable.tech/v2/auth/token"

@@ -174,8 +174,9 @@ func describe(err error) string {
 	return prefix + text
 }
 
-// Windows reports these numbers of Winsock instead of the constants of package
-// syscall, which there are Go's own. No other system uses them.
+// Winsock's error numbers. On Windows the network returns these, not the
+// constants of package syscall, which are Go's own there. No other system uses
+// them.
 const (
 	wsaENETUNREACH  = syscall.Errno(10051)
 	wsaECONNABORTED = syscall.Errno(10053)

@@ -24,7 +24,7 @@ import (
 //     So Allow is asked as soon as there is a connection, too: if it refuses
 //     then, the context of the call ends, and no byte is sent.
 //
-// net/http repeats a call by itself if the connection was found closed
+// net/http retries a call by itself if the connection was found closed
 // (HTTP/1.1: before a byte was written) or if the server reset the stream
 // (HTTP/2: also with PROTOCOL_ERROR, which does not exclude that a token was
 // issued, and thousands of times in a row). It needs another body for that,
@@ -48,7 +48,7 @@ var (
 	errNoReplay = errors.New("the stream was reset")
 )
 
-// ask calls allow, unless it has refused before. p.mu is held.
+// ask calls allow, unless it has refused before. The caller has locked p.mu.
 func (p *permit) ask() error {
 	if p.refusal != nil {
 		return p.refusal

@@ -91,6 +91,23 @@ func TestAllow(t *testing.T) {
 	}
 }
 
+// listen returns a listener, with TLS if it is given protocols, and the
+// configuration of a client of it.
+func listen(t *testing.T, protos ...string) (net.Listener, Config) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	if protos == nil {
+		return listener, Config{TokenURL: "http://" + address, Timeout: time.Minute}
+	}
+	ca := newAuthority(t)
+	listener = tls.NewListener(listener, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, nil)}, NextProtos: protos})
+	return listener, Config{TokenURL: "https://" + address, CACert: ca.pem, Timeout: time.Minute}
+}
+
 // TestAllowAfterADial pins that no byte of a call is sent if Allow refuses while
 // the connection is being made, however large the head is.
 func TestAllowAfterADial(t *testing.T) {
@@ -101,63 +118,46 @@ func TestAllowAfterADial(t *testing.T) {
 		return n
 	}
 	for name, tt := range map[string]struct {
-		scheme string
 		protos []string
 		count  func(net.Conn) int64 // bytes or frames of requests
 	}{
-		"HTTP/1.1":          {"http", nil, count},
-		"HTTP/1.1 over TLS": {"https", nil, count},
-		"HTTP/2": {"https", []string{"h2"}, func(conn net.Conn) (frames int64) {
-			serveHTTP2(conn, func(_ net.Conn, _, _ byte, stream uint32) { frames += int64(min(stream, 1)) })
+		"HTTP/1.1":          {nil, count},
+		"HTTP/1.1 over TLS": {[]string{"http/1.1"}, count},
+		"HTTP/2": {[]string{"h2"}, func(conn net.Conn) (frames int64) {
+			serveHTTP2(conn, func(_, _ byte, stream uint32) { frames += int64(min(stream, 1)) })
 			return frames
 		}},
 	} {
-		for times := 1; times < 3; times++ {
-			t.Run(fmt.Sprint(name, " ", times), func(t *testing.T) {
+		for _, moment := range []string{"with the connection", "after the head"} {
+			if name == "HTTP/2" && moment == "after the head" {
+				continue // which has been sent
+			}
+			t.Run(name+" "+moment, func(t *testing.T) {
 				t.Parallel()
-				if name == "HTTP/2" && times == 2 {
-					t.Skip("the head of a request is sent before its body")
-				}
-				ca := newAuthority(t)
-				listener, err := net.Listen("tcp", "127.0.0.1:0")
-				if err != nil {
-					t.Fatal(err)
-				}
-				cfg := Config{RefreshKey: key, TokenURL: tt.scheme + "://" + listener.Addr().String() + "/", CACert: ca.pem, Timeout: time.Minute}
-				if tt.scheme == "https" {
-					listener = tls.NewListener(listener, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, nil)}, NextProtos: tt.protos})
-				}
+				listener, cfg := listen(t, tt.protos...)
+				cfg.RefreshKey = key
 				sent := make(chan int64, 1)
 				serveRaw(t, listener, func(conn net.Conn) { sent <- tt.count(conn) })
 				c := newClientAt(t, cfg)
-				dialling, proceed := make(chan struct{}), make(chan struct{})
+				var dialling atomic.Bool
 				dialled := make(chan net.Conn, 1)
 				dial := c.transport.DialContext
 				c.transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-					close(dialling)
-					<-proceed
+					dialling.Store(true)
 					conn, err := dial(ctx, network, address)
 					dialled <- conn
 					return conn, err
 				}
-				allow := allowTimes(times)
-				if times == 1 {
-					var disabled atomic.Bool
-					go func() {
-						<-dialling
-						disabled.Store(true)
-						close(proceed)
-					}()
-					allow = func() error {
-						if disabled.Load() {
-							return fmt.Errorf("withdrawn: %w", errWithdrawn)
-						}
-						return nil
-					}
-				} else {
-					close(proceed)
+				refuse := allowTimes(0)
+				if moment == "after the head" {
+					refuse = allowTimes(1)
 				}
-				checkWithdrawn(t, c, allow)
+				checkWithdrawn(t, c, func() error {
+					if dialling.Load() {
+						return refuse()
+					}
+					return nil
+				})
 				_ = (<-dialled).Close()
 				if n := <-sent; n > 0 {
 					t.Errorf("%d bytes or frames were sent", n)
@@ -200,33 +200,21 @@ func TestAllowPanics(t *testing.T) {
 	}
 }
 
-// newHTTP2Client returns a client of a server that speaks as much of HTTP/2 as
-// these tests need.
-func newHTTP2Client(t *testing.T, handle func(conn net.Conn, kind, flags byte, stream uint32)) (c *Client, connections *atomic.Int32) {
-	t.Helper()
-	ca := newAuthority(t)
-	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{ca.issue(t, nil)}, NextProtos: []string{"h2"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	connections = serveRaw(t, listener, func(conn net.Conn) { serveHTTP2(conn, handle) })
-	return newClientAt(t, Config{TokenURL: "https://" + listener.Addr().String() + "/", CACert: ca.pem, Timeout: time.Minute}), connections
-}
-
 const ( // RFC 9113, 6
 	frameData     = 0
 	frameReset    = 3
 	frameSettings = 4
 	frameGoAway   = 7
 	flagEndStream = 1
-	flagAck       = 1
+	flagAck       = 1 // of settings
 )
 
-// serveHTTP2 allows one stream on conn, and passes each frame to handle.
-func serveHTTP2(conn net.Conn, handle func(conn net.Conn, kind, flags byte, stream uint32)) {
+// serveHTTP2 speaks as much of HTTP/2 as these tests need: it passes each frame
+// to handle.
+func serveHTTP2(conn net.Conn, handle func(kind, flags byte, stream uint32)) {
 	const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 	_, _ = io.ReadFull(conn, make([]byte, len(preface)))
-	_, _ = io.WriteString(conn, "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x01") // SETTINGS_MAX_CONCURRENT_STREAMS = 1
+	writeFrame(conn, frameSettings, 0, 0)
 	for {
 		head := make([]byte, 9)
 		if _, err := io.ReadFull(conn, head); err != nil {
@@ -238,7 +226,7 @@ func serveHTTP2(conn net.Conn, handle func(conn net.Conn, kind, flags byte, stre
 		if kind == frameSettings && flags == 0 {
 			writeFrame(conn, frameSettings, flagAck, 0)
 		}
-		handle(conn, kind, flags, binary.BigEndian.Uint32(head[5:]))
+		handle(kind, flags, binary.BigEndian.Uint32(head[5:]))
 	}
 }
 
@@ -250,7 +238,7 @@ func writeFrame(conn net.Conn, kind, flags byte, stream uint32, payload ...uint3
 	_, _ = conn.Write(frame)
 }
 
-// TestNoReplay pins that net/http does not repeat a call that the server ended,
+// TestNoReplay pins that net/http does not retry a call that the server ended,
 // in whatever way: after some codes, and after GOAWAY, it would.
 func TestNoReplay(t *testing.T) {
 	t.Parallel()
@@ -270,13 +258,17 @@ func TestNoReplay(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			listener, cfg := listen(t, "h2")
 			var requests atomic.Int32
-			c, _ := newHTTP2Client(t, func(conn net.Conn, kind, flags byte, stream uint32) {
-				if kind == frameData && flags == flagEndStream {
-					requests.Add(1)
-					end(conn, stream)
-				}
+			serveRaw(t, listener, func(conn net.Conn) {
+				serveHTTP2(conn, func(kind, flags byte, stream uint32) {
+					if kind == frameData && flags == flagEndStream {
+						requests.Add(1)
+						end(conn, stream)
+					}
+				})
 			})
+			c := newClientAt(t, cfg)
 			diffError(t, Error{Kind: Unreachable, Detail: connectionClosed, MaybeIssued: true, Attempts: 1}, mustFail(t, t.Context(), c))
 			if n := requests.Load(); n != 1 {
 				t.Errorf("%d requests, want 1", n)

@@ -28,12 +28,13 @@ const (
 	headRoom       = 4 << 10          // bytes of a request's head apart from key, URL and user agent
 )
 
-// newTransport returns the connections to u. The head of a request, of which
-// the parts that vary have head bytes, fits the write buffer of a connection.
+// newTransport returns the transport to u. The variable parts of a request's head
+// have head bytes.
 //
-// The calls under way are bounded by [Client] too: net/http counts a
-// connection on which the server allows no more HTTP/2 streams as closed. Its
-// own bound is needed as well: it dials on after the caller has left.
+// MaxConnsPerHost alone does not bound the connections: net/http counts one on
+// which the server allows no more HTTP/2 streams as closed. The bound on calls,
+// in [Client], alone does not either: net/http continues to dial after the caller
+// has left.
 func newTransport(u *url.URL, caCert string, head int) (*http.Transport, error) {
 	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(0)}
 	if caCert != "" {

@@ -142,32 +142,6 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 }
 
-// TestStreamsAreBounded pins the same for an HTTP/2 server that allows one
-// stream per connection: net/http does not count such connections.
-func TestStreamsAreBounded(t *testing.T) {
-	t.Parallel()
-	arrived := make(chan struct{}, 100)
-	c, connections := newHTTP2Client(t, func(_ net.Conn, kind, flags byte, _ uint32) {
-		if kind == frameSettings && flags == flagAck {
-			arrived <- struct{}{} // the client knows the limit
-		}
-	})
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var calls sync.WaitGroup
-	for i := range maxConns + 20 {
-		calls.Go(func() { mustFail(t, ctx, c) })
-		if i < maxConns {
-			<-arrived
-		}
-	}
-	cancel()
-	calls.Wait()
-	if n := connections.Load(); n != maxConns {
-		t.Errorf("%d connections, want %d", n, maxConns)
-	}
-}
-
 // TestDialsAreBounded pins the same for connections that are never made:
 // net/http continues to dial after the caller has left.
 func TestDialsAreBounded(t *testing.T) {

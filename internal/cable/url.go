@@ -19,9 +19,9 @@ const (
 	exampleURL  = "write the whole endpoint, such as " + DefaultTokenURL
 )
 
-// ParseTokenURL parses a token endpoint, or returns what is wrong with it. It
-// must be https, or http to a loopback host, with a host and a path and no user
-// info, query, fragment or IPv6 zone, in at most 2048 bytes. The error repeats
+// ParseTokenURL parses a token endpoint, or returns what is wrong with it. It is
+// https, or http to a loopback host, in at most 2048 bytes: scheme, host, port
+// and path, without user info, query, fragment or IPv6 zone. The error repeats
 // nothing of raw but a host that [HostForDisplay] shows.
 func ParseTokenURL(raw string) (*url.URL, error) {
 	if len(raw) > maxTokenURL {
