@@ -251,7 +251,7 @@ func (c *cache) write(ctx context.Context, key string, narrows bool, put func() 
 		switch _, isUncertain := c.uncertain[key]; {
 		case stored:
 			delete(c.uncertain, key)
-		case narrows || isUncertain || len(c.uncertain) < maxCachedRoles:
+		case narrows || isUncertain || key == configStoragePath || len(c.uncertain) < maxCachedRoles:
 			c.uncertain[key] = c.uncertain[key] || narrows
 		default:
 			c.keepsRoles = false

@@ -136,8 +136,12 @@ func TestUncertainIsBounded(t *testing.T) {
 	for i := range 3 * maxCachedRoles {
 		_ = c.write(t.Context(), fmt.Sprintf("roles/r%d", i), false, fails)
 	}
-	if len(c.uncertain) > maxCachedRoles+1 || c.keepsRoles {
+	if len(c.uncertain) > maxCachedRoles || c.keepsRoles {
 		t.Errorf("%d entries, keeps roles: %t", len(c.uncertain), c.keepsRoles)
+	}
+	_ = c.write(t.Context(), configStoragePath, false, fails)
+	if c.isCertain(configStoragePath) {
+		t.Error("the configuration is kept although its last write failed")
 	}
 	if c.uncertainLocked("roles/blocked") == nil {
 		t.Error("the blocked role is forgotten")

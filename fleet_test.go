@@ -124,7 +124,7 @@ func (f fleet) run() (d fleetResult) {
 		}
 		d.tokens++
 		m := &mintedToken{Token: &cable.Token{Expiry: now.Unix() + ttl, Date: now.Truncate(time.Second), SentAt: sent, ReceivedAt: now}}
-		m.lease, m.lifetime, _ = decideLease(grantedLifetime{requested: ttl, expiry: m.Expiry, date: m.Date, sentAt: sent, elapsed: elapsed(sent, now)})
+		m.lease, m.lifetime, _ = decideLease(grantedLifetime{requested: ttl, expiry: m.Expiry, date: m.Date, sentAt: sent, elapsed: cable.Elapsed(sent, now)})
 		return m, nil
 	}
 

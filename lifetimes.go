@@ -141,13 +141,6 @@ func decideLease(g grantedLifetime) (lease, granted int64, err error) {
 	return int64(left / time.Second), granted, nil
 }
 
-// elapsed returns the time from one reading of the local clock to another: the
-// greater of the wall clock's and the monotonic clock's, because the latter
-// stops while the machine sleeps.
-func elapsed(from, to time.Time) time.Duration {
-	return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))
-}
-
 // validUntil returns the expiry of a granted token if Cable's clock, at the time
 // of the response, or the local one says that it is still valid, else 0.
 func validUntil(expiry int64, date, now time.Time) int64 {

@@ -167,9 +167,7 @@ func (b *backend) mintWith(ctx context.Context, r *tokenReport, set settings, pa
 
 // call requests a token from Cable, checks the grant, and decides the lease.
 func (b *backend) call(ctx context.Context, r *tokenReport, config *liveConfig, requested cable.TokenRequest) (*mintedToken, error) {
-	b.telemetry.metrics.tokenRequestsInFlight.Inc()
-	token, err := b.requestToken(ctx, config.client, requested)
-	b.telemetry.metrics.tokenRequestsInFlight.Dec()
+	token, err := b.callCable(ctx, config.client, requested)
 	if err != nil {
 		return nil, callFailure(err, r, config)
 	}
@@ -186,7 +184,7 @@ func (b *backend) call(ctx context.Context, r *tokenReport, config *liveConfig, 
 	now := time.Now()
 	m := &mintedToken{Token: token, scopes: granted}
 	m.lease, m.lifetime, err = decideLease(grantedLifetime{
-		requested: lifetime, expiry: token.Expiry, date: token.Date, sentAt: token.SentAt, elapsed: elapsed(token.SentAt, now),
+		requested: lifetime, expiry: token.Expiry, date: token.Date, sentAt: token.SentAt, elapsed: cable.Elapsed(token.SentAt, now),
 	})
 	if err != nil {
 		return nil, refuseToken(&mismatch{err.Error()}, token)
@@ -198,6 +196,13 @@ func (b *backend) call(ctx context.Context, r *tokenReport, config *liveConfig, 
 		m.warnings = append(m.warnings, fmt.Sprintf("Cable granted %ds instead of the requested %ds: the lease ends first, the token is valid until %s", m.lifetime, lifetime, m.expiresAt()))
 	}
 	return m, nil
+}
+
+// callCable is requestToken, counted while it lasts.
+func (b *backend) callCable(ctx context.Context, client *cable.Client, requested cable.TokenRequest) (*cable.Token, error) {
+	b.telemetry.metrics.tokenRequestsInFlight.Inc()
+	defer b.telemetry.metrics.tokenRequestsInFlight.Dec() // if it panics, too
+	return b.requestToken(ctx, client, requested)
 }
 
 // resolve narrows the role by the caller's parameters and decides what to

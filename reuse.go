@@ -331,7 +331,7 @@ func (b *backend) reportUndelivered(s *sharedRole, call *sharedCall) {
 // reuseFor seconds ago, half of its lifetime remains, and no more than lifetime
 // seconds were requested.
 func (t *sharedToken) isFresh(now time.Time, reuseFor, lifetime int64) bool {
-	return t != nil && t.requested <= lifetime && elapsed(t.SentAt, now) <= seconds(reuseFor) && t.remaining(now) >= t.usable()/2
+	return t != nil && t.requested <= lifetime && cable.Elapsed(t.SentAt, now) <= seconds(reuseFor) && t.remaining(now) >= t.usable()/2
 }
 
 // isFallback reports whether the token may be returned while Cable is down.
@@ -344,14 +344,14 @@ func (t *sharedToken) usable() time.Duration { return seconds(min(t.requested, t
 
 // remaining is what is left of that.
 func (t *sharedToken) remaining(now time.Time) time.Duration {
-	return t.usable() - elapsed(t.SentAt, now)
+	return t.usable() - cable.Elapsed(t.SentAt, now)
 }
 
 // lease returns the token with a lease of the reader's own, which ends no later
 // than that of the read that minted; nil if no second is left of it. The role's
 // mu is held.
 func (t *sharedToken) lease(r *tokenReport, now time.Time, reused bool) *mintedToken {
-	left := seconds(t.mintedToken.lease) - elapsed(t.leasedAt, now)
+	left := seconds(t.mintedToken.lease) - cable.Elapsed(t.leasedAt, now)
 	if reused {
 		left -= leaseMargin
 	}
@@ -361,7 +361,7 @@ func (t *sharedToken) lease(r *tokenReport, now time.Time, reused bool) *mintedT
 	m := *t.mintedToken
 	m.lease, m.warnings = int64(left/time.Second), slices.Clone(m.warnings)
 	t.readers++
-	r.granted, r.reused, r.age = t.Token, reused, elapsed(t.SentAt, now)
+	r.granted, r.reused, r.age = t.Token, reused, cable.Elapsed(t.SentAt, now)
 	return &m
 }
 

@@ -530,8 +530,9 @@ func TestReuse(t *testing.T) {
 		wg.Wait()
 		m.b.requestToken = m.cable.requestToken
 		m.token()
-		if n := m.figures()["vault_cable_panics_total"]; n < 1 {
-			t.Errorf("%v panics", n)
+		figures := m.figures()
+		if panics, inFlight := figures["vault_cable_panics_total"], figures["vault_cable_token_requests_in_flight"]; panics < 1 || inFlight != 0 {
+			t.Errorf("%v panics, %v requests in flight", panics, inFlight)
 		}
 	})
 	inBubble(t, "the mount ends", reusing, func(t *testing.T, m *reuseMount) {

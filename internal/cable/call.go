@@ -37,7 +37,7 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	if refusal != nil {
 		return nil, noRetry, refusal
 	}
-	call := Call{Duration: elapsed(sentAt, time.Now()), Retry: r.calls > 1}
+	call := Call{Duration: Elapsed(sentAt, time.Now()), Retry: r.calls > 1}
 	wait = noRetry
 	if err != nil {
 		c.observe(call)
@@ -190,8 +190,8 @@ func (r *request) failure(ctx context.Context, sent bool, err error) *Error {
 	return e
 }
 
-// elapsed returns the time between two local times, by the clock that advanced
+// Elapsed returns the time between two local times, by the clock that advanced
 // more: the monotonic one stops while the machine sleeps.
-func elapsed(from, to time.Time) time.Duration {
+func Elapsed(from, to time.Time) time.Duration {
 	return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))
 }

@@ -513,7 +513,7 @@ func TestElapsed(t *testing.T) {
 		{slept, from.Add(4 * time.Second), 2 * time.Second}, // the wall clock was set back
 		{from.Round(0), to, 5 * time.Second},
 	} {
-		if got := elapsed(tt.from, tt.to); got != tt.want {
+		if got := Elapsed(tt.from, tt.to); got != tt.want {
 			t.Errorf("from %s to %s: %s, want %s", tt.from, tt.to, got, tt.want)
 		}
 	}
