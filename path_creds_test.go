@@ -105,7 +105,7 @@ func TestCredsNarrowing(t *testing.T) {
 	resp := m.ok(logical.ReadOperation, "creds/ci", map[string]any{"ttl": "3h"})
 	m.wantWarning(resp.Warnings, "the requested ttl of 10800s is above the role's max_ttl of 7200s")
 
-	for _, huge := range []any{1 << 40, "99999999999", 1e18, "2000000h", "9223372036854775807"} {
+	for _, huge := range []any{int64(1 << 40), "99999999999", 1e18, "2000000h", "9223372036854775807"} {
 		resp := m.ok(logical.ReadOperation, "creds/ci", map[string]any{"ttl": huge})
 		m.wantWarning(resp.Warnings, "is above the role's max_ttl of 7200s: capped at 7200s")
 	}
