@@ -6,6 +6,7 @@ package cablesecrets
 import (
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/http"
 	"slices"
 	"strings"
@@ -92,7 +93,7 @@ func TestRoleRefusals(t *testing.T) {
 		{map[string]any{"ttl": "x"}, `ttl is "x"`},
 		{map[string]any{"ttl": 300.5}, "whole seconds"},
 		{map[string]any{"ttl": "1h0.5s"}, "whole seconds"},
-		{map[string]any{"ttl": 9223372036854775807}, "ttl is 2147483647s"},
+		{map[string]any{"ttl": int64(9223372036854775807)}, "ttl is 2147483647s"},
 		{map[string]any{"ttl": "9999999999999h"}, "ttl is"},
 		{map[string]any{"ttl": []any{300}}, "ttl must be a duration, not a list"},
 		{map[string]any{"ttl": true}, "ttl must be a duration, not a boolean"},
@@ -288,7 +289,7 @@ func FuzzRoleEntry(f *testing.F) {
 	f.Add("transactions:read,person:read", "org_1", 600, 1200, false, []byte(`{"scopes":["a:b"],"of_a_later_version":[1]}`))
 	f.Add("a", "", 0, 0, true, []byte(`{}`))
 	f.Add(" , ", "o o", 299, 86401, false, []byte(`{"scopes":7}`))
-	f.Add("a:b", "org", -1, 1<<62, false, []byte(`{"ttl":1e99}`))
+	f.Add("a:b", "org", -1, math.MaxInt, false, []byte(`{"ttl":1e99}`))
 	f.Fuzz(func(t *testing.T, scopes, org string, ttl, maxTTL int, disabled bool, stored []byte) {
 		if role, err := decodeRole("r", stored); err == nil {
 			_ = role.toResponseData()
