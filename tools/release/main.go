@@ -12,9 +12,11 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -102,7 +104,7 @@ func buildRelease(ctx context.Context, platforms string) error {
 	if err != nil {
 		return err
 	}
-	if err := cleanEnvironment(r); err != nil {
+	if err := cleanEnvironment(ctx, r); err != nil {
 		return err
 	}
 	config, systems, err := goreleaserConfig(platforms)
@@ -148,24 +150,33 @@ func headCommit(ctx context.Context) (*release, error) {
 }
 
 // cleanEnvironment removes what could change a byte of the result: a user's own
-// flags for the compiler, and their language and time zone; and sets what
-// .goreleaser.yaml reads.
-func cleanEnvironment(r *release) error {
+// settings for the compiler, in variables and in the file of `go env -w`, and
+// their language and time zone; and sets what .goreleaser.yaml reads.
+func cleanEnvironment(ctx context.Context, r *release) error {
+	// Where modules come from and go to is the user's: go.sum says what they are.
+	out, err := exec.CommandContext(ctx, "go", "env", "-json", "GOAUTH", "GOCACHE", "GOINSECURE", "GOMODCACHE", "GONOPROXY", "GONOSUMDB", "GOPRIVATE", "GOPROXY", "GOSUMDB", "GOTOOLCHAIN").Output()
+	if err != nil {
+		return fmt.Errorf("go env: %w", err)
+	}
+	env := map[string]string{}
+	if err := json.Unmarshal(out, &env); err != nil {
+		return err
+	}
 	for _, v := range os.Environ() {
 		name, _, _ := strings.Cut(v, "=")
-		if slices.Contains([]string{"GOOS", "GOARCH", "GOEXPERIMENT", "GODEBUG", "GOFIPS140", "GOAMD64", "GO386", "GOARM", "GOARM64", "GOPPC64"}, name) ||
-			strings.HasPrefix(name, "GORELEASER_") || strings.HasPrefix(name, "CGO_") {
+		if strings.HasPrefix(name, "GO") && name != "GOROOT" && name != "GOPATH" || strings.HasPrefix(name, "CGO_") {
 			if err := os.Unsetenv(name); err != nil {
 				return err
 			}
 		}
 	}
-	for name, value := range map[string]string{
-		"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly", "GOWORK": "off", "TZ": "UTC", "LC_ALL": "C",
+	maps.Copy(env, map[string]string{
+		"CGO_ENABLED": "0", "GOENV": "off", "GOFLAGS": "-mod=readonly", "GOWORK": "off", "TZ": "UTC", "LC_ALL": "C",
 		// GoReleaser wants a remote, though nothing is pushed.
 		"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "remote.origin.url", "GIT_CONFIG_VALUE_0": "https://" + module,
 		"RELEASE_COMMIT": r.commit[:12], "RELEASE_DATE": r.date.Format(time.RFC3339), "RELEASE_TIMESTAMP": strconv.FormatInt(r.date.Unix(), 10),
-	} {
+	})
+	for name, value := range env {
 		if err := os.Setenv(name, value); err != nil {
 			return err
 		}

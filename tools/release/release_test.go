@@ -188,8 +188,12 @@ func TestReproducible(t *testing.T) {
 	if everything {
 		cache = filepath.Join(testDir, "cache")
 	}
+	goenv := filepath.Join(t.TempDir(), "env")
+	if err := os.WriteFile(goenv, []byte("GOEXPERIMENT=arenas\nGOARM64=v9.0\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	env := []string{
-		"HOME=" + t.TempDir(), "TMPDIR=" + t.TempDir(), "USER=somebody", "LC_ALL=de_DE.UTF-8", "TZ=Asia/Tokyo",
+		"GOENV=" + goenv, "HOME=" + t.TempDir(), "TMPDIR=" + t.TempDir(), "USER=somebody", "LC_ALL=de_DE.UTF-8", "TZ=Asia/Tokyo",
 		"GOMODCACHE=" + mod, "GOCACHE=" + cache, "CGO_ENABLED=1", "GOAMD64=v3", "GOARM=7", "GOOS=plan9", "GODEBUG=asyncpreemptoff=1",
 		"GOFLAGS=-tags=other -buildvcs=true -ldflags=-X=main.a=b", "GORELEASER_CURRENT_TAG=v1.1.1",
 	}
