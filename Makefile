@@ -77,8 +77,9 @@ bench: build ## Measure a read side by side with the floor; BENCH='-slice 1s …
 	go build -trimpath -o bin/ ./internal/bench/floor ./internal/bench
 	bin/bench -vault "$$(scripts/vault --path)" -bin bin $(BENCH)
 
-# Releases: docs/releasing.md. The Go that compiles them is a pin as well.
-RELEASE_GO ?= $(shell sed -n 's/^toolchain //p' tools/release/go.mod)
+# Releases: docs/releasing.md. A tag is compiled by the Go that is pinned, which Go
+# fetches if another one is installed; a snapshot by the Go that is there.
+RELEASE_GO ?= $(if $(VERSION),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
 
 # The folder with the tools that tools/NAME pins, built once: $(call tools,NAME).
 tools = $(CURDIR)/.cache/tools/$(1)-$(shell cat tools/$(1)/go.mod tools/$(1)/go.sum | cksum | cut -d' ' -f1)-$(shell GOTOOLCHAIN=$(GOTOOLCHAIN) go env GOVERSION)
@@ -114,7 +115,7 @@ actionlint: ## Check the workflows
 
 .PHONY: vulncheck
 vulncheck: ## Look for known vulnerabilities in what is linked
-	$(call with,ci) govulncheck ./...
+	$(call with,ci) govulncheck ./cmd/vault-plugin-secrets-cable
 
 .PHONY: cross
 cross: ## Compile the plugin and all tests for each platform of a release

@@ -5,7 +5,7 @@ module github.com/cablesecrets/vault-plugin-secrets-cable/tools/release
 
 go 1.26.3
 
-toolchain go1.26.8
+toolchain go1.26.10
 
 tool (
 	github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod
