@@ -1,3 +1,6 @@
+# Copyright (c) The vault-plugin-secrets-cable authors
+# SPDX-License-Identifier: MPL-2.0
+
 # Needs go, git and make. Everything else is built from source, once, into the
 # ignored folders .cache and bin.
 .DEFAULT_GOAL := help
@@ -15,9 +18,9 @@ help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 .PHONY: build
-build: ## Build the plugin and the simulator into bin/
-	@mkdir -p bin
-	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable ./cmd/cable-sim
+build: ## Build the plugin into bin/, which Vault takes as -dev-plugin-dir
+	@rm -rf bin
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
 
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
@@ -34,18 +37,17 @@ dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
 .PHONY: test
 test: ## Run the unit tests and the end-to-end tests on a real Vault
 	@$(MAKE) -s servers
-	go test -p 1 ./...
+	go test -shuffle=on -p 1 ./...
 
 .PHONY: check
-check: tidy lint shellcheck actionlint release-test ## Run what must be green before a change lands
+check: tidy lint shellcheck cross actionlint release-test ## Run what must be green before a change lands
 	@$(MAKE) -s servers
-	go test -p 1 -race ./...
+	go test -shuffle=on -p 1 -race ./...
 
 # What the end-to-end tests run beside the plugin, built before go test's clock runs.
 .PHONY: servers
 servers:
 	@scripts/vault --path >/dev/null
-	@scripts/vault --events >/dev/null
 	@scripts/prometheus --path >/dev/null
 
 .PHONY: lint
@@ -56,6 +58,11 @@ $(GOLANGCI):
 	@mkdir -p .cache
 	cd tools/lint && GOFLAGS=-mod=readonly go build -trimpath -ldflags '-s -w' -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
+CROSS ?= darwin/amd64 darwin/arm64 freebsd/amd64 windows/amd64 linux/386
+.PHONY: cross
+cross: ## Check that all compiles for the other systems, tests included
+	cd tools/cross && GOFLAGS=-mod=readonly go run . ../.. $(CROSS)
+
 .PHONY: tidy
 tidy: ## Check that go.mod and go.sum are tidy
 	go mod tidy -diff
@@ -64,18 +71,14 @@ tidy: ## Check that go.mod and go.sum are tidy
 shellcheck: ## Check the scripts, where shellcheck is installed
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/* .ci/run; else echo 'shellcheck is not installed: skipped'; fi
 
-.PHONY: dashboard
-dashboard: ## Draw the dashboard from a load with faults (docs/dashboard.svg)
-	@scripts/dashboard
-
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
 	@scripts/fuzz $(FUZZTIME)
 
 .PHONY: bench
-bench: build ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
-	go build -trimpath -o bin/ ./internal/bench/floor ./internal/bench
-	bin/bench -vault "$$(scripts/vault --path)" -bin bin $(BENCH)
+bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
+	@go build -o .cache/ ./internal/bench
+	@.cache/bench $(BENCH)
 
 # Releases: docs/releasing.md. A tag is compiled by the Go that is pinned, which Go
 # fetches if another one is installed; a snapshot by the Go that is there.
@@ -116,7 +119,3 @@ actionlint: ## Check the workflows
 .PHONY: vulncheck
 vulncheck: ## Look for known vulnerabilities in what is linked
 	$(call with,ci) govulncheck ./cmd/vault-plugin-secrets-cable
-
-.PHONY: cross
-cross: ## Compile the plugin and all tests for each platform of a release
-	@sed -nE 's/^ +- ([a-z]+)_([a-z0-9]+).*/\1 \2/p' .goreleaser.yaml | while read -r os arch; do echo "$$os/$$arch"; CGO_ENABLED=0 GOOS=$$os GOARCH=$$arch go vet ./... || exit 1; done

@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -39,6 +40,8 @@ type testMount struct {
 	sim     *cabletest.Server
 	log     *syncBuffer
 	events  *logical.MockEventSender
+	hangTTL atomic.Pointer[chan struct{}] // lease settings are not reported until it is closed
+	maxTTL  atomic.Int64                  // max_lease_ttl if not 0, for tuning during requests
 }
 
 // testView is what a mount asks Vault, from more than one goroutine: its
@@ -46,6 +49,17 @@ type testMount struct {
 type testView struct {
 	*logical.StaticSystemView
 	m *testMount
+}
+
+// MaxLeaseTTL implements [logical.SystemView].
+func (v testView) MaxLeaseTTL() time.Duration {
+	if hang := v.m.hangTTL.Load(); hang != nil {
+		<-*hang
+	}
+	if d := v.m.maxTTL.Load(); d != 0 {
+		return time.Duration(d)
+	}
+	return v.StaticSystemView.MaxLeaseTTL()
 }
 
 // PluginEnv implements [logical.SystemView].
@@ -209,6 +223,36 @@ func (m *testMount) write(path string, data map[string]any) []string {
 	return nil
 }
 
+// writeKey writes the refresh key together with where it goes.
+func (m *testMount) writeKey(key string) []string {
+	m.Helper()
+	return m.write("config", map[string]any{"refresh_key": key, "token_url": m.sim.URL})
+}
+
+// putRole stores a role behind the engine's back, as another node does.
+func (m *testMount) putRole(name string, role *roleEntry) {
+	m.Helper()
+	entry, err := logical.StorageEntryJSON(rolesStoragePrefix+name, role)
+	if err == nil {
+		err = m.storage.Put(m.Context(), entry)
+	}
+	if err != nil {
+		m.Error(err)
+	}
+}
+
+// putConfig is putRole for the configuration.
+func (m *testMount) putConfig(config *configEntry) {
+	m.Helper()
+	raw, err := config.encode()
+	if err == nil {
+		err = m.storage.Put(m.Context(), &logical.StorageEntry{Key: configStoragePath, Value: raw})
+	}
+	if err != nil {
+		m.Error(err)
+	}
+}
+
 // read reads with success and returns the data, nil for a 404.
 func (m *testMount) read(path string) map[string]any {
 	m.Helper()
@@ -357,8 +401,8 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 		{logical.PatchOperation, "config", "auth_scheme, ca_cert"},
 		{logical.ReadOperation, "config", "takes no parameters"},
 		{logical.DeleteOperation, "config", "takes no parameters"},
-		{logical.UpdateOperation, "roles/ci", "disabled, max_ttl, organization_id, scopes, ttl"},
-		{logical.UpdateOperation, "roles/new", "disabled, max_ttl, organization_id, scopes, ttl"},
+		{logical.UpdateOperation, "roles/ci", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
+		{logical.UpdateOperation, "roles/new", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
 		{logical.PatchOperation, "roles/ci", "disabled, max_ttl"},
 		{logical.ReadOperation, "roles/ci", "takes no parameters"},
 		{logical.DeleteOperation, "roles/ci", "takes no parameters"},
@@ -367,7 +411,7 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 		{logical.UpdateOperation, "creds/ci", "scopes, ttl"},
 	} {
 		m.refused(http.StatusBadRequest, tt.op, tt.path, map[string]any{"bogus": "x"}, `unknown field "bogus"`, tt.known)
-		resp := m.refused(http.StatusBadRequest, tt.op, tt.path, map[string]any{m.sim.RefreshKey(): "x"}, "unknown field (not shown)")
+		resp := m.refused(http.StatusBadRequest, tt.op, tt.path, map[string]any{m.sim.RefreshKey(): "x"}, "unknown field (not shown: length 43)")
 		if resp == nil {
 			t.Errorf("%s %s: not an error response", tt.op, tt.path)
 		}
@@ -419,18 +463,16 @@ func TestInvalidateWinsOverRebuild(t *testing.T) {
 			}
 			next := *cfg
 			next.RefreshKey = cable.NewSecret(newKey)
-			if err := setConfig(t.Context(), m.storage, &next); err != nil {
-				t.Error(err)
-			}
+			m.putConfig(&next)
 			m.b.InvalidateKey(t.Context(), "config")
 		}},
-		{"write", func(newKey string) { m.write("config", map[string]any{"refresh_key": newKey}) }},
+		{"write", func(newKey string) { m.writeKey(newKey) }},
 	} {
-		m.b.reset()
+		m.b.cache.invalidate(configStoragePath)
 		slow := &slowStorage{Storage: m.storage, read: make(chan struct{}), proceed: make(chan struct{})}
 		done := make(chan error)
 		go func() {
-			_, err := m.b.getClient(t.Context(), slow)
+			_, err := m.b.cache.config(t.Context(), slow)
 			done <- err
 		}()
 		<-slow.read
@@ -468,9 +510,7 @@ func TestRolesAreCached(t *testing.T) {
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
 	put := func(ttl int64) {
-		if err := setRole(t.Context(), m.storage, "ci", &roleEntry{Scopes: []string{"person:read"}, TTL: ttl}); err != nil {
-			t.Error(err)
-		}
+		m.putRole("ci", &roleEntry{Scopes: []string{"person:read"}, TTL: ttl})
 	}
 	asked := func() int64 {
 		m.read("creds/ci")
@@ -490,11 +530,11 @@ func TestRolesAreCached(t *testing.T) {
 		t.Errorf("asked for %ds after a write, want 500s", got)
 	}
 
-	m.b.forgetRole("ci")
+	m.b.InvalidateKey(t.Context(), "roles/ci")
 	slow := &slowStorage{Storage: m.storage, read: make(chan struct{}), proceed: make(chan struct{})}
 	done := make(chan error)
 	go func() {
-		_, err := m.b.cachedRole(t.Context(), slow, "ci")
+		_, err := m.b.cache.role(t.Context(), slow, "ci")
 		done <- err
 	}()
 	<-slow.read
@@ -513,14 +553,12 @@ func TestRolesAreCached(t *testing.T) {
 
 	for i := range maxCachedRoles + 2 {
 		name := fmt.Sprintf("r%d", i)
-		if err := setRole(t.Context(), m.storage, name, &roleEntry{Scopes: []string{"person:read"}}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := m.b.cachedRole(t.Context(), m.storage, name); err != nil {
+		m.putRole(name, &roleEntry{Scopes: []string{"person:read"}})
+		if _, err := m.b.cache.role(t.Context(), m.storage, name); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if n := len(m.b.roles); n > maxCachedRoles {
+	if n := len(m.b.cache.roles); n > maxCachedRoles {
 		t.Errorf("%d roles are kept", n)
 	}
 }
@@ -549,7 +587,7 @@ func TestReplicationState(t *testing.T) {
 		t.Errorf("asked %d times, want 4", asked.n)
 	}
 	asked.state = consts.ReplicationPerformanceDisabled
-	view.asked = view.asked.Add(-replicationStateLife)
+	view.readAt = view.readAt.Add(-replicationStateMaxAge)
 	if got := view.ReplicationState(); got != consts.ReplicationPerformanceDisabled {
 		t.Errorf("state %v after a second", got)
 	}
@@ -577,7 +615,7 @@ func TestStandby(t *testing.T) {
 	} {
 		m := newConfiguredMount(t)
 		m.sys.ReplicationStateVal = state
-		m.b.System().(*systemView).asked = time.Time{}
+		m.b.System().(*systemView).readAt = time.Time{}
 		for path, forward := range want {
 			op, data := logical.Operation(logical.UpdateOperation), map[string]any{"organization_id": cabletest.DefaultOrganizationID}
 			if path == "creds/ci" {
@@ -614,12 +652,12 @@ func TestStorageFaults(t *testing.T) {
 			m.refused(http.StatusInternalServerError, logical.DeleteOperation, path, nil)
 		}
 	}
-	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "config", map[string]any{"refresh_key": "other"})
+	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "config", map[string]any{"refresh_key": "other", "token_url": m.sim.URL})
 	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "roles/ci", map[string]any{"ttl": 600})
 	m.storage.FailGet(false)
 
 	m.storage.FailPut(true)
-	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "config", map[string]any{"refresh_key": "other"})
+	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "config", map[string]any{"refresh_key": "other", "token_url": m.sim.URL})
 	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "roles/ci", map[string]any{"ttl": 600})
 	m.storage.FailPut(false)
 
@@ -638,6 +676,11 @@ func TestStorageFaults(t *testing.T) {
 	if diff := diffJSON(role, m.read("roles/ci")); diff != "" {
 		t.Errorf("the role changed: %s", diff)
 	}
+	// Whether config and the role were deleted is not known until they are written.
+	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "the last write of config failed")
+	m.write("config", map[string]any{"disabled": false})
+	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, `the last write of role "ci" failed`)
+	m.write("roles/ci", map[string]any{"disabled": false})
 	if m.read("creds/ci") == nil {
 		t.Error("no token after the faults")
 	}
@@ -655,17 +698,17 @@ func TestGarbageInStorage(t *testing.T) {
 			}
 			m.b.InvalidateKey(t.Context(), key)
 		}
-		m.refused(http.StatusInternalServerError, logical.ReadOperation, "config", nil, "delete config and write it anew")
+		m.refused(http.StatusInternalServerError, logical.ReadOperation, "config", nil, "delete config and write it again")
 		m.refused(http.StatusInternalServerError, logical.UpdateOperation, "config", map[string]any{"disabled": true}, "delete config")
 		if garbage != `{"refresh_key":7}` {
-			m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "delete it and write it anew")
+			m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "write it again")
 		}
 		m.ok(logical.DeleteOperation, "config", nil)
 		m.ok(logical.DeleteOperation, "roles/ci", nil)
 		m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID})
 		m.write("roles/ci", map[string]any{"scopes": "transactions:read,person:read"})
 		if m.read("creds/ci") == nil {
-			t.Error("no token after writing anew")
+			t.Error("no token after writing again")
 		}
 	}
 }

@@ -18,8 +18,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Types of the events that go to Vault's event system. Their metadata holds
-// Vault's own keys (path, data_path, operation, modified) and those that the
+// Types of the events for Vault's event system. Their metadata contains Vault's
+// own keys (path, data_path, operation, modified) and those that the
 // functions below add, never a secret. Vault puts the mount's path before path
 // and data_path.
 const (
@@ -29,7 +29,7 @@ const (
 	eventRoleDelete      = "cable/role-delete"
 	eventCredsCreate     = "cable/creds-create"
 	eventCredsCreateFail = "cable/creds-create-fail"
-	eventGrantRefuse     = "cable/grant-refuse"
+	eventGrantMismatch   = "cable/grant-mismatch"
 	eventLeaseRevoke     = "cable/lease-revoke"
 )
 
@@ -38,9 +38,11 @@ const (
 	maxQueuedEvents = 1024
 
 	// eventTimeout bounds how long Vault may take for one event, flushTimeout for
-	// all that wait when the mount ends.
+	// all that are queued when the mount ends, and closeTimeout how long the mount
+	// waits for these.
 	eventTimeout = 10 * time.Second
 	flushTimeout = 2 * time.Second
+	closeTimeout = 100 * time.Millisecond
 )
 
 // eventResult says what became of an event.
@@ -58,14 +60,14 @@ type event struct {
 	metadata []string // keys and values in turn
 }
 
-// eventQueue sends events in their order, beside the requests that they tell
-// of: none of these waits for Vault, nor fails with an event.
+// eventQueue sends events in order, alongside the requests that they are about:
+// none of these waits for Vault, nor fails with an event.
 type eventQueue struct {
 	sender logical.EventSender
-	heard  func(context.Context) bool // whether anybody can listen
+	heard  func(context.Context) bool // whether anybody can subscribe
 	result func(eventResult)
 
-	off   atomic.Bool // nobody listens
+	off   atomic.Bool // nobody can
 	start sync.Once
 	stop  sync.Once
 	queue chan event
@@ -87,7 +89,7 @@ func newEventQueue(sender logical.EventSender, heard func(context.Context) bool,
 	return q
 }
 
-// send puts an event into the queue, or drops it where that is full.
+// send puts an event into the queue, or drops it if that is full.
 func (q *eventQueue) send(kind string, metadata ...string) {
 	if q.off.Load() {
 		return
@@ -100,25 +102,30 @@ func (q *eventQueue) send(kind string, metadata ...string) {
 	}
 }
 
-// close sends what waits, in a bounded time, and ends the sending. A mount
-// that is disabled ends its leases just before.
+// close has what is queued sent, as a mount that is disabled ends its leases
+// just before. It waits for that no longer than closeTimeout: the SDK holds the
+// lock of all mounts meanwhile. What is sent later finds the mount closed.
 func (q *eventQueue) close() {
 	q.stop.Do(func() {
 		close(q.done)
 		time.AfterFunc(flushTimeout, q.cancel)
 	})
-	q.start.Do(func() { close(q.ended) }) // where nothing was ever sent
-	<-q.ended
-	q.cancel()
+	q.start.Do(func() { close(q.ended) }) // if nothing was ever sent
+	select {
+	case <-q.ended:
+		q.cancel()
+	case <-time.After(closeTimeout):
+	}
 }
 
-// run sends until the queue is closed, or nobody can listen.
+// run sends until the queue is closed, or nobody can subscribe.
 func (q *eventQueue) run() {
 	defer close(q.ended)
 	ctx, cancel := context.WithTimeout(q.ctx, eventTimeout)
-	q.off.Store(!q.heard(ctx))
+	heard, err := within(ctx, func() (bool, error) { return q.heard(ctx), nil })
+	q.off.Store(err == nil && !heard)
 	cancel()
-	for !q.off.Load() {
+	for !q.off.Load() && q.ctx.Err() == nil {
 		select {
 		case e := <-q.queue:
 			q.sendOne(e)
@@ -131,11 +138,11 @@ func (q *eventQueue) run() {
 	}
 }
 
-// sendOne hands an event to Vault.
+// sendOne sends an event to Vault.
 func (q *eventQueue) sendOne(e event) {
 	ctx, cancel := context.WithTimeout(q.ctx, eventTimeout)
 	defer cancel()
-	err := logical.SendEvent(ctx, q.sender, e.kind, e.metadata...)
+	_, err := within(ctx, func() (any, error) { return nil, logical.SendEvent(ctx, q.sender, e.kind, e.metadata...) })
 	switch {
 	case errors.Is(err, framework.ErrNoEvents), status.Code(err) == codes.Unimplemented:
 		q.off.Store(true)
@@ -146,72 +153,74 @@ func (q *eventQueue) sendOne(e event) {
 	}
 }
 
-// eventsAreHeard reports whether the server lets anybody subscribe to events.
+// letsSubscribe reports whether the server lets anybody subscribe to events.
 // Vault Community 1.16 and later does not (sys/events/subscribe is part of
-// Enterprise), though it takes them: at the price of a call for each mint.
-func (b *backend) eventsAreHeard(ctx context.Context) bool {
-	env, err := b.System().PluginEnv(ctx)
+// Enterprise), although it accepts them, at the price of a call for each mint.
+func letsSubscribe(ctx context.Context, system logical.SystemView) bool {
+	env, err := system.PluginEnv(ctx)
 	if err != nil || env == nil {
-		return true // an older or other server: it will say itself if it takes none
+		return true // an older or other server: it will say itself if it accepts none
 	}
 	return !strings.HasPrefix(env.GetVaultVersion(), "1.") || strings.Contains(env.GetVaultVersionMetadata(), "ent")
 }
 
-// sendConfigEvent tells that config was written or deleted; version is that of
-// the refresh key, 0 where there is none any more.
-func (b *backend) sendConfigEvent(req *logical.Request, kind string, version int) {
+// sendConfig sends that config was written or deleted; version is that of the
+// refresh key, 0 if there is none any more.
+func (q *eventQueue) sendConfig(req *logical.Request, kind string, version int) {
 	metadata := eventMetadata(req.Operation, configStoragePath, configStoragePath, true)
 	if version > 0 {
 		metadata = append(metadata, "refresh_key_version", strconv.Itoa(version))
 	}
-	b.events.send(kind, metadata...)
+	q.send(kind, metadata...)
 }
 
-// sendRoleEvent tells that a role was written, or deleted where it is nil now.
-func (b *backend) sendRoleEvent(req *logical.Request, kind, name string, role *roleEntry) {
+// sendRole sends that a role was written, or deleted if it is nil.
+func (q *eventQueue) sendRole(req *logical.Request, kind, name string, role *roleEntry) {
 	metadata := append(eventMetadata(req.Operation, "roles/"+name, "roles/"+name, true), "role", name)
 	if role != nil {
-		metadata = append(metadata, "organization_id", role.OrganizationID)
+		metadata = append(metadata, "organization_id", shown(orgShape, role.OrganizationID))
 	}
-	b.events.send(kind, metadata...)
+	q.send(kind, metadata...)
 }
 
-// sendMintEvent tells how a request for a token ended. Requests that were
-// refused before Cable was asked are no event: Vault's audit log has them.
-func (b *backend) sendMintEvent(r *mintRecord, o outcome, m *mintedToken, err error, maybeUntil int64) {
-	if o == outcomeRequestRefused || b.events.off.Load() {
+// sendTokenRequest sends how a token request ended. Requests that were refused
+// before Cable was called are no event: Vault's audit log has them.
+func (q *eventQueue) sendTokenRequest(r *tokenReport) {
+	o := r.outcome()
+	if o == outcomeInvalidRequest && r.granted == nil || q.off.Load() {
 		return
 	}
 	metadata := append(eventMetadata(r.req.Operation, r.req.Path, "roles/"+r.role, false),
-		"role", r.role, "organization_id", r.asked.OrganizationID, "request_id", r.req.ID)
-	if m != nil {
-		b.events.send(eventCredsCreate, append(metadata, "scopes", strings.Join(m.scopes, ","),
+		"role", r.role, "organization_id", shown(orgShape, r.requested.OrganizationID), "request_id", r.req.ID)
+	if m := r.minted; m != nil {
+		q.send(eventCredsCreate, append(metadata, "scopes", strings.Join(shownScopes(m.scopes), ","),
 			"expiry", strconv.FormatInt(m.Expiry, 10), "expires_at", m.expiresAt())...)
 		return
 	}
 	metadata = append(metadata, "outcome", string(o))
-	if code := statusCode(err); code != 0 {
+	if code := r.failure.cableStatus; code != 0 {
 		metadata = append(metadata, "cable_status", strconv.Itoa(code))
 	}
-	if maybeUntil > 0 {
-		metadata = append(metadata, "maybe_alive_until", rfc3339(maybeUntil))
+	if until := r.failure.undeliveredUntil; until > 0 {
+		metadata = append(metadata, "undelivered_until", rfc3339(until))
 	}
 	kind := eventCredsCreateFail
-	if o == outcomeGrantRefused {
-		kind = eventGrantRefuse
+	if o == outcomeGrantMismatch {
+		kind = eventGrantMismatch
 	}
-	b.events.send(kind, metadata...)
+	q.send(kind, metadata...)
 }
 
-// sendRevokeEvent tells that a lease ended.
-func (b *backend) sendRevokeEvent(role, organization string, expiry int64, left time.Duration) {
+// sendLease sends that a lease ended; left is negative if the token's expiry is
+// not known.
+func (q *eventQueue) sendLease(role, organization string, expiry int64, left time.Duration) {
 	metadata := append(eventMetadata(logical.RevokeOperation, "creds/"+role, "roles/"+role, false),
-		"role", role, "organization_id", organization)
+		"role", role, "organization_id", shown(orgShape, organization))
 	if left >= 0 {
 		metadata = append(metadata, "expiry", strconv.FormatInt(expiry, 10), "expires_at", rfc3339(expiry),
-			"seconds_left", strconv.FormatInt(int64(left/time.Second), 10))
+			"remaining_seconds", strconv.FormatInt(int64(left/time.Second), 10))
 	}
-	b.events.send(eventLeaseRevoke, metadata...)
+	q.send(eventLeaseRevoke, metadata...)
 }
 
 // eventMetadata is what Vault's event system knows of each event.

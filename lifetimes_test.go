@@ -13,44 +13,44 @@ import (
 	"pgregory.net/rapid"
 )
 
-func TestDecideAsk(t *testing.T) {
+func TestDecideLifetime(t *testing.T) {
 	t.Parallel()
 	const day, month = 86400, 768 * 3600
 	for _, tt := range []struct {
 		name    string
-		in      lifeRequest
+		in      lifetimeInput
 		ask     int64
 		warning string // a part of the one warning, or ""
 		refusal string // a part of the refusal, or ""
 	}{
-		{name: "nothing set", in: lifeRequest{mountDefault: month, mountMax: month}, ask: 3600},
-		{name: "mount default below an hour", in: lifeRequest{mountDefault: 1800, mountMax: month}, ask: 1800},
-		{name: "mount default of an hour", in: lifeRequest{mountDefault: 3600, mountMax: month}, ask: 3600},
-		{name: "mount default too short", in: lifeRequest{mountDefault: 60, mountMax: month}, ask: 300, warning: "the mount's default_lease_ttl of 60s is below Cable's minimum: raised to 300s"},
-		{name: "mount default one short", in: lifeRequest{mountDefault: 299, mountMax: month}, ask: 300, warning: "raised to 300s"},
-		{name: "mount default at the bound", in: lifeRequest{mountDefault: 300, mountMax: month}, ask: 300},
-		{name: "role", in: lifeRequest{roleTTL: 900, mountDefault: month, mountMax: month}, ask: 900},
-		{name: "role needs no mount default", in: lifeRequest{roleTTL: 900, mountMax: month}, ask: 900},
-		{name: "role above the default hour", in: lifeRequest{roleTTL: 7200, mountDefault: 1800, mountMax: month}, ask: 7200},
-		{name: "request before role", in: lifeRequest{requestTTL: 600, roleTTL: 900, mountMax: month}, ask: 600},
-		{name: "request above role", in: lifeRequest{requestTTL: 1200, roleTTL: 900, mountMax: month}, ask: 1200},
-		{name: "request at role's max", in: lifeRequest{requestTTL: 1200, roleMaxTTL: 1200, mountMax: month}, ask: 1200},
-		{name: "request above role's max", in: lifeRequest{requestTTL: 1201, roleMaxTTL: 1200, mountMax: month}, ask: 1200, warning: "the requested ttl of 1201s is above the role's max_ttl of 1200s: capped at 1200s"},
-		{name: "request above mount's max", in: lifeRequest{requestTTL: 7200, mountMax: 3600}, ask: 3600, warning: "the requested ttl of 7200s is above the mount's max_lease_ttl of 3600s"},
-		{name: "request above Cable's max", in: lifeRequest{requestTTL: day + 1, mountMax: month}, ask: day, warning: "is above Cable's maximum of 86400s"},
-		{name: "request at Cable's max", in: lifeRequest{requestTTL: day, mountMax: month}, ask: day},
-		{name: "role above mount's max", in: lifeRequest{roleTTL: 7200, roleMaxTTL: day, mountMax: 3600}, ask: 3600, warning: "the role's ttl of 7200s is above the mount's max_lease_ttl of 3600s"},
-		{name: "default above role's max", in: lifeRequest{roleMaxTTL: 600, mountDefault: month, mountMax: month}, ask: 600, warning: "the default ttl of 3600s is above the role's max_ttl of 600s"},
-		{name: "request at the bound", in: lifeRequest{requestTTL: 300, mountMax: 300}, ask: 300},
-		{name: "request one short", in: lifeRequest{requestTTL: 299, mountMax: month}, refusal: "ttl 299s is below Cable's minimum of 300s: ask for 300s to 86400s"},
-		{name: "request below zero", in: lifeRequest{requestTTL: -1, mountMax: month}, refusal: "ttl -1s is below"},
-		{name: "mount's max one short", in: lifeRequest{roleTTL: 900, mountMax: 299}, refusal: "the mount's max_lease_ttl of 299s is below Cable's minimum"},
-		{name: "role's max one short", in: lifeRequest{roleMaxTTL: 299, mountMax: month}, refusal: "the role's max_ttl of 299s is below Cable's minimum"},
+		{name: "nothing set", in: lifetimeInput{mountDefault: month, mountMax: month}, ask: 3600},
+		{name: "mount default below an hour", in: lifetimeInput{mountDefault: 1800, mountMax: month}, ask: 1800},
+		{name: "mount default of an hour", in: lifetimeInput{mountDefault: 3600, mountMax: month}, ask: 3600},
+		{name: "mount default too short", in: lifetimeInput{mountDefault: 60, mountMax: month}, ask: 300, warning: "the mount's default_lease_ttl of 60s is below Cable's minimum: raised to 300s"},
+		{name: "mount default one short", in: lifetimeInput{mountDefault: 299, mountMax: month}, ask: 300, warning: "raised to 300s"},
+		{name: "mount default at the bound", in: lifetimeInput{mountDefault: 300, mountMax: month}, ask: 300},
+		{name: "role", in: lifetimeInput{roleTTL: 900, mountDefault: month, mountMax: month}, ask: 900},
+		{name: "role needs no mount default", in: lifetimeInput{roleTTL: 900, mountMax: month}, ask: 900},
+		{name: "role above the default hour", in: lifetimeInput{roleTTL: 7200, mountDefault: 1800, mountMax: month}, ask: 7200},
+		{name: "request before role", in: lifetimeInput{requestTTL: 600, roleTTL: 900, mountMax: month}, ask: 600},
+		{name: "request above role", in: lifetimeInput{requestTTL: 1200, roleTTL: 900, mountMax: month}, ask: 1200},
+		{name: "request at role's max", in: lifetimeInput{requestTTL: 1200, roleMaxTTL: 1200, mountMax: month}, ask: 1200},
+		{name: "request above role's max", in: lifetimeInput{requestTTL: 1201, roleMaxTTL: 1200, mountMax: month}, ask: 1200, warning: "the requested ttl of 1201s is above the role's max_ttl of 1200s: capped at 1200s"},
+		{name: "request above mount's max", in: lifetimeInput{requestTTL: 7200, mountMax: 3600}, ask: 3600, warning: "the requested ttl of 7200s is above the mount's max_lease_ttl of 3600s"},
+		{name: "request above Cable's max", in: lifetimeInput{requestTTL: day + 1, mountMax: month}, ask: day, warning: "is above Cable's maximum of 86400s"},
+		{name: "request at Cable's max", in: lifetimeInput{requestTTL: day, mountMax: month}, ask: day},
+		{name: "role above mount's max", in: lifetimeInput{roleTTL: 7200, roleMaxTTL: day, mountMax: 3600}, ask: 3600, warning: "the role's ttl of 7200s is above the mount's max_lease_ttl of 3600s"},
+		{name: "default above role's max", in: lifetimeInput{roleMaxTTL: 600, mountDefault: month, mountMax: month}, ask: 600, warning: "the default ttl of 3600s is above the role's max_ttl of 600s"},
+		{name: "request at the bound", in: lifetimeInput{requestTTL: 300, mountMax: 300}, ask: 300},
+		{name: "request one short", in: lifetimeInput{requestTTL: 299, mountMax: month}, refusal: "ttl 299s is below Cable's minimum of 300s: request 300s to 86400s"},
+		{name: "request below zero", in: lifetimeInput{requestTTL: -1, mountMax: month}, refusal: "ttl -1s is below"},
+		{name: "mount's max one short", in: lifetimeInput{roleTTL: 900, mountMax: 299}, refusal: "the mount's max_lease_ttl of 299s is below Cable's minimum"},
+		{name: "role's max one short", in: lifetimeInput{roleMaxTTL: 299, mountMax: month}, refusal: "the role's max_ttl of 299s is below Cable's minimum"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			tt.in.requested = tt.in.requestTTL != 0
-			ask, warnings, err := decideAsk(tt.in)
+			tt.in.hasTTL = tt.in.requestTTL != 0
+			ask, warnings, err := decideLifetime(tt.in)
 			if tt.refusal != "" {
 				var r refusal
 				if !errors.As(err, &r) || !strings.Contains(err.Error(), tt.refusal) {
@@ -66,8 +66,8 @@ func TestDecideAsk(t *testing.T) {
 			}
 		})
 	}
-	for _, in := range []lifeRequest{{roleTTL: 900}, {roleTTL: 900, mountMax: -1}, {mountMax: month}} {
-		if _, _, err := decideAsk(in); !errors.Is(err, errNoMountTTL) {
+	for _, in := range []lifetimeInput{{roleTTL: 900}, {roleTTL: 900, mountMax: -1}, {mountMax: month}} {
+		if _, _, err := decideLifetime(in); !errors.Is(err, errNoMountTTL) {
 			t.Errorf("%+v: %v, want errNoMountTTL", in, err)
 		}
 	}
@@ -86,15 +86,15 @@ func anySeconds(rt *rapid.T, name string) int64 {
 func TestAskProperties(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
-		in := lifeRequest{
-			requested:    rapid.Bool().Draw(rt, "requested"),
+		in := lifetimeInput{
+			hasTTL:       rapid.Bool().Draw(rt, "requested"),
 			requestTTL:   anySeconds(rt, "request"),
 			roleTTL:      max(0, anySeconds(rt, "role")),
 			roleMaxTTL:   max(0, anySeconds(rt, "roleMax")),
 			mountDefault: anySeconds(rt, "mountDefault"),
 			mountMax:     anySeconds(rt, "mountMax"),
 		}
-		ask, warnings, err := decideAsk(in)
+		ask, warnings, err := decideLifetime(in)
 
 		// The rules, spelled out once more and in another way.
 		ceiling := min(in.mountMax, 86400)
@@ -102,10 +102,10 @@ func TestAskProperties(t *testing.T) {
 			ceiling = min(ceiling, in.roleMaxTTL)
 		}
 		first := in.requestTTL
-		if !in.requested {
+		if !in.hasTTL {
 			first = in.roleTTL
 		}
-		isDefault := !in.requested && first == 0
+		isDefault := !in.hasTTL && first == 0
 		if isDefault {
 			first = min(3600, in.mountDefault)
 		}
@@ -119,7 +119,7 @@ func TestAskProperties(t *testing.T) {
 			}
 			return
 		// Protects the promise that a refusal comes exactly where the page says.
-		case ceiling < 300, in.requested && in.requestTTL < 300:
+		case ceiling < 300, in.hasTTL && in.requestTTL < 300:
 			if !errors.As(err, &r) {
 				rt.Fatalf("want a refusal, got %d %v", ask, err)
 			}
@@ -169,7 +169,7 @@ func TestLeaseProperties(t *testing.T) {
 		skew := time.Duration(rapid.SampledFrom([]int64{0, 1, -1, 3600, -3600, 10 * 365 * 86400, -10 * 365 * 86400}).Draw(rt, "skew")) * time.Second
 		hasDate := rapid.Bool().Draw(rt, "hasDate")
 
-		g := grantedLife{ask: ask, expiry: expiry, sentAt: cable.Add(skew - before), elapsed: before + after}
+		g := grantedLifetime{requested: ask, expiry: expiry, sentAt: cable.Add(skew - before), elapsed: before + after}
 		if hasDate {
 			g.date = cable.Truncate(time.Second) // as net/http writes it
 		}
@@ -210,17 +210,17 @@ func TestLeaseProperties(t *testing.T) {
 func TestDecideLeaseAbsurd(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
-		g := grantedLife{
-			ask:     anySeconds(rt, "ask"),
-			expiry:  anySeconds(rt, "expiry"),
-			elapsed: time.Duration(anySeconds(rt, "elapsed")),
-			sentAt:  time.Unix(rapid.Int64Range(-1<<40, 1<<40).Draw(rt, "sent"), rapid.Int64Range(0, 1e9-1).Draw(rt, "nanos")),
+		g := grantedLifetime{
+			requested: anySeconds(rt, "ask"),
+			expiry:    anySeconds(rt, "expiry"),
+			elapsed:   time.Duration(anySeconds(rt, "elapsed")),
+			sentAt:    time.Unix(rapid.Int64Range(-1<<40, 1<<40).Draw(rt, "sent"), rapid.Int64Range(0, 1e9-1).Draw(rt, "nanos")),
 		}
 		if rapid.Bool().Draw(rt, "hasDate") {
 			g.date = time.Unix(rapid.Int64Range(-1<<40, 1<<40).Draw(rt, "date"), 0)
 		}
 		lease, _, err := decideLease(g)
-		if err == nil && (lease < 1 || lease > g.ask || lease > maxLife+1) {
+		if err == nil && (lease < 1 || lease > g.requested || lease > maxLifetime+1) {
 			rt.Fatalf("lease %d for %+v", lease, g)
 		}
 	})
@@ -232,23 +232,23 @@ func TestDecideLease(t *testing.T) {
 	date := now.Truncate(time.Second)
 	for _, tt := range []struct {
 		name  string
-		in    grantedLife
+		in    grantedLifetime
 		lease int64 // 0: an error
 	}{
-		{"as asked", grantedLife{ask: 3600, expiry: date.Unix() + 3600, date: date, sentAt: now}, 3599},
-		{"as asked, 20 ms", grantedLife{ask: 3600, expiry: date.Unix() + 3600, date: date, sentAt: now, elapsed: 20 * time.Millisecond}, 3598},
-		{"longer", grantedLife{ask: 3600, expiry: date.Unix() + 7200, date: date, sentAt: now, elapsed: 20 * time.Millisecond}, 3599},
-		{"shorter", grantedLife{ask: 3600, expiry: date.Unix() + 10, date: date, sentAt: now, elapsed: 20 * time.Millisecond}, 8},
-		{"slow answer", grantedLife{ask: 3600, expiry: date.Unix() + 3600, date: date, sentAt: now, elapsed: 10 * time.Second}, 3589},
-		{"slower than the token's life", grantedLife{ask: 300, expiry: date.Unix() + 300, date: date, sentAt: now, elapsed: 300 * time.Second}, 0},
-		{"Cable's clock three hours ahead", grantedLife{ask: 3600, expiry: date.Unix() + 3600 + 10800, date: date.Add(3 * time.Hour), sentAt: now}, 3599},
-		{"Cable's clock three hours behind", grantedLife{ask: 3600, expiry: date.Unix() + 3600 - 10800, date: date.Add(-3 * time.Hour), sentAt: now}, 3599},
-		{"no date", grantedLife{ask: 3600, expiry: date.Unix() + 3600, sentAt: now}, 3599},
-		{"no date, short", grantedLife{ask: 3600, expiry: date.Unix() + 5, sentAt: now}, 4},
-		{"past", grantedLife{ask: 3600, expiry: date.Unix() - 1, date: date, sentAt: now}, 0},
-		{"now", grantedLife{ask: 3600, expiry: date.Unix(), date: date, sentAt: now}, 0},
-		{"a second", grantedLife{ask: 3600, expiry: date.Unix() + 1, date: date, sentAt: now}, 0},
-		{"a clock that went back", grantedLife{ask: 3600, expiry: date.Unix() + 3600, date: date, sentAt: now, elapsed: -time.Hour}, 3599},
+		{"as asked", grantedLifetime{requested: 3600, expiry: date.Unix() + 3600, date: date, sentAt: now}, 3599},
+		{"as asked, 20 ms", grantedLifetime{requested: 3600, expiry: date.Unix() + 3600, date: date, sentAt: now, elapsed: 20 * time.Millisecond}, 3598},
+		{"longer", grantedLifetime{requested: 3600, expiry: date.Unix() + 7200, date: date, sentAt: now, elapsed: 20 * time.Millisecond}, 3599},
+		{"shorter", grantedLifetime{requested: 3600, expiry: date.Unix() + 10, date: date, sentAt: now, elapsed: 20 * time.Millisecond}, 8},
+		{"slow answer", grantedLifetime{requested: 3600, expiry: date.Unix() + 3600, date: date, sentAt: now, elapsed: 10 * time.Second}, 3589},
+		{"slower than the token's life", grantedLifetime{requested: 300, expiry: date.Unix() + 300, date: date, sentAt: now, elapsed: 300 * time.Second}, 0},
+		{"Cable's clock three hours ahead", grantedLifetime{requested: 3600, expiry: date.Unix() + 3600 + 10800, date: date.Add(3 * time.Hour), sentAt: now}, 3599},
+		{"Cable's clock three hours behind", grantedLifetime{requested: 3600, expiry: date.Unix() + 3600 - 10800, date: date.Add(-3 * time.Hour), sentAt: now}, 3599},
+		{"no date", grantedLifetime{requested: 3600, expiry: date.Unix() + 3600, sentAt: now}, 3599},
+		{"no date, short", grantedLifetime{requested: 3600, expiry: date.Unix() + 5, sentAt: now}, 4},
+		{"past", grantedLifetime{requested: 3600, expiry: date.Unix() - 1, date: date, sentAt: now}, 0},
+		{"now", grantedLifetime{requested: 3600, expiry: date.Unix(), date: date, sentAt: now}, 0},
+		{"a second", grantedLifetime{requested: 3600, expiry: date.Unix() + 1, date: date, sentAt: now}, 0},
+		{"a clock that went back", grantedLifetime{requested: 3600, expiry: date.Unix() + 3600, date: date, sentAt: now, elapsed: -time.Hour}, 3599},
 	} {
 		lease, _, err := decideLease(tt.in)
 		if lease != tt.lease || (err != nil) != (tt.lease == 0) {

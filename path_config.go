@@ -6,7 +6,6 @@ package cablesecrets
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -17,82 +16,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
-
-const (
-	// configStoragePath holds the refresh key, and is seal-wrapped.
-	configStoragePath = "config"
-
-	authSchemeRaw    = "raw"    // Authorization: <key>, as in Cable's v2 curl example
-	authSchemeBearer = "bearer" // Authorization: Bearer <key>, as in its v1 pages
-
-	minRequestTimeout = 1  // seconds
-	maxRequestTimeout = 60 // seconds: below the 90 s after which Vault gives a request up
-
-	// maxRefreshKey is in bytes: the key travels in a header, and common servers
-	// take 8 KiB of those.
-	maxRefreshKey = 8 << 10
-
-	// maxOrganizationID is in characters; Cable's example has 24.
-	maxOrganizationID = 128
-)
-
-// configEntry is the stored configuration of a mount. Absent keys of a stored
-// entry mean the defaults, unknown ones are ignored: an older or newer version
-// of the engine may have written it.
-type configEntry struct {
-	RefreshKey          cable.Secret `json:"-"` // see encode
-	RefreshKeyVersion   int          `json:"refresh_key_version"`
-	RefreshKeyUpdatedAt time.Time    `json:"refresh_key_updated_at"`
-	TokenURL            string       `json:"token_url"`
-	AuthScheme          string       `json:"auth_scheme"`
-	OrganizationID      string       `json:"organization_id,omitempty"`
-	RequestTimeout      int          `json:"request_timeout"` // seconds
-	CACert              string       `json:"ca_cert,omitempty"`
-	Disabled            bool         `json:"disabled,omitempty"`
-}
-
-// newConfigEntry returns the defaults.
-func newConfigEntry() *configEntry {
-	return &configEntry{
-		TokenURL:       cable.DefaultTokenURL,
-		AuthScheme:     authSchemeRaw,
-		RequestTimeout: int(cable.DefaultTimeout / time.Second),
-	}
-}
-
-// storedConfigKey is the one place where the refresh key stands beside the
-// other fields in a form that can be printed: on its way into storage and out
-// of it.
-const storedConfigKey = "refresh_key"
-
-// encode returns the entry as it is stored.
-func (c *configEntry) encode() ([]byte, error) {
-	raw, err := json.Marshal(c)
-	if err != nil {
-		return nil, err
-	}
-	fields := make(map[string]any)
-	if err := json.Unmarshal(raw, &fields); err != nil {
-		return nil, err
-	}
-	fields[storedConfigKey] = c.RefreshKey.Reveal()
-	return json.Marshal(fields)
-}
-
-// decodeConfig reads what encode wrote. Its errors hold none of it.
-func decodeConfig(raw []byte) (*configEntry, error) {
-	c := newConfigEntry()
-	var key map[string]json.RawMessage
-	var text string
-	if json.Unmarshal(raw, &key) != nil || json.Unmarshal(raw, c) != nil ||
-		json.Unmarshal(key[storedConfigKey], &text) != nil || text == "" {
-		return nil, errors.New("the stored configuration cannot be read: delete config and write it anew")
-	}
-	c.RefreshKey = cable.NewSecret(text)
-	return c, nil
-}
 
 // toResponseData returns every field but the refresh key.
 func (c *configEntry) toResponseData() map[string]any {
@@ -104,80 +28,101 @@ func (c *configEntry) toResponseData() map[string]any {
 		"ca_cert":                c.CACert,
 		"disabled":               c.Disabled,
 		"refresh_key_version":    c.RefreshKeyVersion,
-		"refresh_key_updated_at": c.RefreshKeyUpdatedAt.UTC().Format(time.RFC3339),
+		"refresh_key_updated_at": timestamp(c.RefreshKeyUpdatedAt),
 	}
 }
 
-// clientConfig is the entry in the client's words.
-func (c *configEntry) clientConfig() cable.Config {
-	return cable.Config{
-		RefreshKey: c.RefreshKey,
-		TokenURL:   c.TokenURL,
-		Bearer:     c.AuthScheme == authSchemeBearer,
-		CACert:     c.CACert,
-		Timeout:    time.Duration(c.RequestTimeout) * time.Second,
-		UserAgent:  "vault-plugin-secrets-cable/" + version.String(),
-	}
-}
-
-// merge returns the entry with the fields of d laid over it, or a refusal. The
-// entry itself stays as it is. A nil entry is one that was never written.
-func (c *configEntry) merge(d *framework.FieldData, now time.Time) (*configEntry, error) {
+// merge returns the entry with a write laid over it, or a refusal. The entry
+// itself stays as it is; a nil entry is one that was never written. Only what
+// changes is judged: the rest may come from another version of the engine.
+func (c *configEntry) merge(in input, isPatch bool, now time.Time) (*configEntry, error) {
 	next := newConfigEntry()
 	if c != nil {
 		*next = *c
 	}
-	key, newKey := d.GetOk("refresh_key")
-	if newKey {
-		if err := checkRefreshKey(strings.TrimSpace(key.(string))); err != nil {
+	key, hasKey := in.text("refresh_key")
+	changes, err := in.changed(next.toResponseData(), func(name string, value any) bool {
+		return name == "organization_id" && isPatch && value == nil || name == "ca_cert"
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case hasKey:
+		if err := checkRefreshKey(key); err != nil {
 			return nil, err
 		}
-		if text := strings.TrimSpace(key.(string)); next.RefreshKey.Reveal() != text {
-			next.RefreshKey = cable.NewSecret(text)
+		if err := next.checkDestination(in); err != nil {
+			return nil, err
+		}
+		if next.RefreshKey.Reveal() != key {
+			next.RefreshKey = cable.NewSecret(key)
 			next.RefreshKeyVersion++
 			next.RefreshKeyUpdatedAt = now.UTC().Truncate(time.Second)
 		}
-	} else if c == nil {
+	case c == nil:
 		return nil, refusal("refresh_key is missing: the first write of config needs it")
+	case changes.has("token_url"), changes.has("ca_cert"):
+		return nil, refusal("changing token_url or ca_cert needs refresh_key in the same request: permission to edit the configuration is not permission to send the key to another host")
 	}
-	for name, field := range map[string]*string{"token_url": &next.TokenURL, "auth_scheme": &next.AuthScheme, "organization_id": &next.OrganizationID} {
-		if v, ok := d.GetOk(name); ok {
-			*field = strings.TrimSpace(v.(string))
-		}
-	}
-	if v, ok := d.GetOk("ca_cert"); ok && strings.TrimSpace(v.(string)) != strings.TrimSpace(next.CACert) {
-		next.CACert = v.(string)
-	}
-	if v, ok := d.GetOk("request_timeout"); ok {
-		next.RequestTimeout = v.(int)
-	}
-	if v, ok := d.GetOk("disabled"); ok {
-		next.Disabled = v.(bool)
-	}
-	if c != nil && !newKey && (next.TokenURL != c.TokenURL || next.CACert != c.CACert) {
-		return nil, refusal("changing token_url or ca_cert needs refresh_key in the same request: a right to edit the configuration is not a right to send the key to another host")
-	}
-	return next, next.validate()
+	return next, next.apply(changes)
 }
 
-// validate checks the entry as a whole.
-func (c *configEntry) validate() error {
-	if _, err := cable.New(c.clientConfig()); err != nil {
-		return refusal(err.Error())
+// checkDestination refuses a refresh key that is written without naming where
+// it goes, unless that is the default: somebody else may have changed it, with a
+// key of their own, to receive this one.
+func (c *configEntry) checkDestination(in input) error {
+	const needs = "writing refresh_key needs %s in the same request, because the stored value is not the default%s: read config, then name the value that you trust, or %s"
+	if c.TokenURL != cable.DefaultTokenURL && !in.has("token_url") {
+		return refusal(fmt.Sprintf(needs, "token_url", " (the key would go"+sentTo(c)+")", "token_url="+cable.DefaultTokenURL))
 	}
-	if c.AuthScheme != authSchemeRaw && c.AuthScheme != authSchemeBearer {
-		return refusal(fmt.Sprintf("auth_scheme is %s: write %q or %q", echo(c.AuthScheme), authSchemeRaw, authSchemeBearer))
-	}
-	if c.RequestTimeout < minRequestTimeout || c.RequestTimeout > maxRequestTimeout {
-		return refusal(fmt.Sprintf("request_timeout is %ds: write %ds to %ds", c.RequestTimeout, minRequestTimeout, maxRequestTimeout))
-	}
-	if err := checkName(c.OrganizationID, maxOrganizationID); err != nil {
-		return refusal("organization_id " + err.Error())
+	if c.CACert != "" && !in.has("ca_cert") {
+		return refusal(fmt.Sprintf(needs, "ca_cert", "", `ca_cert="" for none`))
 	}
 	return nil
 }
 
-// checkRefreshKey takes what can stand in a header. Its error repeats nothing.
+// apply lays the changes over the entry, and judges each.
+func (c *configEntry) apply(changes input) error {
+	if v, ok := changes.text("token_url"); ok {
+		if _, err := cable.ParseTokenURL(v); err != nil {
+			return refusal(err.Error())
+		}
+		c.TokenURL = v
+	}
+	if v, ok := changes.text("ca_cert"); ok {
+		c.CACert = ""
+		if v != "" {
+			if err := cable.CheckCACert(v); err != nil {
+				return refusal(err.Error())
+			}
+			c.CACert, _ = changes["ca_cert"].(string) // as it was written
+		}
+	}
+	if v, ok := changes.text("auth_scheme"); ok {
+		if v != authSchemeRaw && v != authSchemeBearer {
+			return refusal(fmt.Sprintf("auth_scheme is %s: write %q or %q", show(wordShape, v), authSchemeRaw, authSchemeBearer))
+		}
+		c.AuthScheme = v
+	}
+	if v, ok := changes.text("organization_id"); ok {
+		if err := checkWord(v, maxOrganizationID); err != nil {
+			return refusal("organization_id " + err.Error())
+		}
+		c.OrganizationID = v
+	}
+	if v, ok := changes["request_timeout"].(int); ok {
+		if v < minRequestTimeout || v > maxRequestTimeout {
+			return refusal(fmt.Sprintf("request_timeout is %s: write %ds to %ds", showSeconds(int64(v)), minRequestTimeout, maxRequestTimeout))
+		}
+		c.RequestTimeout = v
+	}
+	if v, ok := changes["disabled"].(bool); ok {
+		c.Disabled = v
+	}
+	return nil
+}
+
+// checkRefreshKey accepts what can stand in a header. Its error repeats nothing.
 func checkRefreshKey(key string) error {
 	if strings.HasPrefix(key, "Bearer ") {
 		return refusal(`refresh_key must be the key alone, without "Bearer ": set auth_scheme=bearer to have it sent so`)
@@ -187,7 +132,7 @@ func checkRefreshKey(key string) error {
 	}
 	for _, c := range []byte(key) {
 		if c <= ' ' || c >= 0x7f {
-			return refusal("refresh_key must not hold white space, control characters or anything but printable ASCII inside")
+			return refusal("refresh_key must not contain white space, control characters or anything but printable ASCII inside")
 		}
 	}
 	return nil
@@ -205,11 +150,10 @@ func (b *backend) pathConfig() *framework.Path {
 		})
 	}
 	fields := configResponseFields()
-	delete(fields, "refresh_key_version")
-	delete(fields, "refresh_key_updated_at")
+	fields["request_timeout"].Type = framework.TypeDurationSecond
 	fields["refresh_key"] = &framework.FieldSchema{
 		Type:         framework.TypeString,
-		Description:  "Cable's long-lived refresh key. Required at first; never returned. White space around it is dropped.",
+		Description:  "Cable's long-lived refresh key. Required at first; never returned. Outer white space is dropped. A write that carries it names token_url and ca_cert too if their stored values are not the default.",
 		DisplayAttrs: &framework.DisplayAttributes{Name: "Refresh key", Sensitive: true},
 	}
 	fields["verify_role"] = &framework.FieldSchema{
@@ -221,7 +165,7 @@ func (b *backend) pathConfig() *framework.Path {
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "configuration"},
 		Fields:       fields,
 		// NOTE: no existence check, so that every write is an update: a policy
-		// that lets somebody create cannot let them have the key replaced.
+		// that permits create cannot let anybody replace the key.
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
 				Callback: b.pathConfigRead,
@@ -231,7 +175,7 @@ func (b *backend) pathConfig() *framework.Path {
 				},
 			},
 			logical.UpdateOperation: write("Write the configuration, or some fields of it."),
-			logical.PatchOperation:  write("Change some fields of the configuration; null removes organization_id or ca_cert."),
+			logical.PatchOperation:  write("Change some fields of the configuration; null removes organization_id, or with refresh_key ca_cert."),
 			logical.DeleteOperation: forwarded(&framework.PathOperation{
 				Callback: b.pathConfigDelete,
 				Summary:  "Delete the configuration, and with it the refresh key.",
@@ -241,60 +185,48 @@ func (b *backend) pathConfig() *framework.Path {
 				},
 			}),
 		},
-		HelpSynopsis:    "Store the refresh key and how Cable is reached.",
+		HelpSynopsis:    "Store the refresh key and how to reach Cable.",
 		HelpDescription: strings.TrimSpace(configHelp),
 	}
 }
 
-// clearableFields are the fields of path that a patch may remove with null:
-// those whose absence mints nothing more than their presence.
-func clearableFields(path *framework.Path) []string {
-	if strings.Trim(path.Pattern, "^$") == configStoragePath { // the framework anchors it
-		return []string{"organization_id", "ca_cert"}
-	}
-	return nil
-}
-
-// configResponseFields describes what a read of config returns.
+// configResponseFields describes what a read of config returns. There are no
+// defaults: a client that applied them to a write would reset what is stored.
 func configResponseFields() map[string]*framework.FieldSchema {
-	defaults := newConfigEntry()
 	return map[string]*framework.FieldSchema{
 		"token_url": {
 			Type:        framework.TypeString,
-			Description: "The whole endpoint of Cable's token API: https, or http to a loopback host. Changing it needs refresh_key in the same request.",
-			Default:     defaults.TokenURL,
+			Description: "The whole endpoint of Cable's token API: https, or http to a loopback host. Default " + cable.DefaultTokenURL + ". Changing it needs refresh_key in the same request.",
 		},
 		"auth_scheme": {
 			Type:          framework.TypeString,
-			Description:   `How the refresh key is written into the Authorization header: "raw" (the key alone) or "bearer".`,
-			Default:       defaults.AuthScheme,
+			Description:   `How the refresh key is written into the Authorization header: "raw" (the key alone, the default) or "bearer".`,
 			AllowedValues: []any{authSchemeRaw, authSchemeBearer},
 		},
 		"organization_id": {
 			Type:        framework.TypeString,
-			Description: "The organization of roles that name none.",
+			Description: "The organization for roles that name none.",
 		},
 		"request_timeout": {
-			Type:        framework.TypeDurationSecond,
-			Description: "The whole time that one mint may take, repeats included: 1s to 60s.",
-			Default:     defaults.RequestTimeout,
+			Type:        framework.TypeInt,
+			Description: "The budget of one token request in seconds, from its receipt, retries and storage included: 1s to 60s, default 20s.",
 		},
 		"ca_cert": {
 			Type:         framework.TypeString,
-			Description:  "PEM certificates to trust besides the system's, for an egress proxy that inspects TLS. Changing it needs refresh_key in the same request.",
+			Description:  "PEM certificates to trust in addition to the system's, for an egress proxy that inspects TLS: certificates only, at most 64 KiB. Changing it needs refresh_key in the same request.",
 			DisplayAttrs: &framework.DisplayAttributes{Name: "CA certificates", EditType: "textarea"},
 		},
 		"disabled": {
 			Type:        framework.TypeBool,
-			Description: "Freeze the mount: every mint is refused.",
+			Description: "Disable the mount: every token request is refused. Default false.",
 		},
 		"refresh_key_version": {
 			Type:        framework.TypeInt,
-			Description: "Counts the refresh keys that were stored, from 1.",
+			Description: "Counts the refresh keys that were stored, from 1. Read-only.",
 		},
 		"refresh_key_updated_at": {
 			Type:        framework.TypeString, // RFC 3339
-			Description: "When the refresh key was last replaced by another (RFC 3339).",
+			Description: "When the refresh key was last replaced by another (RFC 3339). Read-only.",
 		},
 	}
 }
@@ -309,61 +241,63 @@ func (b *backend) pathConfigRead(ctx context.Context, req *logical.Request, _ *f
 }
 
 // pathConfigWrite handles POST and PATCH config. The merged result is
-// validated, verified where that is asked for, stored, and only then used.
+// judged, verified if that is requested, stored, and only then used.
 func (b *backend) pathConfigWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	resp, err := b.writeConfig(ctx, req, d)
+	resp, err := b.writeConfig(ctx, req, d.Raw)
 	if err != nil {
-		return failed(err)
+		return classify(err).respond()
 	}
 	return resp, nil
 }
 
 // writeConfig is pathConfigWrite before its errors are given a status.
-func (b *backend) writeConfig(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+func (b *backend) writeConfig(ctx context.Context, req *logical.Request, in input) (*logical.Response, error) {
 	resp := new(logical.Response)
 	var verified []byte
-	role, verify := d.GetOk("verify_role")
-	if verify {
-		// NOTE: no lock is held over a call to Cable. Who writes meanwhile wins.
-		next, before, err := b.mergeStoredConfig(ctx, req, d)
-		if err != nil {
-			return nil, err
-		}
-		warning, err := b.verifyConfig(ctx, req, next, strings.TrimSpace(role.(string)))
+	if in.has("verify_role") {
+		// NOTE: no lock is held over a call to Cable. A write in the meantime wins.
+		warning, stored, err := b.verifyConfig(ctx, req, in)
 		if err != nil {
 			return nil, err
 		}
 		resp.AddWarning(warning)
-		verified = before
+		verified = stored
 	}
 
-	b.configMu.Lock()
-	defer b.configMu.Unlock()
-	next, before, err := b.mergeStoredConfig(ctx, req, d)
+	unlock, err := b.cache.writes.lock(ctx, configStoragePath)
 	if err != nil {
 		return nil, err
 	}
-	if verify && !bytes.Equal(before, verified) {
-		return nil, refusal("another request wrote config while verify_role was minting: nothing was stored by this one, read config and write again; " + resp.Warnings[0])
-	}
-	active, err := b.activate(next, b.metrics.called)
+	defer unlock()
+	before, next, stored, err := mergeConfig(ctx, req, in)
 	if err != nil {
-		return nil, refusal(err.Error())
+		return nil, err
 	}
-	if err := setConfig(ctx, req.Storage, next); err != nil {
-		b.reset() // whether it was stored is unknown: the next mint reads what is there
-		for _, w := range resp.Warnings {
-			b.log(req).Warn("config was not stored, but its verification minted", "detail", w)
+	if in.has("verify_role") && !bytes.Equal(stored, verified) {
+		return nil, refusal("config was changed meanwhile, by another request while verify_role was minting: nothing was stored by this one, read config and write again; " + resp.Warnings[0])
+	}
+	raw, err := next.encode()
+	if err != nil {
+		return nil, errors.New("encoding the configuration failed")
+	}
+	err = b.cache.write(ctx, configStoragePath, before.narrowedBy(next), func() error {
+		return req.Storage.Put(ctx, &logical.StorageEntry{Key: configStoragePath, Value: raw})
+	})
+	if err != nil {
+		if in.has("verify_role") {
+			b.telemetry.requestLog(req).Warn("config not stored, but verify_role had already minted a token", "detail", resp.Warnings[0])
 		}
 		return nil, err
 	}
-	b.replace(active)
-	b.log(req).Info("config was written", "refresh_key_version", next.RefreshKeyVersion, "disabled", next.Disabled)
-	b.sendConfigEvent(req, eventConfigWrite, next.RefreshKeyVersion)
-	if v, ok := d.GetOk("disabled"); ok && v.(bool) {
-		resp.AddWarning("the mount is disabled: no token is minted until disabled=false is written. " + aliveUntil(time.Now(), maxLife))
+	b.telemetry.requestLog(req).Info("config written", "refresh_key_version", next.RefreshKeyVersion, "disabled", next.Disabled)
+	b.telemetry.events.sendConfig(req, eventConfigWrite, next.RefreshKeyVersion)
+	if in["disabled"] == true {
+		resp.AddWarning("the mount is disabled: no token is minted until disabled=false is written. " + tokensValidUntil(time.Now(), maxLifetime))
 	}
-	if u, err := cable.CheckURL(next.TokenURL); err == nil && strings.Trim(u.Path, "/") == "" {
+	if to := sentTo(next); to != "" {
+		resp.AddWarning("token_url is not Cable's default: the refresh key is sent" + to)
+	}
+	if u, err := cable.ParseTokenURL(next.TokenURL); err == nil && strings.Trim(u.Path, "/") == "" {
 		resp.AddWarning("token_url has no path: it is used as it is, and Cable's endpoint has one, as in " + cable.DefaultTokenURL)
 	}
 	if len(resp.Warnings) == 0 {
@@ -372,110 +306,118 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, d *fram
 	return resp, nil
 }
 
-// mergeStoredConfig reads the stored entry and lays the request over it. It
-// also returns the entry's stored bytes, to tell whether it has changed since.
-func (b *backend) mergeStoredConfig(ctx context.Context, req *logical.Request, d *framework.FieldData) (*configEntry, []byte, error) {
-	entry, err := req.Storage.Get(ctx, configStoragePath)
-	if err != nil {
-		return nil, nil, err
-	}
-	var cfg *configEntry
-	var raw []byte
-	if entry != nil {
-		raw = entry.Value
-		if cfg, err = decodeConfig(raw); err != nil {
-			return nil, nil, err
+// mergeConfig reads the stored entry and lays the write over it. It also
+// returns the stored bytes, to tell whether they have changed since.
+func mergeConfig(ctx context.Context, req *logical.Request, in input) (before, next *configEntry, stored []byte, err error) {
+	isPatch := req.Operation == logical.PatchOperation
+	entry, err := getEntry(ctx, req.Storage, configStoragePath)
+	switch {
+	case err != nil:
+		return nil, nil, nil, err
+	case entry != nil:
+		stored = entry.Value
+		if before, err = decodeConfig(stored); err != nil {
+			return nil, nil, nil, err
 		}
-	} else if req.Operation == logical.PatchOperation {
-		return nil, nil, refusal("config is not written yet: write refresh_key to config first")
+	case isPatch:
+		return nil, nil, nil, refusal("config is not written yet: write refresh_key to config first")
 	}
-	next, err := cfg.merge(d, time.Now())
-	return next, raw, err
+	next, err = before.merge(in, isPatch, time.Now())
+	return before, next, stored, err
 }
 
-// verifyConfig mints one token of the shortest life with settings that are not
-// stored yet, drops it, and returns the warning that says so.
-func (b *backend) verifyConfig(ctx context.Context, req *logical.Request, cfg *configEntry, name string) (string, error) {
-	if err := checkRoleName(name); err != nil {
-		return "", refusal("verify_role: " + err.Error())
-	}
-	role, err := getRole(ctx, req.Storage, name)
+// verifyConfig mints one token of the shortest lifetime with settings that are
+// not stored yet, and drops it. It returns the warning that says so, and what
+// was stored before.
+func (b *backend) verifyConfig(ctx context.Context, req *logical.Request, in input) (warning string, stored []byte, err error) {
+	r := &tokenReport{req: req, received: receivedAt(ctx), verify: true}
+	r.generation, _ = b.cache.now()
+	_, next, stored, err := mergeConfig(ctx, req, in)
 	if err != nil {
-		return "", err
+		return "", nil, err
+	}
+	r.role, _ = in.text("verify_role")
+	if err := checkRoleName(r.role); err != nil {
+		return "", nil, refusal("verify_role: " + err.Error())
+	}
+	readCtx, cancel := r.withBudget(ctx, next.timeout())
+	defer cancel()
+	role, err := getRole(readCtx, req.Storage, r.role)
+	if err != nil {
+		return "", nil, err
 	}
 	if role == nil {
-		return "", refusal(fmt.Sprintf("verify_role %s does not exist: nothing was stored, write the role first or leave verify_role out", echo(name)))
+		return "", nil, refusal(fmt.Sprintf("verify_role %s does not exist: nothing was stored, write the role first or leave verify_role out", show(nameShape, r.role)))
 	}
-	active, err := b.activate(cfg, nil)
+	r.roleExists = true
+	// A key that is written is not compared with the stored one, not even by its
+	// pause: that would let somebody test guesses of it.
+	var pause *cable.Pause
+	if !in.has("refresh_key") {
+		pause = b.cache.inheritedPause(next)
+	}
+	trial, err := b.cache.newLive(next, pause, nil)
 	if err != nil {
-		return "", refusal(err.Error())
+		return "", nil, refusal(err.Error())
 	}
-	defer active.client.Close()
-	r := newRecord(req, name)
-	r.roleExists, r.verify = true, true
-	m, err := b.mint(ctx, r, active, mintRequest{name: name, role: role, hasTTL: true, ttl: minLife})
-	b.record(r, m, err)
+	defer trial.client.Close()
+	r.minted, err = b.mintWith(ctx, r, settings{trial, role}, tokenParams{hasTTL: true, ttl: minLifetime}, func() error {
+		if !b.cache.isCurrent(r.generation) {
+			return refusal("config or a role was changed meanwhile: write again")
+		}
+		return nil
+	})
+	m, err := b.ended(r, err)
 	if err != nil {
-		return "", &verifyError{cause: err, role: name}
+		f := classify(err)
+		where := ""
+		if to := sentTo(next); to != "" {
+			where = "; the refresh key goes" + to
+		}
+		f.message = fmt.Sprintf("verify_role %q failed and nothing was stored%s: %s", r.role, where, f.message)
+		return "", nil, f
 	}
-	return fmt.Sprintf("verify_role %q: Cable minted a token with these settings. It was dropped; as it cannot be revoked, it lives until %s.",
-		name, m.expiresAt()), nil
+	return fmt.Sprintf("verify_role %q: Cable minted a token with these settings. It was dropped; it cannot be revoked and is valid until %s.",
+		r.role, m.expiresAt()), stored, nil
 }
 
 // pathConfigDelete handles DELETE config.
 func (b *backend) pathConfigDelete(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	b.configMu.Lock()
-	defer b.configMu.Unlock()
-	entry, err := req.Storage.Get(ctx, configStoragePath)
-	if entry == nil || err != nil {
-		return nil, err
-	}
-	err = req.Storage.Delete(ctx, configStoragePath)
-	b.reset()
+	unlock, err := b.cache.writes.lock(ctx, configStoragePath)
 	if err != nil {
 		return nil, err
 	}
-	b.log(req).Info("config was deleted")
-	b.sendConfigEvent(req, eventConfigDelete, 0)
+	defer unlock()
+	entry, err := getEntry(ctx, req.Storage, configStoragePath)
+	if err != nil {
+		return nil, err
+	}
+	if entry == nil && b.cache.isCertain(configStoragePath) {
+		return nil, nil
+	}
+	err = b.cache.write(ctx, configStoragePath, true, func() error { return req.Storage.Delete(ctx, configStoragePath) })
+	if err != nil {
+		return nil, err
+	}
+	b.telemetry.requestLog(req).Info("config deleted")
+	b.telemetry.events.sendConfig(req, eventConfigDelete, 0)
 	resp := new(logical.Response)
-	resp.AddWarning("the configuration is deleted: no token is minted until config is written again. " + aliveUntil(time.Now(), maxLife))
+	resp.AddWarning("the configuration is deleted: no token is minted until config is written again. " + tokensValidUntil(time.Now(), maxLifetime))
 	return resp, nil
 }
 
-// aliveUntil says how long tokens may live that were minted by now, or by a
-// request that is under way, if each was minted for at most life seconds.
-func aliveUntil(now time.Time, life int64) string {
-	return fmt.Sprintf("Tokens minted before cannot be revoked: the last of them may live until %s.",
-		timestamp(now.Add(time.Duration(life+maxRequestTimeout)*time.Second)))
-}
-
-// getConfig returns the stored configuration, or nil where there is none.
-func getConfig(ctx context.Context, s logical.Storage) (*configEntry, error) {
-	entry, err := s.Get(ctx, configStoragePath)
-	if entry == nil || err != nil {
-		return nil, err // as it is: Vault reads the text of storage errors
-	}
-	return decodeConfig(entry.Value)
-}
-
-// setConfig stores the configuration.
-func setConfig(ctx context.Context, s logical.Storage, c *configEntry) error {
-	raw, err := c.encode()
-	if err != nil {
-		return errors.New("encoding the configuration failed")
-	}
-	return s.Put(ctx, &logical.StorageEntry{Key: configStoragePath, Value: raw})
-}
-
 const configHelp = `
-The refresh key is stored once and never returned. A write that names some
-fields keeps the others; the merged result is checked as a whole, stored, and
-only then used. Changing token_url or ca_cert needs refresh_key in the same
-request.
+The refresh key is stored once and never returned. A write keeps the fields
+that it does not name; the merged result is stored, and only then used. What a
+read returns can be written back.
+
+Key and destination belong together. Changing token_url or ca_cert needs
+refresh_key in the same request. A write of refresh_key names each of token_url
+and ca_cert whose stored value is not the default; ca_cert="" removes it.
 
 With verify_role, one token of five minutes is minted for that role with the
 new settings before they are stored; if that fails, nothing is stored.
 
-disabled=true freezes the mount: every mint is refused. Tokens that were minted
-before live until their expiry, as Cable cannot revoke them.
+disabled=true disables the mount: every token request is refused. Tokens that
+were minted before stay valid until their expiry: Cable cannot revoke them.
 `

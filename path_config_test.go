@@ -6,7 +6,9 @@ package cablesecrets
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -68,7 +70,7 @@ func TestConfigPartialWrite(t *testing.T) {
 			{"disabled", "true", true},
 			{"disabled", false, false},
 			{"token_url", m.sim.URL, m.sim.URL}, // unchanged, so without the key
-			{"refresh_key", m.sim.RefreshKey(), nil},
+			{"refresh_key_version", 1, nil},
 		} {
 			m.ok(op, "config", map[string]any{step.field: step.value})
 			if step.want != nil {
@@ -78,7 +80,7 @@ func TestConfigPartialWrite(t *testing.T) {
 				t.Errorf("%s after %s=%v: %s", op, step.field, step.value, diff)
 			}
 		}
-		m.ok(op, "config", map[string]any{"refresh_key": "another-key"})
+		m.ok(op, "config", map[string]any{"refresh_key": "another-key", "token_url": m.sim.URL})
 		if got := m.read("config")["refresh_key_version"]; got != 2 {
 			t.Errorf("refresh_key_version %v, want 2", got)
 		}
@@ -95,7 +97,7 @@ func TestConfigRefusals(t *testing.T) {
 	m := newConfiguredMount(t)
 	key := m.sim.RefreshKey()
 	m.read("creds/ci")
-	before, current := m.read("config"), m.b.current
+	before, current := m.read("config"), m.b.cache.live
 	for _, tt := range []struct {
 		data map[string]any
 		says string
@@ -107,9 +109,9 @@ func TestConfigRefusals(t *testing.T) {
 		{map[string]any{"refresh_key": map[string]any{key: key}}, "refresh_key must be a string, not an object"},
 		{map[string]any{"refresh_key": 12345678}, "refresh_key must be a string, not a number"},
 		{map[string]any{"refresh_key": true}, "refresh_key must be a string, not a boolean"},
-		{map[string]any{"refresh_key": key + " " + key}, "must not hold white space"},
-		{map[string]any{"refresh_key": key + "\n" + key}, "must not hold white space"},
-		{map[string]any{"refresh_key": key + "\x00"}, "must not hold white space, control"},
+		{map[string]any{"refresh_key": key + " " + key}, "must not contain white space"},
+		{map[string]any{"refresh_key": key + "\n" + key}, "must not contain white space"},
+		{map[string]any{"refresh_key": key + "\x00"}, "must not contain white space, control"},
 		{map[string]any{"refresh_key": "\ufeff" + key}, "printable ASCII"},
 		{map[string]any{"refresh_key": "Bearer " + key}, "auth_scheme=bearer"},
 		{map[string]any{"refresh_key": strings.Repeat(key, 300)}, "at most 8192"},
@@ -118,34 +120,35 @@ func TestConfigRefusals(t *testing.T) {
 		{map[string]any{"refresh_key": key, "token_url": ""}, "token_url must not be empty"},
 		{map[string]any{"refresh_key": key, "token_url": nil}, "token_url must not be null"},
 		{map[string]any{"refresh_key": key, "token_url": 1}, "token_url must be a string, not a number"},
-		{map[string]any{"refresh_key": key, "token_url": "http://api.cable.tech/v2/auth/token"}, `plain http for the host "api.cable.tech"`},
-		{map[string]any{"refresh_key": key, "token_url": "https://user:" + key + "@api.cable.tech/"}, "must not hold a user name"},
-		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech/?key=" + key}, "must not hold a query"},
+		{map[string]any{"refresh_key": key, "token_url": "http://api.cable.tech/v2/auth/token"}, "plain http for api.cable.tech"},
+		{map[string]any{"refresh_key": key, "token_url": "https://user:" + key + "@api.cable.tech/"}, "must not contain a user name"},
+		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech/?key=" + key}, "must not contain a query"},
 		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech/#"}, "fragment"},
 		{map[string]any{"refresh_key": key, "token_url": "ftp://api.cable.tech/"}, "must begin with https://"},
 		{map[string]any{"refresh_key": key, "token_url": key}, "must begin with https://"},
 		{map[string]any{"refresh_key": key, "token_url": "https:///v2"}, "names no host"},
 		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech:0/"}, "port"},
-		{map[string]any{"refresh_key": key, "ca_cert": "nonsense"}, "ca_cert is not PEM"},
-		{map[string]any{"refresh_key": key, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "PRIVATE KEY")}, "ca_cert holds a private key"},
-		{map[string]any{"refresh_key": key, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "SOMETHING")}, "something other than a CERTIFICATE"},
-		{map[string]any{"refresh_key": key, "ca_cert": ""}, "ca_cert must not be empty"},
+		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": "nonsense"}, "ca_cert is not PEM"},
+		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "PRIVATE KEY")}, "ca_cert contains a private key"},
+		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "SOMETHING")}, "CERTIFICATE blocks only"},
+		{map[string]any{"refresh_key": key}, "writing refresh_key needs token_url in the same request"},
+		{map[string]any{"refresh_key_version": 2}, "refresh_key_version is read-only"},
 		{map[string]any{"auth_scheme": "basic"}, `auth_scheme is "basic": write "raw" or "bearer"`},
-		{map[string]any{"auth_scheme": key}, "auth_scheme is (not shown)"},
+		{map[string]any{"auth_scheme": key}, "auth_scheme is (not shown: length 43)"},
 		{map[string]any{"auth_scheme": ""}, "auth_scheme must not be empty"},
 		{map[string]any{"organization_id": ""}, "organization_id must not be empty"},
-		{map[string]any{"organization_id": "org one"}, "organization_id must not hold white space"},
+		{map[string]any{"organization_id": "org one"}, "organization_id must not contain white space"},
 		{map[string]any{"organization_id": strings.Repeat("o", 129)}, "at most 128"},
 		{map[string]any{"request_timeout": 0}, "request_timeout is 0s: write 1s to 60s"},
 		{map[string]any{"request_timeout": 61}, "request_timeout is 61s"},
 		{map[string]any{"request_timeout": -1}, "cannot be negative"},
 		{map[string]any{"request_timeout": ""}, "request_timeout must not be empty"},
-		{map[string]any{"request_timeout": "soon"}, `request_timeout is "soon"`},
+		{map[string]any{"request_timeout": "soon"}, "request_timeout is (not shown: length 4)"},
 		{map[string]any{"request_timeout": 1.5}, "whole seconds"},
-		{map[string]any{"request_timeout": 1e300}, "request_timeout is 2147483647s: write 1s to 60s"},
-		{map[string]any{"request_timeout": key}, "request_timeout is (not shown)"},
-		{map[string]any{"verify_role": key}, "verify_role (not shown)"},
-		{map[string]any{"disabled": "rk_canary_0123456789"}, "not (not shown)"},
+		{map[string]any{"request_timeout": 1e300}, "whole seconds"},
+		{map[string]any{"request_timeout": key}, "request_timeout is (not shown: length 43)"},
+		{map[string]any{"verify_role": key}, "verify_role (not shown: length 43)"},
+		{map[string]any{"disabled": "rk_canary_0123456789"}, "not (not shown: length 20)"},
 		{map[string]any{"disabled": ""}, "disabled must not be empty"},
 		{map[string]any{"disabled": "yes"}, `disabled must be true or false, not "yes"`},
 		{map[string]any{"disabled": nil}, "disabled must not be null"},
@@ -159,7 +162,7 @@ func TestConfigRefusals(t *testing.T) {
 	if diff := cmp.Diff(before, m.read("config")); diff != "" {
 		t.Error(diff)
 	}
-	if m.b.current != current {
+	if m.b.cache.live != current {
 		t.Error("the configuration in use was replaced")
 	}
 	if n := m.sim.CallCount(); n != 1 {
@@ -180,28 +183,28 @@ func (m *testMount) pem() string { return cabletest.NewTLSServer(m, nil).CA }
 func TestConfigPatchNull(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "ca_cert": m.pem()})
+	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "ca_cert": m.pem()})
 	m.refused(http.StatusBadRequest, logical.PatchOperation, "config", map[string]any{"ca_cert": nil}, "needs refresh_key")
-	m.ok(logical.PatchOperation, "config", map[string]any{"ca_cert": nil, "refresh_key": m.sim.RefreshKey(), "organization_id": nil})
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"organization_id": nil}, "must not be null")
+	m.ok(logical.PatchOperation, "config", map[string]any{"ca_cert": nil, "refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": nil})
 	got := m.read("config")
 	if got["ca_cert"] != "" || got["organization_id"] != "" {
 		t.Errorf("not removed: %v", got)
 	}
 	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "no organization", "roles/ci")
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"organization_id": nil}, "must not be null")
 }
 
 func TestConfigDisabled(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.wantWarning(m.write("config", map[string]any{"disabled": true}), "the mount is disabled", "may live until "+time.Now().UTC().AddDate(0, 0, 1).Format("2006-01-02T"))
+	m.wantWarning(m.write("config", map[string]any{"disabled": true}), "the mount is disabled", "may be valid until "+time.Now().UTC().AddDate(0, 0, 1).Format("2006-01-02T"))
 	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "the mount is disabled", "disabled=false")
 	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "the mount is disabled")
 	if n := m.sim.CallCount(); n != 0 {
 		t.Errorf("a disabled mount made %d calls", n)
 	}
-	if w := m.write("config", map[string]any{"disabled": false, "verify_role": "ci"}); len(w) != 1 {
-		t.Errorf("warnings: %q", w)
+	if w := m.write("config", map[string]any{"disabled": false, "verify_role": "ci"}); len(w) != 2 {
+		t.Errorf("warnings: %q, want one of the verification and one of the host", w)
 	}
 	m.read("creds/ci")
 }
@@ -211,7 +214,7 @@ func TestConfigDelete(t *testing.T) {
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
 	resp := m.ok(logical.DeleteOperation, "config", nil)
-	m.wantWarning(resp.Warnings, "deleted", "cannot be revoked", "may live until")
+	m.wantWarning(resp.Warnings, "deleted", "cannot be revoked", "may be valid until")
 	if resp := m.ok(logical.DeleteOperation, "config", nil); resp != nil {
 		t.Errorf("deleting nothing answered %v", resp)
 	}
@@ -229,12 +232,12 @@ func TestVerifyRole(t *testing.T) {
 	newKey := cabletest.NewRefreshKey()
 	before := m.read("config")
 
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "verify_role": "ci"},
-		`verify_role "ci" failed and nothing was stored`, "cable answered 401", "auth_scheme=bearer")
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"},
+		`verify_role "ci" failed and nothing was stored`, "cable responded 401", "auth_scheme=bearer")
 	m.sim.SetFault(cabletest.Fault{Status: 503, Times: 1})
-	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "verify_role": "ci"}, "nothing was stored", "503")
+	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"}, "nothing was stored", "503")
 	m.sim.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}})
-	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "nothing was stored", `"everything:write"`, "may live at Cable until")
+	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "nothing was stored", `"everything:write"`, "Cable may have issued a token that was not delivered, valid until")
 	m.sim.ClearFaults()
 	if diff := cmp.Diff(before, m.read("config")); diff != "" {
 		t.Error(diff)
@@ -242,8 +245,8 @@ func TestVerifyRole(t *testing.T) {
 	m.read("creds/ci") // still the old key
 
 	m.sim.SetRefreshKey(newKey)
-	warnings := m.write("config", map[string]any{"refresh_key": newKey, "verify_role": "ci"})
-	m.wantWarning(warnings, `verify_role "ci"`, "dropped", "lives until")
+	warnings := m.write("config", map[string]any{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"})
+	m.wantWarning(warnings, `verify_role "ci"`, "dropped", "is valid until")
 	calls := m.sim.Calls()
 	if last := calls[len(calls)-1]; last.ExpirySeconds != 300 || !last.Minted {
 		t.Errorf("the verifying call: %+v", last)
@@ -277,7 +280,7 @@ func TestVerifyRoleLosesToAWrite(t *testing.T) {
 	<-arrived
 	m.write("config", map[string]any{"request_timeout": 33}) // not held up by the mint
 	close(proceed)
-	if err := <-done; err == nil || !strings.Contains(err.Error(), "another request wrote config") || !strings.Contains(err.Error(), "it lives until") || strings.Contains(err.Error(), "status") {
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "config was changed meanwhile") || !strings.Contains(err.Error(), "is valid until") || strings.Contains(err.Error(), "status") {
 		t.Errorf("the verified write answered %v", err)
 	}
 	if got := m.read("config"); got["request_timeout"] != 33 || got["token_url"] != m.sim.URL {
@@ -291,7 +294,7 @@ func TestConfigConcurrentWrites(t *testing.T) {
 	m := newConfiguredMount(t)
 	var wg sync.WaitGroup
 	for _, data := range []map[string]any{
-		{"organization_id": "org_x"}, {"request_timeout": 7}, {"auth_scheme": "bearer"}, {"refresh_key": "k2"}, {"disabled": true},
+		{"organization_id": "org_x"}, {"request_timeout": 7}, {"auth_scheme": "bearer"}, {"refresh_key": "k2", "token_url": m.sim.URL}, {"disabled": true},
 	} {
 		wg.Go(func() { m.write("config", data) })
 	}
@@ -321,7 +324,7 @@ func TestConfigTakesEffect(t *testing.T) {
 	tls := cabletest.NewTLSServer(t, nil)
 	m.write("config", map[string]any{"refresh_key": tls.RefreshKey(), "token_url": tls.URL, "auth_scheme": "raw"})
 	m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "unknown authority", "ca_cert")
-	m.write("config", map[string]any{"refresh_key": tls.RefreshKey(), "ca_cert": tls.CA})
+	m.write("config", map[string]any{"refresh_key": tls.RefreshKey(), "token_url": tls.URL, "ca_cert": tls.CA})
 	m.read("creds/ci")
 	if got := m.read("config")["ca_cert"]; got != tls.CA {
 		t.Errorf("ca_cert reads as %q", got)
@@ -380,8 +383,8 @@ func TestStoredConfigDefaults(t *testing.T) {
 	}
 	want := newConfigEntry()
 	want.RefreshKey = cable.NewSecret("k")
-	if diff := diffJSON(want, cfg); diff != "" || cfg.validate() != nil {
-		t.Error(diff, cfg.validate())
+	if diff := diffJSON(want, cfg); diff != "" {
+		t.Error(diff)
 	}
 }
 
@@ -399,4 +402,148 @@ func TestRefreshKeyRoundTrip(t *testing.T) {
 			rt.Fatalf("not stored as written: %v", err)
 		}
 	})
+}
+
+// TestKeyAndDestination: two people write config in any sequence. One knows the
+// refresh key, the other one has permission to write, and a host and roots of
+// their own. No key of the first is ever sent, for good or by verify_role, to a
+// host or under a root that the first did not name together with a key, but for
+// the defaults.
+func TestKeyAndDestination(t *testing.T) {
+	t.Parallel()
+	pem, otherPEM := cabletest.NewTLSServer(t, nil).CA, strings.Repeat(cabletest.NewTLSServer(t, nil).CA, 2)
+	rapid.Check(t, func(rt *rapid.T) {
+		const hosts = 3
+		var stored *configEntry
+		named := map[string]map[string]bool{"token_url": {cable.DefaultTokenURL: true}, "ca_cert": {"": true}}
+		for range rapid.IntRange(1, 12).Draw(rt, "writes") {
+			knows := rapid.Bool().Draw(rt, "knows the key")
+			if rapid.IntRange(0, 9).Draw(rt, "delete") == 0 {
+				stored = nil
+				continue
+			}
+			in := input{}
+			if knows || rapid.Bool().Draw(rt, "with a key") {
+				key := "made-up-" + rapid.StringMatching(`[a-z]{3}`).Draw(rt, "made up")
+				if knows {
+					key = fmt.Sprintf("real-%d", rapid.IntRange(1, 2).Draw(rt, "real"))
+				}
+				in["refresh_key"] = key
+			}
+			switch rapid.IntRange(0, 3).Draw(rt, "url") {
+			case 0:
+				in["token_url"] = cable.DefaultTokenURL
+			case 1:
+				owner := "operator"
+				if !knows {
+					owner = "attacker"
+				}
+				in["token_url"] = fmt.Sprintf("https://%s-%d.example/token", owner, rapid.IntRange(1, hosts).Draw(rt, "host"))
+			}
+			switch rapid.IntRange(0, 3).Draw(rt, "ca") {
+			case 0:
+				in["ca_cert"] = ""
+			case 1:
+				if in["ca_cert"] = pem; !knows {
+					in["ca_cert"] = otherPEM
+				}
+			}
+			if rapid.Bool().Draw(rt, "another field") {
+				in["disabled"] = rapid.Bool().Draw(rt, "disabled")
+			}
+			if knows {
+				for name, values := range named {
+					if v, ok := in[name].(string); ok {
+						values[strings.TrimSpace(v)] = true
+					}
+				}
+			}
+			next, err := stored.merge(in, rapid.Bool().Draw(rt, "patch"), time.Now())
+			if err != nil {
+				continue // nothing is sent, nothing stored
+			}
+			// next is what verify_role tries and what is stored.
+			if strings.HasPrefix(next.RefreshKey.Reveal(), "real-") && (!named["token_url"][next.TokenURL] || !named["ca_cert"][strings.TrimSpace(next.CACert)]) {
+				rt.Fatalf("the key goes to %s under %d bytes of roots: %v", next.TokenURL, len(next.CACert), in)
+			}
+			if rapid.Bool().Draw(rt, "not only tried") {
+				stored = next
+			}
+		}
+	})
+}
+
+// TestKeyIsNotGuessed: to a request that carries a key, the response does not
+// depend on whether that is the stored key, unless it is stored.
+func TestKeyIsNotGuessed(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil) // the stored key is paused
+	m.sim.SetFault(cabletest.Fault{Status: 500})
+	for _, rest := range []map[string]any{
+		{"verify_role": "ci"},
+		{"token_url": m.sim.URL, "verify_role": "ci"},
+		{"token_url": m.sim.URL, "verify_role": "absent"},
+		{"token_url": m.sim.URL, "request_timeout": 0},
+		{"token_url": "https://"},
+		{},
+	} {
+		said := map[bool]string{}
+		for _, guess := range []bool{true, false} {
+			data := map[string]any{"refresh_key": cabletest.NewRefreshKey()}
+			if guess {
+				data["refresh_key"] = m.sim.RefreshKey()
+			}
+			maps.Copy(data, rest)
+			resp, err := m.request(logical.UpdateOperation, "config", data)
+			status, failure := statusOf(resp, err)
+			if failure == nil {
+				t.Fatalf("%v was stored", rest)
+			}
+			said[guess] = fmt.Sprint(status, regexp.MustCompile(`\d+:\d+:\d+Z`).ReplaceAllString(failure.Error(), "TIME"))
+		}
+		if said[true] != said[false] {
+			t.Errorf("%v: %q for the stored key, %q for another", rest, said[true], said[false])
+		}
+	}
+	if got := m.read("config")["refresh_key_version"]; got != 1 {
+		t.Errorf("refresh_key_version %v", got)
+	}
+}
+
+// TestWriteNamesTheHost: whoever writes a key that does not go to Cable is told.
+func TestWriteNamesTheHost(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	host, _, _ := strings.Cut(strings.TrimPrefix(m.sim.URL, "http://"), "/")
+	m.wantWarning(m.writeKey(m.sim.RefreshKey()), "the refresh key is sent to "+host)
+	m.sim.SetFault(cabletest.Fault{Status: 401})
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "auth_scheme=raw to "+host)
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "the refresh key goes to "+host)
+	if w := m.write("config", map[string]any{"refresh_key": "k", "token_url": cable.DefaultTokenURL}); w != nil {
+		t.Errorf("warnings for the default: %q", w)
+	}
+}
+
+// TestDisableAlone: a write of disabled=true alone is refused for no rule that
+// stored values break, which an earlier version accepted.
+func TestDisableAlone(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.putConfig(&configEntry{
+		RefreshKey: cable.NewSecret("a key"), TokenURL: "gopher://x y", AuthScheme: "basic", RequestTimeout: 3600,
+		CACert: "nonsense", OrganizationID: strings.Repeat("o o", 100),
+	})
+	m.putRole("ci", &roleEntry{Scopes: []string{"a b", strings.Repeat("c", 200)}, TTL: 7, MaxTTL: 5, OrganizationID: "o o"})
+	m.b.InvalidateKey(t.Context(), "config")
+	m.b.InvalidateKey(t.Context(), "roles/ci")
+	for _, op := range []logical.Operation{logical.UpdateOperation, logical.PatchOperation} {
+		for _, path := range []string{"config", "roles/ci"} {
+			m.ok(op, path, map[string]any{"disabled": true})
+			if m.read(path)["disabled"] != true {
+				t.Errorf("%s %s: not stored", op, path)
+			}
+		}
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -17,6 +18,7 @@ import (
 )
 
 func (b *backend) pathMetrics() *framework.Path {
+	const synopsis = "Read this mount's metrics on this node, for Prometheus."
 	return &framework.Path{
 		Pattern:      "metrics",
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "metrics"},
@@ -26,7 +28,7 @@ func (b *backend) pathMetrics() *framework.Path {
 				// A standby mints nothing; and behind one address, figures of two
 				// nodes would jump.
 				ForwardPerformanceStandby: true,
-				Summary:                   "Read the metrics of this mount on this node, for Prometheus.",
+				Summary:                   synopsis,
 				Responses: map[int][]framework.Response{
 					http.StatusOK: {{
 						Description: "The metrics in Prometheus' text format",
@@ -35,23 +37,29 @@ func (b *backend) pathMetrics() *framework.Path {
 				},
 			},
 		},
-		HelpSynopsis:    "Read the metrics of this mount on this node, for Prometheus.",
+		HelpSynopsis:    synopsis,
 		HelpDescription: strings.TrimSpace(metricsHelp),
 	}
 }
 
-// pathMetricsRead handles GET metrics. The answer is no JSON: Vault hands the
-// body on as it is.
+// pathMetricsRead handles GET metrics. The response is not JSON: Vault passes
+// the body through.
 func (b *backend) pathMetricsRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	gatherers := prometheus.Gatherers{b.metrics.registry}
-	active, err := b.getClient(ctx, req.Storage)
+	gatherers := prometheus.Gatherers{b.telemetry.metrics.registry}
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	live, err := b.cache.config(ctx, req.Storage)
 	if err != nil {
 		// The other figures are worth having all the more.
-		b.log(req).Warn("metrics are answered without those of the configuration, which cannot be read", "detail", err.Error())
+		b.telemetry.requestLog(req).Warn("serving metrics without configuration gauges: configuration could not be read", "detail", err.Error())
 	} else {
-		state := prometheus.NewRegistry()
-		state.MustRegister(stateMetrics{active})
-		gatherers = append(gatherers, state)
+		var config configMetrics
+		if live != nil {
+			config = configMetrics{live.configEntry, time.Now().Add(live.client.Pause().Remaining())}
+		}
+		gauges := prometheus.NewRegistry()
+		gauges.MustRegister(config)
+		gatherers = append(gatherers, gauges)
 	}
 	families, err := gatherers.Gather()
 	if err != nil {
@@ -73,14 +81,14 @@ func (b *backend) pathMetricsRead(ctx context.Context, req *logical.Request, _ *
 }
 
 const metricsHelp = `
-The answer is text for Prometheus, not JSON:
+The response is text for Prometheus, not JSON:
 
   vault read -format=raw cable/metrics
 
-The figures are those of this mount on the node that answers, since it was set
-up there; they are kept in memory. A scrape needs a Vault token that may
-read this path and nothing else.
+The figures are this mount's on the node that responds, since it was set up
+there; they are kept in memory. A scrape needs a Vault token that may read this
+path and nothing else.
 
 The engine's own metrics begin with vault_cable_. Those that begin with go_ and
-process_ are of the plugin process, which serves all mounts of the engine.
+process_ are the plugin process's, which serves all mounts of the engine.
 `

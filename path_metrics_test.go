@@ -5,12 +5,14 @@ package cablesecrets
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"maps"
 	"net/http"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -113,33 +115,33 @@ func TestMetricsMove(t *testing.T) {
 		}},
 		{"disabled", func() { m.write("config", map[string]any{"disabled": true}) }, up},
 		{"disabled", func() { m.write("config", map[string]any{"disabled": false}) }, down},
-		{`mints_total{outcome="request_refused",role="(unknown)"}`, mint, up},
-		{`mints_total{outcome="minted",role="ci"}`, func() {
+		{`token_requests_total{outcome="invalid_request",role="(unknown)"}`, mint, up},
+		{`token_requests_total{outcome="minted",role="ci"}`, func() {
 			m.write("roles/ci", map[string]any{"scopes": "transactions:read", "ttl": "10m"})
 			good()
 		}, up},
-		{"mint_duration_seconds_count", good, up},
-		{"mint_duration_seconds_sum", good, moved},
-		{`api_requests_total{code="200"}`, good, up},
-		{`api_requests_total{code="401"}`, func() { fault(cabletest.Fault{Status: 401}); mint() }, up},
-		{`api_requests_total{code="4xx"}`, func() { fault(cabletest.Fault{Status: 418}); mint() }, up},
-		{`api_requests_total{code="5xx"}`, func() { fault(cabletest.Fault{Status: 599}); mint() }, up},
-		{`api_requests_total{code="other"}`, func() { m.b.metrics.called(cable.Call{StatusCode: 1200}) }, up}, // as HTTP/2 can
-		{`api_requests_total{code="none"}`, func() { fault(cabletest.Fault{Reset: cabletest.ResetAfter}); mint() }, up},
-		{"api_request_duration_seconds_count", good, up},
-		{"api_request_duration_seconds_sum", good, moved},
-		{"api_repeats_total", func() {
-			fault(cabletest.Fault{Status: 503, Times: 1, Header: map[string]string{"Retry-After": "0"}})
+		{"token_request_duration_seconds_count", good, up},
+		{"token_request_duration_seconds_sum", good, moved},
+		{`api_calls_total{code="200"}`, good, up},
+		{`api_calls_total{code="401"}`, func() { fault(cabletest.Fault{Status: 401}); mint() }, up},
+		{`api_calls_total{code="4xx"}`, func() { fault(cabletest.Fault{Status: 418}); mint() }, up},
+		{`api_calls_total{code="5xx"}`, func() { fault(cabletest.Fault{Status: 599}); mint() }, up},
+		{`api_calls_total{code="other"}`, func() { m.b.telemetry.metrics.apiCallEnded(cable.Call{StatusCode: 1200}) }, up}, // as HTTP/2 can
+		{`api_calls_total{code="none"}`, func() { fault(cabletest.Fault{Reset: cabletest.ResetAfter}); mint() }, up},
+		{"api_call_duration_seconds_count", good, up},
+		{"api_call_duration_seconds_sum", good, moved},
+		{"api_retries_total", func() {
+			fault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "0"}})
 			mint()
 		}, up},
-		{"suspected_orphans_total", func() { fault(cabletest.Fault{Status: 500}); mint() }, up},
-		{"grants_refused_total", func() { fault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}}); mint() }, up},
-		{"granted_life_seconds_count", good, up},
-		{"granted_life_seconds_sum", good, func(after, before float64) bool { return after-before >= 599 && after-before <= 601 }},
-		{"revocations_total", func() { m.revoke("ci") }, up},
-		{"revoked_life_seconds_count", func() { m.revoke("ci") }, up},
-		{"revoked_life_seconds_sum", func() { m.revoke("ci") }, func(after, before float64) bool { return after-before > 500 && after-before <= 600 }},
-		{"mints_in_flight", func() {
+		{"undelivered_tokens_total", func() { fault(cabletest.Fault{Status: 500}); mint() }, up},
+		{"grant_mismatches_total", func() { fault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}}); mint() }, up},
+		{"granted_lifetime_seconds_count", good, up},
+		{"granted_lifetime_seconds_sum", good, func(after, before float64) bool { return after-before >= 599 && after-before <= 601 }},
+		{"leases_ended_total", func() { m.revoke("ci") }, up},
+		{"lease_ended_remaining_lifetime_seconds_count", func() { m.revoke("ci") }, up},
+		{"lease_ended_remaining_lifetime_seconds_sum", func() { m.revoke("ci") }, func(after, before float64) bool { return after-before > 500 && after-before <= 600 }},
+		{"token_requests_in_flight", func() {
 			fault(cabletest.Fault{Delay: time.Minute})
 			calls := m.sim.CallCount()
 			go mint() // it ends with its request_timeout
@@ -147,7 +149,7 @@ func TestMetricsMove(t *testing.T) {
 				time.Sleep(time.Millisecond)
 			}
 		}, up},
-		{"mints_in_flight", func() { m.waitUntil(func() bool { return m.figures()["vault_cable_mints_in_flight"] == 0 }) }, down},
+		{"token_requests_in_flight", func() { m.waitUntil(func() bool { return m.figures()["vault_cable_token_requests_in_flight"] == 0 }) }, down},
 		{`events_total{result="sent"}`, func() {
 			n := len(m.sentEvents())
 			good()
@@ -163,17 +165,28 @@ func TestMetricsMove(t *testing.T) {
 			}
 			m.refused(http.StatusInternalServerError, logical.UpdateOperation, "creds/ci", nil)
 		}, up},
-		{"holds_total", func() {
+		{"reused_token_age_seconds_count", func() {
+			m.sim.ClearFaults()
+			m.write("roles/ci", map[string]any{"ttl": 600, "reuse_for": 1})
+			m.read("creds/ci")
+			m.read("creds/ci")
+		}, up},
+		{`reuse_fallbacks_total{cause="cable_error"}`, func() {
+			fault(cabletest.Fault{Status: 500})
+			m.waitUntil(func() bool { return len(m.ok(logical.ReadOperation, "creds/ci", nil).Warnings) > 0 }) // once reuse_for has passed
+		}, up},
+		{"reused_token_readers_count", func() { m.write("roles/ci", map[string]any{"reuse_for": 0}) }, up},
+		{"pauses_total", func() {
 			fault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "90"}})
 			mint()
 			mint()
 		}, up},
-		{"hold_active", configure, func(after, _ float64) bool { return after == 1 }},
+		{"paused", configure, func(after, _ float64) bool { return after == 1 }},
 	}
 	m.sim.ClearFaults()
 	covered := make(map[string]bool)
 	for i, s := range steps {
-		if s.series == "mints_in_flight" && i > 0 && steps[i-1].series != s.series {
+		if s.series == "token_requests_in_flight" && i > 0 && steps[i-1].series != s.series {
 			m.write("config", map[string]any{"request_timeout": 1})
 		}
 		before := m.figures()
@@ -209,6 +222,18 @@ func (m *testMount) revoke(role string) {
 	}
 }
 
+// reportOf is a token request for a role that exists.
+func reportOf(role string, o outcome) *tokenReport {
+	r := &tokenReport{role: role, roleExists: true}
+	if o != outcomeMinted {
+		r.failure = &failure{outcome: o}
+	}
+	return r
+}
+
+// always says that a generation is current.
+func always(uint64) bool { return true }
+
 // waitUntil polls until done returns true.
 func (m *testMount) waitUntil(done func() bool) {
 	m.Helper()
@@ -225,12 +250,12 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	for i := range 3 * maxMeteredRoles {
-		m.b.metrics.mints.WithLabelValues(m.b.metrics.roleLabel(&mintRecord{role: fmt.Sprintf("made-up-%d", i)}), string(outcomeRequestRefused)).Inc()
+		m.b.telemetry.metrics.tokenRequests.WithLabelValues(m.b.telemetry.metrics.roleLabel(&tokenReport{role: fmt.Sprintf("made-up-%d", i)}, always), string(outcomeInvalidRequest)).Inc()
 	}
 	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/made-up", nil)
 	m.read("creds/ci")
 	series := func() (roles []string) {
-		for _, metric := range m.families()[metricsNamespace+"_mints_total"].GetMetric() {
+		for _, metric := range m.families()[metricsNamespace+"_token_requests_total"].GetMetric() {
 			for _, l := range metric.GetLabel() {
 				if l.GetName() == "role" {
 					roles = append(roles, l.GetValue())
@@ -244,7 +269,7 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 		t.Errorf("series for the roles %q", got)
 	}
 	for i := range 3 * maxMeteredRoles {
-		m.b.metrics.mintEnded(&mintRecord{role: fmt.Sprintf("role-%d", i), roleExists: true}, outcomeMinted, nil, 0)
+		m.b.telemetry.metrics.tokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), outcomeMinted), 0, always)
 	}
 	if got := series(); len(got) != maxMeteredRoles+2 || !slices.Contains(got, otherRoles) {
 		t.Errorf("%d series of %d roles, want one for each of the first %d, for the others, and for the unknown", len(got), 3*maxMeteredRoles, maxMeteredRoles)
@@ -253,7 +278,7 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 	if slices.Contains(series(), "ci") {
 		t.Error("the series of a deleted role are still there")
 	}
-	m.b.metrics.mintEnded(&mintRecord{role: "new", roleExists: true}, outcomeMinted, nil, 0)
+	m.b.telemetry.metrics.tokenRequestEnded(reportOf("new", outcomeMinted), 0, always)
 	if !slices.Contains(series(), "new") {
 		t.Error("a deleted role still takes a place")
 	}
@@ -277,7 +302,7 @@ func TestMetricsWithoutStorage(t *testing.T) {
 	if _, ok := figures["vault_cable_configured"]; ok {
 		t.Error("configured is claimed to be known")
 	}
-	if figures[`vault_cable_mints_total{outcome="minted",role="ci"}`] != 1 {
+	if figures[`vault_cable_token_requests_total{outcome="minted",role="ci"}`] != 1 {
 		t.Errorf("figures: %v", figures)
 	}
 }
@@ -287,7 +312,7 @@ func TestMetricsOfTwoMounts(t *testing.T) {
 	t.Parallel()
 	m, other := newConfiguredMount(t), newConfiguredMount(t)
 	m.read("creds/ci")
-	series := `vault_cable_mints_total{outcome="minted",role="ci"}`
+	series := `vault_cable_token_requests_total{outcome="minted",role="ci"}`
 	if a, b := m.figures()[series], other.figures()[series]; a != 1 || b != 0 {
 		t.Errorf("%v and %v", a, b)
 	}
@@ -300,8 +325,8 @@ func BenchmarkMetricsRead(b *testing.B) {
 		b.Run(fmt.Sprintf("%d roles", roles), func(b *testing.B) {
 			m := newConfiguredMount(b)
 			for i := range roles {
-				for _, o := range []outcome{outcomeMinted, outcomeRequestRefused, outcomeCableFailed} {
-					m.b.metrics.mintEnded(&mintRecord{role: fmt.Sprintf("role-%d", i), roleExists: true}, o, nil, 0)
+				for _, o := range []outcome{outcomeMinted, outcomeInvalidRequest, outcomeCableError} {
+					m.b.telemetry.metrics.tokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), o), 0, always)
 				}
 			}
 			b.ReportAllocs()
@@ -309,6 +334,59 @@ func BenchmarkMetricsRead(b *testing.B) {
 				if _, err := m.b.HandleRequest(b.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "metrics", Storage: m.storage}); err != nil {
 					b.Fatal(err)
 				}
+			}
+		})
+	}
+}
+
+// TestMetricSlotsOfDeletedRoles: however requests and deletions of many
+// short-lived roles overlap, a deleted role keeps no place.
+func TestMetricSlotsOfDeletedRoles(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.sim.SetFault(cabletest.Fault{Delay: 5 * time.Millisecond})
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range (maxMeteredRoles + 100) / 8 {
+				name := "r" + strings.ToLower(rand.Text())
+				m.write("roles/"+name, map[string]any{"scopes": "person:read"})
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					_, _ = m.request(logical.ReadOperation, "creds/"+name, nil)
+				}()
+				m.ok(logical.DeleteOperation, "roles/"+name, nil)
+				<-done
+			}
+		})
+	}
+	wg.Wait()
+	if n := len(m.b.telemetry.metrics.roles); n != 0 {
+		t.Errorf("%d places are taken by roles that were deleted", n)
+	}
+	m.read("creds/ci")
+	if n := m.figures()[`vault_cable_token_requests_total{outcome="minted",role="ci"}`]; n != 1 {
+		t.Errorf("the real role has %v", n)
+	}
+}
+
+// TestMetricsWithHangingStorage: status and metrics wait for storage for two
+// seconds at most, whatever their caller does.
+func TestMetricsWithHangingStorage(t *testing.T) {
+	t.Parallel()
+	for _, path := range []string{"status", "metrics"} {
+		t.Run(path, func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			gate := newGate(m.storage, "config", false)
+			defer close(gate.proceed)
+			start := time.Now()
+			if status, err := m.on(gate, logical.ReadOperation, path, nil); err != nil {
+				t.Error(status, err)
+			}
+			if took := time.Since(start); took > statusTimeout+2*time.Second {
+				t.Errorf("took %s", took)
 			}
 		})
 	}

@@ -5,7 +5,6 @@ package cablesecrets
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net/http"
 	"slices"
@@ -16,28 +15,6 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-const (
-	// rolesStoragePrefix is followed by the role's name.
-	rolesStoragePrefix = "roles/"
-
-	maxRoleName    = 128 // characters
-	maxScopes      = 64  // per role
-	maxScopeLength = 128 // characters
-)
-
-// roleEntry is a stored role. Lifetimes are in seconds, 0 where not set.
-type roleEntry struct {
-	OrganizationID string   `json:"organization_id,omitempty"`
-	Scopes         []string `json:"scopes"` // sorted, without repeats
-	TTL            int64    `json:"ttl,omitempty"`
-	MaxTTL         int64    `json:"max_ttl,omitempty"`
-	Disabled       bool     `json:"disabled,omitempty"`
-
-	// EarlierUntil is the Unix time until which tokens may live that were
-	// minted under an earlier, higher max_ttl; 0 where there was none.
-	EarlierUntil int64 `json:"earlier_until,omitempty"`
-}
-
 // toResponseData returns the role as it was written.
 func (r *roleEntry) toResponseData() map[string]any {
 	return map[string]any{
@@ -45,75 +22,70 @@ func (r *roleEntry) toResponseData() map[string]any {
 		"scopes":          r.Scopes,
 		"ttl":             r.TTL,
 		"max_ttl":         r.MaxTTL,
+		"reuse_for":       r.ReuseFor,
 		"disabled":        r.Disabled,
 	}
 }
 
-// lifeCap is the longest life that the role allows, in seconds.
-func (r *roleEntry) lifeCap() int64 {
-	if r.MaxTTL > 0 {
-		return r.MaxTTL
-	}
-	return maxLife
+// validUntil says until when tokens of the role may be valid that exist by now.
+func (r *roleEntry) validUntil(now time.Time) string {
+	return tokensValidUntil(now, max(r.maxLifetime(), r.EarlierUntil-now.Unix()))
 }
 
-// aliveUntil says how long tokens of the role may live that exist by now.
-func (r *roleEntry) aliveUntil(now time.Time) string {
-	return aliveUntil(now, max(r.lifeCap(), r.EarlierUntil-now.Unix()))
-}
-
-// merge returns the role with the fields of d laid over it, or a refusal. The
-// role itself stays as it is. A nil role is one that was never written.
-func (r *roleEntry) merge(d *framework.FieldData, now time.Time) (*roleEntry, error) {
+// merge returns the role with a write laid over it, or a refusal. The role
+// itself stays as it is; a nil role is one that was never written. Only what
+// changes is judged: the rest may come from another version of the engine.
+func (r *roleEntry) merge(in input, isPatch bool, now time.Time) (*roleEntry, error) {
 	next := new(roleEntry)
 	if r != nil {
 		*next = *r
 	}
-	if v, ok := d.GetOk("organization_id"); ok {
-		next.OrganizationID = strings.TrimSpace(v.(string))
+	changes, err := in.changed(next.toResponseData(), func(name string, value any) bool {
+		return name == "organization_id" && isPatch && value == nil
+	})
+	if err != nil {
+		return nil, err
 	}
-	if v, ok := d.GetOk("scopes"); ok {
-		scopes, err := normalizeScopes(v.([]string))
-		if err != nil {
+	if v, ok := changes.text("organization_id"); ok {
+		if err := checkWord(v, maxOrganizationID); err != nil {
+			return nil, refusal("organization_id " + err.Error())
+		}
+		next.OrganizationID = v
+	}
+	if v, ok := changes["scopes"].([]string); ok {
+		if next.Scopes, err = parseScopes(v); err != nil {
 			return nil, err
 		}
-		next.Scopes = scopes
+	} else if r == nil {
+		return nil, refusal(`scopes is missing: name at least one, such as "transactions:read"`)
 	}
-	if v, ok := d.GetOk("ttl"); ok {
-		next.TTL = int64(v.(int))
-	}
-	if v, ok := d.GetOk("max_ttl"); ok {
-		next.MaxTTL = int64(v.(int))
-	}
-	if v, ok := d.GetOk("disabled"); ok {
-		next.Disabled = v.(bool)
-	}
-	if r != nil && next.lifeCap() < r.lifeCap() {
-		next.EarlierUntil = max(r.EarlierUntil, now.Unix()+r.lifeCap())
-	}
-	return next, next.validate()
-}
-
-// validate checks the role as a whole.
-func (r *roleEntry) validate() error {
-	if err := checkName(r.OrganizationID, maxOrganizationID); err != nil {
-		return refusal("organization_id " + err.Error())
-	}
-	if len(r.Scopes) == 0 {
-		return refusal(`scopes is missing: name at least one, such as "transactions:read"`)
-	}
-	for _, f := range []struct {
+	for _, field := range []struct {
 		name string
-		ttl  int64
-	}{{"ttl", r.TTL}, {"max_ttl", r.MaxTTL}} {
-		if f.ttl != 0 && (f.ttl < minLife || f.ttl > maxLife) {
-			return refusal(fmt.Sprintf("%s is %ds: Cable's tokens live %ds to %ds; write one of those, or 0 for the default", f.name, f.ttl, minLife, maxLife))
+		ttl  *int64
+	}{{"ttl", &next.TTL}, {"max_ttl", &next.MaxTTL}} {
+		if v, ok := changes[field.name].(int); ok {
+			*field.ttl = int64(v)
+			if v != 0 && (*field.ttl < minLifetime || *field.ttl > maxLifetime) {
+				return nil, refusal(fmt.Sprintf("%s is %s: Cable's tokens are valid for %ds to %ds; write one of those, or 0 for the default", field.name, showSeconds(*field.ttl), minLifetime, maxLifetime))
+			}
 		}
 	}
-	if r.TTL > r.lifeCap() {
-		return refusal(fmt.Sprintf("ttl of %ds is above max_ttl of %ds: lower ttl or raise max_ttl", r.TTL, r.lifeCap()))
+	if (changes.has("ttl") || changes.has("max_ttl")) && next.TTL > next.maxLifetime() {
+		return nil, refusal(fmt.Sprintf("ttl of %ds is above max_ttl of %ds: lower ttl or raise max_ttl", next.TTL, next.maxLifetime()))
 	}
-	return nil
+	if v, ok := changes["reuse_for"].(int); ok {
+		next.ReuseFor = int64(v)
+	}
+	if (changes.has("reuse_for") || changes.has("ttl")) && next.ReuseFor > next.TTL/2 {
+		return nil, refusal(fmt.Sprintf("reuse_for of %s needs a ttl of at least twice that, and ttl is %ds (0: not set): lower reuse_for or set ttl", showSeconds(next.ReuseFor), next.TTL))
+	}
+	if v, ok := changes["disabled"].(bool); ok {
+		next.Disabled = v
+	}
+	if r != nil && next.maxLifetime() < r.maxLifetime() {
+		next.EarlierUntil = max(r.EarlierUntil, now.Unix()+r.maxLifetime())
+	}
+	return next, nil
 }
 
 // scopesOfReference are the scopes that Cable's reference names. The API has
@@ -125,31 +97,7 @@ func scopesOfReference() []string {
 	}
 }
 
-// normalizeScopes trims, drops empty elements and repeats, and sorts. The
-// refusal names the scope that cannot be one.
-func normalizeScopes(list []string) ([]string, error) {
-	scopes := make([]string, 0, len(list))
-	for _, s := range list {
-		if s = strings.TrimSpace(s); s == "" {
-			continue
-		}
-		if err := checkName(s, maxScopeLength); err != nil {
-			return nil, refusal(fmt.Sprintf(`scope %.32q %s: write scopes as "resource:action", separated by commas`, s, err))
-		}
-		scopes = append(scopes, s)
-	}
-	slices.Sort(scopes)
-	scopes = slices.Compact(scopes)
-	if len(scopes) == 0 {
-		return nil, refusal("scopes must not be empty: name at least one")
-	}
-	if len(scopes) > maxScopes {
-		return nil, refusal(fmt.Sprintf("scopes names %d: at most %d are allowed", len(scopes), maxScopes))
-	}
-	return scopes, nil
-}
-
-// scopeWarnings names the scopes that look mistyped. They are stored all the
+// scopeWarnings describes the scopes that look mistyped. They are stored all the
 // same: Cable's list is not closed.
 func scopeWarnings(scopes []string) []string {
 	var shape, unknown, warnings []string
@@ -162,10 +110,10 @@ func scopeWarnings(scopes []string) []string {
 		}
 	}
 	if len(shape) > 0 {
-		warnings = append(warnings, fmt.Sprintf("scopes that are not of the form resource:action were stored: %s", nameSome(shape)))
+		warnings = append(warnings, "scopes that are not of the form resource:action were stored: "+showScopes(shape))
 	}
 	if len(unknown) > 0 {
-		warnings = append(warnings, fmt.Sprintf("scopes that Cable's reference does not name were stored, Cable may refuse them: %s", nameSome(unknown)))
+		warnings = append(warnings, "scopes that Cable's reference does not name were stored, and Cable may reject them: "+showScopes(unknown))
 	}
 	return warnings
 }
@@ -177,12 +125,12 @@ func (b *backend) pathRolesList() *framework.Path {
 		Fields: map[string]*framework.FieldSchema{
 			"after": {
 				Type:        framework.TypeString,
-				Description: "List only the names that come after this one.",
+				Description: "List only names that sort after this one.",
 				Query:       true,
 			},
 			"limit": {
 				Type:        framework.TypeInt,
-				Description: "List at most so many names.",
+				Description: "List at most this many names.",
 				Query:       true,
 			},
 		},
@@ -214,6 +162,9 @@ func (b *backend) pathRoles() *framework.Path {
 		})
 	}
 	fields := roleResponseFields()
+	for _, name := range []string{"ttl", "max_ttl", "reuse_for"} {
+		fields[name].Type = framework.TypeDurationSecond
+	}
 	fields["name"] = &framework.FieldSchema{
 		Type:        framework.TypeString,
 		Description: "The role's name.",
@@ -234,7 +185,7 @@ func (b *backend) pathRoles() *framework.Path {
 			},
 			logical.CreateOperation: write("Create a role."),
 			logical.UpdateOperation: write("Change some fields of a role."),
-			logical.PatchOperation:  write("Change some fields of a role that exists."),
+			logical.PatchOperation:  write("Change some fields of an existing role; null removes organization_id."),
 			logical.DeleteOperation: forwarded(&framework.PathOperation{
 				Callback: b.pathRolesDelete,
 				Summary:  "Delete a role.",
@@ -244,44 +195,48 @@ func (b *backend) pathRoles() *framework.Path {
 				},
 			}),
 		},
-		HelpSynopsis:    "Describe which tokens a role may mint.",
+		HelpSynopsis:    "Define which tokens a role may mint.",
 		HelpDescription: strings.TrimSpace(rolesHelp),
 	}
 }
 
-// roleResponseFields describes a role, as it is read and written.
+// roleResponseFields describes a role as it is read, without defaults.
 func roleResponseFields() map[string]*framework.FieldSchema {
 	return map[string]*framework.FieldSchema{
 		"organization_id": {
 			Type:        framework.TypeString,
-			Description: "The organization that tokens are for; default that of config.",
+			Description: "The organization that tokens are for; config's if not set.",
 		},
 		"scopes": {
 			Type:        framework.TypeCommaStringSlice,
-			Description: "The scopes that tokens get, of the form resource:action, separated by commas or as a JSON array. Required at first.",
+			Description: "The scopes of tokens, of the form resource:action, separated by commas or as a JSON array. Required at first.",
 		},
 		"ttl": {
-			Type:        framework.TypeDurationSecond,
-			Description: "The life of a token where the request names none: 300s to 86400s; 0 for the default of the mount's default_lease_ttl or one hour, whichever is less.",
+			Type:        framework.TypeInt,
+			Description: "The lifetime of a token in seconds, if the request names none: 300s to 86400s; 0 for the default: the mount's default_lease_ttl or one hour, whichever is less.",
 		},
 		"max_ttl": {
-			Type:        framework.TypeDurationSecond,
-			Description: "The longest life of a token: 300s to 86400s; 0 for 24 hours. The mount's max_lease_ttl caps it.",
+			Type:        framework.TypeInt,
+			Description: "The longest lifetime of a token in seconds: 300s to 86400s; 0 for 24 hours. The mount's max_lease_ttl caps it.",
+		},
+		"reuse_for": {
+			Type:        framework.TypeInt,
+			Description: "For how long, in seconds, reads without parameters share a token: at most half of ttl, which must be set; 0 (the default): each read mints.",
 		},
 		"disabled": {
 			Type:        framework.TypeBool,
-			Description: "Freeze the role: every mint for it is refused.",
+			Description: "Disable the role: every token request for it is refused.",
 		},
 	}
 }
 
 // pathRolesExists tells create from update, for policies. It does not decode
-// the entry: an error here would deny the write without saying why.
+// the entry: an error here would deny the write without a reason.
 func (b *backend) pathRolesExists(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
 	if checkRoleName(d.Get("name").(string)) != nil {
-		return false, nil // the write will say it
+		return false, nil // the write will say so
 	}
-	entry, err := req.Storage.Get(ctx, rolesStoragePrefix+d.Get("name").(string))
+	entry, err := getEntry(ctx, req.Storage, rolesStoragePrefix+d.Get("name").(string))
 	return entry != nil, err
 }
 
@@ -289,7 +244,7 @@ func (b *backend) pathRolesExists(ctx context.Context, req *logical.Request, d *
 func (b *backend) pathRolesRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
 	if err := checkRoleName(name); err != nil {
-		return failed(err)
+		return classify(err).respond()
 	}
 	role, err := getRole(ctx, req.Storage, name)
 	if role == nil || err != nil {
@@ -300,36 +255,58 @@ func (b *backend) pathRolesRead(ctx context.Context, req *logical.Request, d *fr
 
 // pathRolesWrite handles POST and PATCH roles/<name>.
 func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	name := d.Get("name").(string)
-	if err := checkRoleName(name); err != nil {
-		return failed(err)
+	resp, err := b.writeRole(ctx, req, d.Get("name").(string), d.Raw)
+	if err != nil {
+		return classify(err).respond()
 	}
-	b.rolesMu.Lock()
-	defer b.rolesMu.Unlock()
+	return resp, nil
+}
+
+// writeRole is pathRolesWrite before its errors are given a status.
+func (b *backend) writeRole(ctx context.Context, req *logical.Request, name string, in input) (*logical.Response, error) {
+	if err := checkRoleName(name); err != nil {
+		return nil, err
+	}
+	unlock, err := b.cache.writes.lock(ctx, rolesStoragePrefix+name)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	role, err := getRole(ctx, req.Storage, name)
 	if err != nil {
 		return nil, err
 	}
-	if role == nil && req.Operation == logical.PatchOperation {
-		return failed(noSuchRole(name))
+	// NOTE: Vault asked whether the role exists before the lock was held, and
+	// checked the caller's policy for the one or the other.
+	switch {
+	case role == nil && req.Operation == logical.PatchOperation:
+		return nil, noSuchRole(name)
+	case role == nil && req.Operation == logical.UpdateOperation, role != nil && req.Operation == logical.CreateOperation:
+		return nil, refusal(fmt.Sprintf("role %s was changed meanwhile by another request, and nothing was stored by this one: write again", show(nameShape, name)))
 	}
-	next, err := role.merge(d, time.Now())
-	if err != nil {
-		return failed(err)
-	}
-	err = setRole(ctx, req.Storage, name, next)
-	b.forgetRole(name) // also on failure: whether it was stored is unknown
+	next, err := role.merge(in, req.Operation == logical.PatchOperation, time.Now())
 	if err != nil {
 		return nil, err
 	}
-	b.log(req).Info("a role was written", "role", name, "organization", next.OrganizationID, "disabled", next.Disabled)
-	b.sendRoleEvent(req, eventRoleWrite, name, next)
+	entry, err := logical.StorageEntryJSON(rolesStoragePrefix+name, next)
+	if err != nil {
+		return nil, fmt.Errorf("encoding the role: %w", err)
+	}
+	err = b.cache.write(ctx, entry.Key, role.narrowedBy(next), func() error { return req.Storage.Put(ctx, entry) })
+	if err != nil {
+		return nil, err
+	}
+	b.telemetry.requestLog(req).Info("role written", "role", name, "organization", shown(orgShape, next.OrganizationID), "disabled", next.Disabled)
+	b.telemetry.events.sendRole(req, eventRoleWrite, name, next)
 	resp := new(logical.Response)
-	if _, ok := d.GetOk("scopes"); ok {
+	if in.has("scopes") {
 		resp.Warnings = scopeWarnings(next.Scopes)
 	}
-	if v, ok := d.GetOk("disabled"); ok && v.(bool) {
-		resp.AddWarning("the role is disabled: no token is minted for it until disabled=false is written. " + next.aliveUntil(time.Now()))
+	if role != nil && role.OrganizationID != "" && next.OrganizationID == "" {
+		resp.AddWarning("organization_id is removed: token requests use " + b.fallbackOrganization(ctx, req.Storage))
+	}
+	if in["disabled"] == true {
+		resp.AddWarning("the role is disabled: no token is minted for it until disabled=false is written. " + next.validUntil(time.Now()))
 	}
 	if len(resp.Warnings) == 0 {
 		return nil, nil
@@ -337,42 +314,61 @@ func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *f
 	return resp, nil
 }
 
+// fallbackOrganization says which organization roles without one use.
+func (b *backend) fallbackOrganization(ctx context.Context, s logical.Storage) string {
+	config, err := getConfig(ctx, s)
+	switch {
+	case err != nil:
+		return "config's, which could not be read"
+	case config == nil || config.OrganizationID == "":
+		return "config's, which names none: they are refused until one of the two does"
+	default:
+		return "config's, " + show(orgShape, config.OrganizationID)
+	}
+}
+
 // pathRolesDelete handles DELETE roles/<name>.
 func (b *backend) pathRolesDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
 	if err := checkRoleName(name); err != nil {
-		return failed(err)
+		return classify(err).respond()
 	}
-	b.rolesMu.Lock()
-	defer b.rolesMu.Unlock()
-	entry, err := req.Storage.Get(ctx, rolesStoragePrefix+name)
-	if entry == nil || err != nil {
-		return nil, err
-	}
-	role, err := decodeRole(name, entry.Value)
+	key := rolesStoragePrefix + name
+	unlock, err := b.cache.writes.lock(ctx, key)
 	if err != nil {
-		role = new(roleEntry) // it cannot be read, but it can be deleted
+		return classify(err).respond()
 	}
-	err = req.Storage.Delete(ctx, rolesStoragePrefix+name)
-	b.forgetRole(name)
+	defer unlock()
+	entry, err := getEntry(ctx, req.Storage, key)
 	if err != nil {
 		return nil, err
 	}
-	b.log(req).Info("a role was deleted", "role", name)
-	b.metrics.roleDeleted(name)
-	b.sendRoleEvent(req, eventRoleDelete, name, nil)
+	role := new(roleEntry)
+	if entry != nil {
+		if role, err = decodeRole(name, entry.Value); err != nil {
+			role = new(roleEntry) // it cannot be read, but it can be deleted
+		}
+	} else if b.cache.isCertain(key) {
+		return nil, nil
+	}
+	err = b.cache.write(ctx, key, true, func() error { return req.Storage.Delete(ctx, key) })
+	if err != nil {
+		return nil, err
+	}
+	b.telemetry.requestLog(req).Info("role deleted", "role", name)
+	b.telemetry.metrics.roleDropped(name)
+	b.telemetry.events.sendRole(req, eventRoleDelete, name, nil)
 	resp := new(logical.Response)
-	resp.AddWarning(fmt.Sprintf("role %q is deleted: no token is minted for it any more. %s", name, role.aliveUntil(time.Now())))
+	resp.AddWarning(fmt.Sprintf("role %q is deleted: no token is minted for it any more. %s", name, role.validUntil(time.Now())))
 	return resp, nil
 }
 
 // pathRolesListNames handles LIST roles.
 func (b *backend) pathRolesListNames(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	names, err := req.Storage.List(ctx, rolesStoragePrefix)
+	names, err := listRoles(ctx, req.Storage)
 	if err != nil {
 		return nil, err
 	}
-	slices.Sort(names)
 	if after := d.Get("after").(string); after != "" {
 		i, found := slices.BinarySearch(names, after)
 		if found {
@@ -383,7 +379,7 @@ func (b *backend) pathRolesListNames(ctx context.Context, req *logical.Request, 
 	if v, ok := d.GetOk("limit"); ok {
 		limit := v.(int)
 		if limit < 1 {
-			return failed(refusal(fmt.Sprintf("limit is %d: write 1 or more, or leave it out for all", limit)))
+			return classify(refusal(fmt.Sprintf("limit is %d: write 1 or more, or leave it out for all", limit))).respond()
 		}
 		names = names[:min(limit, len(names))]
 	}
@@ -397,56 +393,31 @@ func checkRoleName(name string) error {
 		return refusal(fmt.Sprintf("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName))
 	}
 	if strings.Contains(name, "..") {
-		return refusal(fmt.Sprintf(`the role's name %s must not hold "..": use single dots`, echo(name)))
+		return refusal(fmt.Sprintf(`the role's name %s must not contain "..": use single dots`, show(nameShape, name)))
 	}
 	return nil
 }
 
-// noSuchRole is the refusal for a role that does not exist.
-func noSuchRole(name string) error {
-	return refusal(fmt.Sprintf("role %q does not exist: write it to roles/%s", name, name))
-}
-
-// getRole returns the stored role, or nil where there is none.
-func getRole(ctx context.Context, s logical.Storage, name string) (*roleEntry, error) {
-	entry, err := s.Get(ctx, rolesStoragePrefix+name)
-	if entry == nil || err != nil {
-		return nil, err // as it is: Vault reads the text of storage errors
-	}
-	return decodeRole(name, entry.Value)
-}
-
-// decodeRole reads what setRole wrote, or an older or newer version did.
-func decodeRole(name string, raw []byte) (*roleEntry, error) {
-	r := new(roleEntry)
-	if err := json.Unmarshal(raw, r); err != nil {
-		return nil, fmt.Errorf("the stored role %q cannot be read: delete it and write it anew", name)
-	}
-	return r, nil
-}
-
-// setRole stores the role.
-func setRole(ctx context.Context, s logical.Storage, name string, r *roleEntry) error {
-	entry, err := logical.StorageEntryJSON(rolesStoragePrefix+name, r)
-	if err != nil {
-		return fmt.Errorf("encoding the role: %w", err)
-	}
-	return s.Put(ctx, entry)
-}
-
 const rolesListHelp = `
-The names come in order. With after, only those behind a name are listed; with
-limit, at most so many.
+The names are sorted. "after" returns names that sort after the given one;
+"limit" caps the count.
 `
 
 const rolesHelp = `
-A role names an organization, the scopes of its tokens, and how long they may
-live. A read of creds/<name> mints a token for it, so who may read that path is
-who may have the role's tokens.
+A role names an organization, the scopes of its tokens, and their lifetimes. A
+read of creds/<name> returns a token for it, so permission to read that path is
+permission to have the role's tokens.
 
-A write that names some fields keeps the others. ttl=0 or max_ttl=0 goes back
-to the default. disabled=true freezes the role.
+A write keeps the fields that it does not name, and what a read returns can be
+written back. ttl=0 or max_ttl=0 restores the default. A patch with null removes
+organization_id. disabled=true disables the role.
 
-Deleting or disabling a role stops minting; it ends no token that was minted
-before, as Cable cannot revoke them.
+By default, each read mints. With reuse_for, reads without parameters share a
+token for that long, so that a fleet does not use up Cable's rate limit; ttl must
+be at least twice reuse_for. While Cable is down, such reads return the previous
+token with a warning. Every write of the role or of config, even one that changes
+nothing, drops the shared token.
+
+Deleting or disabling a role stops minting. Tokens that were minted before stay
+valid until their expiry: Cable cannot revoke them.
 `

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 	"pgregory.net/rapid"
 )
@@ -26,7 +25,7 @@ func TestRoleWrite(t *testing.T) {
 	if w := m.write("roles/ci", map[string]any{"scopes": " person:read, ,transactions:read,person:read"}); w != nil {
 		t.Errorf("warnings: %q", w)
 	}
-	want := map[string]any{"organization_id": "", "scopes": []string{"person:read", "transactions:read"}, "ttl": int64(0), "max_ttl": int64(0), "disabled": false}
+	want := map[string]any{"organization_id": "", "scopes": []string{"person:read", "transactions:read"}, "ttl": int64(0), "max_ttl": int64(0), "reuse_for": int64(0), "disabled": false}
 	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
 		t.Error(diff)
 	}
@@ -75,34 +74,34 @@ func TestRoleRefusals(t *testing.T) {
 		{map[string]any{"scopes": []string{"", " "}}, "scopes must not be empty"},
 		{map[string]any{"scopes": nil}, "scopes must not be null"},
 		{map[string]any{"scopes": 7}, "scopes must be a comma-separated list or an array of strings, not a number"},
-		{map[string]any{"scopes": []any{"a:b", 7}}, "must be a list of strings, but holds a number"},
-		{map[string]any{"scopes": []any{"a:b", nil}}, "holds null"},
-		{map[string]any{"scopes": []any{[]any{"a:b"}}}, "holds a list"},
+		{map[string]any{"scopes": []any{"a:b", 7}}, "must be a list of strings, but contains a number"},
+		{map[string]any{"scopes": []any{"a:b", nil}}, "contains null"},
+		{map[string]any{"scopes": []any{[]any{"a:b"}}}, "contains a list"},
 		{map[string]any{"scopes": map[string]any{"a:b": true}}, "not an object"},
-		{map[string]any{"scopes": `["a:b","c:d"]`}, `scope "[\"a:b\"" must not hold white space, quotes`},
-		{map[string]any{"scopes": "a b"}, `scope "a b" must not hold white space`},
+		{map[string]any{"scopes": `["a:b","c:d"]`}, `a scope must not contain white space, quotes`},
+		{map[string]any{"scopes": "a b"}, `a scope must not contain white space`},
 		{map[string]any{"scopes": "a:\u200bb"}, "control characters"},
 		{map[string]any{"scopes": "a:b\x00c"}, "control characters"},
 		{map[string]any{"scopes": strings.Repeat("s", 129)}, "is 129 characters long: at most 128"},
 		{map[string]any{"scopes": many}, "scopes names 65: at most 64"},
-		{map[string]any{"ttl": 299}, "ttl is 299s: Cable's tokens live 300s to 86400s"},
+		{map[string]any{"ttl": 299}, "ttl is 299s: Cable's tokens are valid for 300s to 86400s"},
 		{map[string]any{"ttl": 86401}, "ttl is 86401s"},
 		{map[string]any{"ttl": -1}, "cannot be negative"},
 		{map[string]any{"ttl": ""}, "ttl must not be empty"},
 		{map[string]any{"ttl": nil}, "ttl must not be null"},
-		{map[string]any{"ttl": "x"}, `ttl is "x"`},
+		{map[string]any{"ttl": "x"}, "ttl is (not shown: length 1)"},
 		{map[string]any{"ttl": 300.5}, "whole seconds"},
 		{map[string]any{"ttl": "1h0.5s"}, "whole seconds"},
-		{map[string]any{"ttl": int64(9223372036854775807)}, "ttl is 2147483647s"},
+		{map[string]any{"ttl": int64(9223372036854775807)}, "ttl is (not shown: length 19)"},
 		{map[string]any{"ttl": "9999999999999h"}, "ttl is"},
-		{map[string]any{"ttl": []any{300}}, "ttl must be a duration, not a list"},
-		{map[string]any{"ttl": true}, "ttl must be a duration, not a boolean"},
+		{map[string]any{"ttl": []any{300}}, "ttl must be a duration in whole seconds, not a list"},
+		{map[string]any{"ttl": true}, "ttl must be a duration in whole seconds, not a boolean"},
 		{map[string]any{"ttl": 1201}, "ttl of 1201s is above max_ttl of 1200s"},
 		{map[string]any{"max_ttl": 599}, "ttl of 600s is above max_ttl of 599s"},
 		{map[string]any{"max_ttl": 86401}, "max_ttl is 86401s"},
 		{map[string]any{"max_ttl": ""}, "max_ttl must not be empty"},
 		{map[string]any{"organization_id": ""}, "organization_id must not be empty"},
-		{map[string]any{"organization_id": `o"`}, "must not hold white space, quotes"},
+		{map[string]any{"organization_id": `o"`}, "must not contain white space, quotes"},
 		{map[string]any{"organization_id": []string{"o"}}, "must be a string"},
 		{map[string]any{"disabled": ""}, "disabled must not be empty"},
 	} {
@@ -125,7 +124,7 @@ func TestRoleWarnings(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
 	w := m.write("roles/odd", map[string]any{"scopes": "transactions:read,alerts:read,everything,a:b:c,:x"})
-	m.wantWarning(w, "not of the form resource:action", `":x", "a:b:c", "everything"`)
+	m.wantWarning(w, "not of the form resource:action", "(not shown: length 2), (not shown: length 5), (not shown: length 10)")
 	m.wantWarning(w, "Cable's reference does not name", `"alerts:read"`)
 	if len(w) != 2 {
 		t.Errorf("warnings: %q", w)
@@ -150,7 +149,7 @@ func TestRoleAliveUntil(t *testing.T) {
 		if len(w) != 1 {
 			t.Fatalf("warnings: %q", w)
 		}
-		_, text, _ := strings.Cut(w[0], "may live until ")
+		_, text, _ := strings.Cut(w[0], "may be valid until ")
 		at, err := time.Parse(time.RFC3339, strings.TrimSuffix(text, "."))
 		if err != nil {
 			t.Fatal(err)
@@ -233,7 +232,7 @@ func TestRoleConcurrentWrites(t *testing.T) {
 		wg.Go(func() { m.write("roles/ci", data) })
 	}
 	wg.Wait()
-	want := map[string]any{"organization_id": "org_x", "scopes": []string{"person:write"}, "ttl": int64(600), "max_ttl": int64(1200), "disabled": true}
+	want := map[string]any{"organization_id": "org_x", "scopes": []string{"person:write"}, "ttl": int64(600), "max_ttl": int64(1200), "reuse_for": int64(0), "disabled": true}
 	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
 		t.Error(diff)
 	}
@@ -258,16 +257,16 @@ func TestRoleExistence(t *testing.T) {
 	}
 }
 
-// TestNormalizeScopes protects what a role and a request are compared by.
-func TestNormalizeScopes(t *testing.T) {
+// TestParseScopes protects what a role and a request are compared by.
+func TestParseScopes(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		in := rapid.SliceOf(rapid.OneOf(rapid.StringMatching(`[a-z]{1,4}:[a-z]{1,4}`), rapid.String())).Draw(rt, "in")
-		got, err := normalizeScopes(in)
+		got, err := parseScopes(in)
 		if err != nil {
 			return
 		}
-		if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) || len(got) < 1 || len(got) > maxScopes {
+		if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) || len(got) > maxScopes {
 			rt.Fatalf("not normal: %q", got)
 		}
 		for _, s := range got {
@@ -275,7 +274,7 @@ func TestNormalizeScopes(t *testing.T) {
 				rt.Fatalf("%q is not of %q", s, in)
 			}
 		}
-		again, err := normalizeScopes(got)
+		again, err := parseScopes(got)
 		if diff := cmp.Diff(got, again); diff != "" || err != nil {
 			rt.Fatalf("not stable: %s %v", diff, err)
 		}
@@ -293,24 +292,23 @@ func FuzzRoleEntry(f *testing.F) {
 	f.Fuzz(func(t *testing.T, scopes, org string, ttl, maxTTL int, disabled bool, stored []byte) {
 		if role, err := decodeRole("r", stored); err == nil {
 			_ = role.toResponseData()
-			_ = role.aliveUntil(time.Now())
-			_ = role.validate()
+			_ = role.validUntil(time.Now())
 		}
 		path := newBackend().pathRoles()
 		raw := map[string]any{"scopes": scopes, "ttl": ttl, "max_ttl": maxTTL, "disabled": disabled}
 		if org != "" {
 			raw["organization_id"] = org
 		}
-		data, err := checkFields(path, nil, &logical.Request{Operation: logical.UpdateOperation, Data: raw})
+		data, err := parseRequest(path, &logical.Request{Operation: logical.UpdateOperation, Data: raw})
 		if err != nil {
 			return
 		}
-		role, err := (*roleEntry)(nil).merge(&framework.FieldData{Raw: data, Schema: path.Fields}, time.Now())
+		role, err := (*roleEntry)(nil).merge(data, false, time.Now())
 		if err != nil {
 			return
 		}
-		if len(role.Scopes) == 0 || role.TTL > role.lifeCap() || role.lifeCap() > maxLife ||
-			role.TTL != 0 && role.TTL < minLife || role.MaxTTL != 0 && role.MaxTTL < minLife {
+		if len(role.Scopes) == 0 || role.TTL > role.maxLifetime() || role.maxLifetime() > maxLifetime ||
+			role.TTL != 0 && role.TTL < minLifetime || role.MaxTTL != 0 && role.MaxTTL < minLifetime {
 			t.Errorf("accepted %+v", role)
 		}
 		entry, err := json.Marshal(role)
@@ -322,4 +320,43 @@ func FuzzRoleEntry(f *testing.F) {
 			t.Errorf("%s %v", diff, err)
 		}
 	})
+}
+
+// TestCreateNeverChanges: of requests that were checked as creates, one creates
+// the role and no other changes it; one that was checked as an update changes
+// no role that was deleted meanwhile.
+func TestCreateNeverChanges(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	write := func(op logical.Operation, data map[string]any) (int, error) {
+		resp, err := m.b.HandleRequest(m.Context(), &logical.Request{Operation: op, Path: "roles/new", Storage: m.storage, Data: data})
+		return statusOf(resp, err)
+	}
+	for range 50 {
+		var wg sync.WaitGroup
+		created := make([]bool, 6)
+		for i := range created {
+			wg.Go(func() {
+				status, err := write(logical.CreateOperation, map[string]any{"scopes": fmt.Sprintf("s:%c", 'a'+i)})
+				created[i] = err == nil
+				if err != nil && (status != http.StatusBadRequest || !strings.Contains(err.Error(), "changed meanwhile") || !strings.Contains(err.Error(), "write again")) {
+					t.Errorf("%d %v", status, err)
+				}
+			})
+		}
+		wg.Wait()
+		got := m.read("roles/new")["scopes"].([]string)
+		for i, ok := range created {
+			if isStored := got[0] == fmt.Sprintf("s:%c", 'a'+i); ok != isStored {
+				t.Fatalf("created: %v, stored: %q", created, got)
+			}
+		}
+		var updated, deleted error
+		wg.Go(func() { _, updated = write(logical.UpdateOperation, map[string]any{"ttl": 600}) })
+		wg.Go(func() { _, deleted = write(logical.DeleteOperation, nil) })
+		wg.Wait()
+		if deleted != nil || m.read("roles/new") != nil {
+			t.Fatalf("the role is back after its deletion: %v, %v", updated, deleted)
+		}
+	}
 }

@@ -35,7 +35,7 @@ func TestStatus(t *testing.T) {
 	}
 	first := want(map[string]any{
 		"configured": false, "disabled": false, "disabled_roles": "[]", "refresh_key_version": 0, "refresh_key_updated_at": "",
-		"last_mint_at": "", "last_failure_at": "", "hold_seconds": 0, "hold_until": "", "requests": "map[]", "revocations": 0, "version": version.String(),
+		"last_mint_at": "", "last_failure_at": "", "pause_seconds": 0, "paused_until": "", "token_requests": "map[]", "leases_ended": 0, "version": version.String(),
 	})
 	if since, err := time.Parse(time.RFC3339, first["since"].(string)); err != nil || time.Since(since) > time.Minute {
 		t.Errorf("since: %v", first["since"])
@@ -52,7 +52,7 @@ func TestStatus(t *testing.T) {
 	m.revoke("c")
 	got := want(map[string]any{
 		"configured": true, "refresh_key_version": 1, "disabled_roles": "[a b]", "last_mint_role": "c", "last_failure_at": "",
-		"requests": "map[minted:2]", "revocations": 1,
+		"token_requests": "map[minted:2]", "leases_ended": 1,
 	})
 	if age, ok := got["refresh_key_age_seconds"].(int64); !ok || age < 0 || age > 60 {
 		t.Errorf("the key's age: %v", got["refresh_key_age_seconds"])
@@ -61,17 +61,17 @@ func TestStatus(t *testing.T) {
 	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
 	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/c", nil)
 	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/c", nil)
-	got = want(map[string]any{"last_failure_outcome": "rate_limited", "last_failure_cable_status": 429, "requests": "map[held:1 minted:2 rate_limited:1]"})
-	if s, ok := got["hold_seconds"].(int64); !ok || s < 80 || s > 90 {
-		t.Errorf("the pause: %v", got["hold_seconds"])
+	got = want(map[string]any{"last_failure_outcome": "rate_limited", "last_failure_cable_status": 429, "token_requests": "map[minted:2 paused:1 rate_limited:1]"})
+	if s, ok := got["pause_seconds"].(int64); !ok || s < 80 || s > 90 {
+		t.Errorf("the pause: %v", got["pause_seconds"])
 	}
-	if until, err := time.Parse(time.RFC3339, got["hold_until"].(string)); err != nil || time.Until(until) < 80*time.Second {
-		t.Errorf("its end: %v", got["hold_until"])
+	if until, err := time.Parse(time.RFC3339, got["paused_until"].(string)); err != nil || time.Until(until) < 80*time.Second {
+		t.Errorf("its end: %v", got["paused_until"])
 	}
 	m.write("config", map[string]any{"disabled": true})
 	want(map[string]any{"disabled": true})
 	m.ok(logical.DeleteOperation, "config", nil)
-	want(map[string]any{"configured": false, "disabled": false, "hold_seconds": 0})
+	want(map[string]any{"configured": false, "disabled": false, "pause_seconds": 0})
 }
 
 // TestStatusWithoutStorage: status answers where storage fails or holds
@@ -88,7 +88,7 @@ func TestStatusWithoutStorage(t *testing.T) {
 	}
 	put("roles/broken", "{")
 	resp := m.ok(logical.ReadOperation, "status", nil)
-	m.wantWarning(resp.Warnings, "disabled_roles may lack some", `"broken"`)
+	m.wantWarning(resp.Warnings, "disabled_roles may be incomplete", `"broken"`)
 	if resp.Data["configured"] != true {
 		t.Errorf("a broken role hides the configuration: %v", resp.Data)
 	}
@@ -96,12 +96,12 @@ func TestStatusWithoutStorage(t *testing.T) {
 	m.storage.Underlying().FailGet(true)
 	m.storage.Underlying().FailList(true)
 	resp = m.ok(logical.ReadOperation, "status", nil)
-	m.wantWarning(resp.Warnings, "the configuration cannot be read")
-	m.wantWarning(resp.Warnings, "disabled_roles may lack some")
+	m.wantWarning(resp.Warnings, "the configuration could not be read")
+	m.wantWarning(resp.Warnings, "disabled_roles may be incomplete")
 	if resp.Data["last_mint_role"] != "ci" {
 		t.Errorf("what is in memory is not told: %v", resp.Data)
 	}
-	for _, key := range []string{"configured", "disabled", "disabled_roles", "refresh_key_version", "refresh_key_updated_at", "refresh_key_age_seconds", "hold_seconds", "hold_until"} {
+	for _, key := range []string{"configured", "disabled", "disabled_roles", "refresh_key_version", "refresh_key_updated_at", "refresh_key_age_seconds", "pause_seconds", "paused_until"} {
 		if v, ok := resp.Data[key]; ok {
 			t.Errorf("%s is said to be %v, and cannot be known", key, v)
 		}
@@ -138,15 +138,15 @@ func TestVerifyIsNoMint(t *testing.T) {
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
 	before, events := m.figures(), len(m.sentEvents())
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": cabletest.NewRefreshKey(), "verify_role": "ci"})
-	m.ok(logical.UpdateOperation, "config", map[string]any{"refresh_key": m.sim.RefreshKey(), "verify_role": "ci"})
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": cabletest.NewRefreshKey(), "token_url": m.sim.URL, "verify_role": "ci"})
+	m.ok(logical.UpdateOperation, "config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "verify_role": "ci"})
 	after := m.figures()
 	for series, value := range before {
 		if strings.HasPrefix(series, metricsNamespace) && !strings.Contains(series, "refresh_key_updated") && !strings.Contains(series, "events") && after[series] != value {
 			t.Errorf("%s: %v, and %v before", series, after[series], value)
 		}
 	}
-	if status := m.read("status"); status["last_failure_at"] != "" || fmt.Sprint(status["requests"]) != "map[minted:1]" {
+	if status := m.read("status"); status["last_failure_at"] != "" || fmt.Sprint(status["token_requests"]) != "map[minted:1]" {
 		t.Errorf("status: %v", status)
 	}
 	m.waitForEvent(eventConfigWrite, func(map[string]string) bool { return len(m.sentEvents()) > events })
@@ -155,7 +155,7 @@ func TestVerifyIsNoMint(t *testing.T) {
 			t.Errorf("an event of a trial: %v", e)
 		}
 	}
-	if line := m.logLine(m.log.String(), "no token was minted"); line["verify_role"] != true || line["outcome"] != "key_refused" || line["@level"] != "warn" {
+	if line := m.logLine(m.log.String(), "token request failed"); line["verify_role"] != true || line["outcome"] != "key_rejected" || line["@level"] != "warn" {
 		t.Errorf("the line of a trial that failed: %v", line)
 	}
 }
@@ -165,12 +165,10 @@ func TestStatusOfManyRoles(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
 	for i := range maxStatusRoles + 5 {
-		if err := setRole(t.Context(), m.storage, fmt.Sprintf("role-%06d", i), &roleEntry{Scopes: []string{"person:read"}, Disabled: true}); err != nil {
-			t.Fatal(err)
-		}
+		m.putRole(fmt.Sprintf("role-%06d", i), &roleEntry{Scopes: []string{"person:read"}, Disabled: true})
 	}
 	resp := m.ok(logical.ReadOperation, "status", nil)
-	m.wantWarning(resp.Warnings, fmt.Sprintf("only the first %d of %d roles were looked at", maxStatusRoles, maxStatusRoles+5))
+	m.wantWarning(resp.Warnings, fmt.Sprintf("only the first %d of %d roles were checked", maxStatusRoles, maxStatusRoles+5))
 	if names := resp.Data["disabled_roles"].([]string); len(names) != maxStatusRoles || !slices.IsSorted(names) {
 		t.Errorf("%d names", len(names))
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
 // clusterSize is the least number of nodes that lets one fail.
@@ -63,7 +64,7 @@ func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
 	})
 	for i := range c.nodes {
 		c.ports[i] = freePort(t)
-		c.install(t, pluginName, filepath.Join(suite.plugins, pluginName))
+		c.install(t, pluginName, suite.plugin.File)
 	}
 	var wg sync.WaitGroup
 	for i := range c.nodes {
@@ -75,11 +76,13 @@ func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
 	}
 
 	first := c.node(0)
-	c.key, c.root = initKeys(t, first.ok(t, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}))
-	for i := range c.nodes {
-		c.node(i).root = c.root
+	if err := first.Init(t.Context()); err != nil {
+		t.Fatal(err)
 	}
-	c.unseal(t, 0, 200)
+	c.key, c.root = first.Key, first.Root
+	for i := range c.nodes {
+		c.node(i).root, c.node(i).Root = c.root, c.root
+	}
 	// Who joins may vote soon, instead of after ten seconds.
 	first.ok(t, "POST", "sys/storage/raft/autopilot/configuration", map[string]any{"server_stabilization_time": "1s"})
 	for i := 1; i < clusterSize; i++ {
@@ -90,11 +93,25 @@ func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
 		c.waitForState(t, i, 429)
 	}
 	c.waitForVoters(t)
-	if err := first.setUp(); err != nil {
+	if err := first.Register(t.Context(), suite.plugin); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.EnableAudit(t.Context(), first.audit); err != nil {
 		t.Fatal(err)
 	}
 	first.ok(t, "POST", "sys/mounts/"+c.path, map[string]any{"type": pluginName})
+	c.waitForAll(t, "knows the mount", func(v *vaultServer) bool { return v.do(t, "GET", c.path+"/status", nil).status == 200 })
 	return c
+}
+
+// waitForAll waits until something holds on each node. Standbys that serve reads
+// themselves, as OpenBao's do, learn of what was written some tenths of a second
+// later.
+func (c *cluster) waitForAll(t *testing.T, what string, holds func(*vaultServer) bool) {
+	t.Helper()
+	for i := range c.nodes {
+		waitFor(t, 30*time.Second, fmt.Sprintf("node %d %s", i, what), func() bool { return holds(c.node(i)) })
+	}
 }
 
 // stop stops what runs. All at once: a node that leaves waits for the others.
@@ -145,30 +162,10 @@ func freePort(t *testing.T) int {
 // start starts a node, sealed.
 func (c *cluster) start(t *testing.T, i int) {
 	t.Helper()
-	data := c.folder(i, "raft")
-	if err := os.MkdirAll(data, 0o700); err != nil {
-		t.Error(err)
-		return
-	}
-	config := fmt.Sprintf(`
-storage "raft" {
-  path    = %q
-  node_id = "node-%d"
-
-  performance_multiplier       = 2       # 1 is for production, on a machine of its own
-  autopilot_reconcile_interval = "500ms"
-  autopilot_update_interval    = "250ms"
-}
-listener "tcp" {
-  address         = "ADDR"
-  cluster_address = "127.0.0.1:%d"
-  tls_disable     = true
-}
-cluster_addr = "https://127.0.0.1:%[3]d"
-`, data, i, c.ports[i])
 	// The audit device is one for the cluster: one file that all append to.
-	v := &vaultServer{root: c.root, plugins: c.folder(i, "plugins"), audit: filepath.Join(c.dir, "audit.log")}
-	if err := v.start(c.folder(i, ""), config, func(string) []string { return nil }); err != nil {
+	v := &vaultServer{plugins: c.folder(i, "plugins"), audit: filepath.Join(c.dir, "audit.log")}
+	node := &vaulttest.Raft{Dir: c.folder(i, "raft"), Node: fmt.Sprintf("node-%d", i), Port: c.ports[i], Root: c.root}
+	if err := v.start(c.folder(i, ""), node); err != nil {
 		t.Error(err)
 		return
 	}
@@ -329,11 +326,15 @@ func testLeaderKilled(t *testing.T, c *cluster, say narrator) {
 		"refresh_key": c.sim.RefreshKey(), "token_url": c.sim.URL, "organization_id": cabletest.DefaultOrganizationID,
 	})
 	c.node(standbys[1]).ok(t, "POST", c.path+"/roles/app", map[string]any{"scopes": "transactions:read,transactions:write", "ttl": "1h"})
-	stored := func(v *vaultServer) map[string]any {
-		return map[string]any{"config": v.ok(t, "GET", c.path+"/config", nil).Data, "role": v.ok(t, "GET", c.path+"/roles/app", nil).Data}
+	stored := func(v *vaultServer) [2]map[string]any {
+		return [2]map[string]any{v.do(t, "GET", c.path+"/config", nil).Data, v.do(t, "GET", c.path+"/roles/app", nil).Data}
 	}
-	before := stored(c.node(standbys[0]))
-	say("config was written through node %d, a role through node %d: both forwarded", standbys[0], standbys[1])
+	before := stored(c.node(leader))
+	if before[0] == nil || before[1] == nil {
+		t.Fatalf("config and role: %v", before)
+	}
+	c.waitForAll(t, "has config and role", func(v *vaultServer) bool { return cmp.Equal(before, stored(v)) })
+	say("config written through node %d, a role through node %d: both forwarded", standbys[0], standbys[1])
 	var samples []sample
 	for i := range c.nodes {
 		s := c.node(i).timed(c.read("app"))
@@ -342,20 +343,17 @@ func testLeaderKilled(t *testing.T, c *cluster, say narrator) {
 		}
 		samples = append(samples, s)
 	}
-	say("a token was minted through each of the %d addresses", clusterSize)
+	say("token minted through each of the %d addresses", clusterSize)
 
 	load := c.startReaders(t, readers)
 	waitFor(t, 30*time.Second, "a load", func() bool { return len(load.seen()) > 20*readers })
 	old := c.node(leader)
 	orphans := pluginsOf(t, old)
 	killing := time.Now()
-	if err := old.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	old.kill(t)
 	killed := time.Now()
-	<-old.exited
 	waitFor(t, 30*time.Second, "the killed node's plugin ends", func() bool { return !slices.ContainsFunc(orphans, runs) })
-	say("under the load of %d readers, node %d was killed (SIGKILL to process %d)", readers, leader, old.cmd.Process.Pid)
+	say("under the load of %d readers, node %d was killed (SIGKILL to process %d)", readers, leader, old.Process.Pid)
 	minted := c.mints(t, standbys...).Sub(killed)
 	settled := time.Now()
 	next := c.leader(t)
@@ -366,13 +364,13 @@ func testLeaderKilled(t *testing.T, c *cluster, say narrator) {
 	if diff := cmp.Diff(before, stored(c.node(next))); diff != "" {
 		t.Errorf("config and role after the kill (-before +after):\n%s", diff)
 	}
-	say("config and role are what they were (refresh_key_version %s)", before["config"].(map[string]any)["refresh_key_version"])
+	say("config and role are what they were (refresh_key_version %s)", before[0]["refresh_key_version"])
 
 	c.start(t, leader)
 	c.unseal(t, leader, 200, 429)
 	c.waitForVoters(t)
 	c.mints(t, leader)
-	say("node %d was started again, unsealed, and votes; a token was minted through it", leader)
+	say("node %d was started again, unsealed, and votes; token minted through it", leader)
 	rejoined := time.Now()
 	waitFor(t, 30*time.Second, "reads after the rejoin", func() bool {
 		return slices.ContainsFunc(load.seen(), func(s sample) bool { return s.status == 200 && s.start.After(rejoined) })
@@ -455,11 +453,8 @@ func noneIrrevocable(t *testing.T, v *vaultServer) {
 const nextVersion = "v0.0.2-e2e"
 
 // nextPlugin builds the plugin as its next version, once.
-var nextPlugin = sync.OnceValues(func() (binary string, err error) {
-	binary = filepath.Join(suite.dir, pluginName+"-next")
-	_, err = run("go", "build", "-o", binary,
-		"-ldflags", "-X github.com/cablesecrets/vault-plugin-secrets-cable/internal/version.stamped="+nextVersion, "../cmd/"+pluginName)
-	return binary, err
+var nextPlugin = sync.OnceValues(func() (vaulttest.Plugin, error) {
+	return vaulttest.Build(suite.ctx, filepath.Join(suite.dir, "next"), "cmd/"+pluginName, nextVersion)
 })
 
 // change is something that an operator does to a cluster under load.
@@ -484,11 +479,8 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.install(t, pluginName+"-next", next)
-	nextSum, err := fileSum(next)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c.install(t, pluginName+"-next", next.File)
+	next.File = filepath.Join(c.folder(0, "plugins"), pluginName+"-next")
 	v := c.node(c.leader(t))
 	keyVersion := v.ok(t, "GET", c.path+"/config", nil).number("refresh_key_version")
 	v.ok(t, "POST", c.path+"/roles/old", map[string]any{"scopes": "transactions:read"})
@@ -517,12 +509,12 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 		i := leader
 		waitFor(t, 30*time.Second, "the write of a new key", func() bool {
 			i++
-			s := c.node(i).timed(request{method: "POST", path: c.path + "/config", body: map[string]any{"refresh_key": key}, token: c.root})
+			s := c.node(i).timed(request{method: "POST", path: c.path + "/config", body: map[string]any{"refresh_key": key, "token_url": c.sim.URL}, token: c.root})
 			tries[s.status]++
-			if s.status != 204 && !duringChange(s) {
+			if s.status/100 != 2 && !duringChange(s) {
 				t.Errorf("%s: writing config: %s", name, s)
 			}
-			return s.status == 204
+			return s.status/100 == 2
 		})
 		ch.newKeyFrom = time.Now()
 		if finish := <-done; finish != nil {
@@ -534,13 +526,14 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 
 		keyVersion++
 		for i := range c.nodes {
-			if s := c.node(i).timed(request{method: "POST", path: c.path + "/config", body: map[string]any{"request_timeout": 10 + i}, token: c.root}); s.status != 204 {
+			if s := c.node(i).timed(request{method: "POST", path: c.path + "/config", body: map[string]any{"request_timeout": 10 + i}, token: c.root}); s.status/100 != 2 {
 				t.Errorf("after %s: writing config through node %d: %s", name, i, s)
 			}
 		}
-		if a := c.node(leader).ok(t, "GET", c.path+"/config", nil); a.number("refresh_key_version") != keyVersion || a.number("request_timeout") != 12 {
-			t.Errorf("after %s: config is %s, want refresh_key_version %d", name, a, keyVersion)
-		}
+		c.waitForAll(t, "has the new config", func(v *vaultServer) bool {
+			a := v.do(t, "GET", c.path+"/config", nil)
+			return a.number("refresh_key_version") == keyVersion && a.number("request_timeout") == 12
+		})
 		say("%s: the new key was stored after %s (answers to its write: %v), all nodes minted after %s; node %d led before, node %d leads now", name,
 			milliseconds(ch.newKeyFrom.Sub(ch.from)), tries, milliseconds(ch.to.Sub(ch.from)), leader, c.leader(t))
 	}
@@ -568,7 +561,9 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 		return nil
 	})
 	under("upgrade", func(leader int) func() {
-		put(leader, "sys/plugins/catalog/secret/"+pluginName, map[string]any{"sha256": nextSum, "command": pluginName + "-next", "version": nextVersion})
+		if err := c.node(leader).Register(t.Context(), next); err != nil {
+			t.Error(err)
+		}
 		put(leader, "sys/mounts/"+c.path+"/tune", map[string]any{"plugin_version": nextVersion})
 		put(leader, "sys/plugins/reload/backend", map[string]any{"mounts": []string{c.path + "/"}})
 		return nil
@@ -599,7 +594,7 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 			t.Errorf("outside of any change: %s", s)
 		case duringChange(s):
 		// The old key is refused until the write of the new one has returned.
-		case s.status == 400 && strings.Contains(s.text, "cable answered 401") && s.start.Before(changes[i].newKeyFrom):
+		case s.status == 400 && strings.Contains(s.text, "cable responded 401") && s.start.Before(changes[i].newKeyFrom):
 		default:
 			t.Errorf("%s, %s after it began, %s after the new key was stored: %s", changes[i].name,
 				s.start.Sub(changes[i].from), s.start.Sub(changes[i].newKeyFrom), s)

@@ -152,7 +152,7 @@ func TestVaultEndsLeases(t *testing.T) {
 }
 
 // TestRevokeSaysSo: a lease that is revoked before its token dies leaves a line
-// in Vault's log that the token lives on.
+// in Vault's log that the token stays valid.
 func TestRevokeSaysSo(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)
@@ -162,6 +162,6 @@ func TestRevokeSaysSo(t *testing.T) {
 	a := m.ok(t, "GET", m.path+"/creds/"+role, nil)
 	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": a.LeaseID, "sync": true})
 	waitFor(t, 10*time.Second, "a line in the log", func() bool {
-		return m.logHas("[INFO]", "a lease ended before its token, which cannot be revoked and lives on", "role="+role, fmt.Sprintf("expires_at=%s", a.Data["expires_at"]))
+		return m.logHas("[INFO]", "lease ended before its token; Cable cannot revoke tokens, so it stays valid", "role="+role, fmt.Sprintf("expires_at=%s", a.Data["expires_at"]))
 	})
 }

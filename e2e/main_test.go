@@ -15,6 +15,7 @@
 package e2e
 
 import (
+	"context"
 	"flag"
 	"fmt"
 	"os"
@@ -24,6 +25,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
 // pluginName is the name of the binary, and of the plugin in Vault's catalog.
@@ -36,12 +39,14 @@ var update = flag.Bool("update", false, "rewrite the golden files")
 
 // suite is what the tests share: a folder, and what was made in it.
 var suite struct {
-	dir   string // removed at the end
-	bin   string // a folder with vault, to stand first in PATH
-	vault string // the Vault binary
+	ctx   context.Context // its end kills all servers
+	dir   string          // removed at the end
+	bin   string          // a folder with vault, to stand first in PATH
+	vault string          // the server's binary
 
-	plugins string // the folder with the plugin
-	sha256  string // the plugin's sum
+	plugins string           // the folder with the plugin
+	plugin  vaulttest.Plugin // as these tests build it
+	sha256  string           // the plugin's sum
 
 	shared func() (*vaultServer, error) // starts the one server on first use
 }
@@ -60,6 +65,9 @@ func runTests(m *testing.M) (status int) {
 	}
 	defer os.RemoveAll(dir)
 	suite.dir = dir
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	suite.ctx = ctx
 	var server *vaultServer
 	suite.shared = sync.OnceValues(func() (v *vaultServer, err error) {
 		server, err = startDevServer(filepath.Join(dir, "shared"))
@@ -69,7 +77,7 @@ func runTests(m *testing.M) (status int) {
 	// servers are ended shortly before that.
 	if d := flag.Lookup("test.timeout").Value.(flag.Getter).Get().(time.Duration); d > 0 {
 		defer time.AfterFunc(d-3*time.Second, func() {
-			killServers()
+			cancel()
 			_ = os.RemoveAll(dir)
 		}).Stop()
 	}
@@ -96,16 +104,9 @@ func runTests(m *testing.M) (status int) {
 // required reports whether missing prerequisites are a failure.
 func required() bool { return os.Getenv("E2E") == "require" }
 
-// findVault finds or builds Vault, once.
-var findVault = sync.OnceValue(func() error {
-	out, err := run("../scripts/vault", "--path")
-	if err != nil {
-		return fmt.Errorf("finding or building Vault: %w", err)
-	}
-	suite.vault = strings.TrimSpace(out)
-	if out, err = run(suite.vault, "version"); err == nil && !strings.HasPrefix(out, "Vault v") {
-		err = fmt.Errorf("%s version: %q", suite.vault, out)
-	}
+// findVault finds or builds the server, once.
+var findVault = sync.OnceValue(func() (err error) {
+	suite.vault, err = vaulttest.Find(suite.ctx)
 	return err
 })
 
@@ -113,21 +114,16 @@ var findVault = sync.OnceValue(func() error {
 var prepare = sync.OnceValue(func() (err error) {
 	suite.bin = filepath.Join(suite.dir, "bin")
 	suite.plugins = filepath.Join(suite.dir, "plugins")
-	for _, d := range []string{suite.bin, suite.plugins} {
-		if err := os.Mkdir(d, 0o700); err != nil {
-			return err
-		}
+	if err := os.Mkdir(suite.bin, 0o700); err != nil {
+		return err
 	}
 	if err := os.Symlink(suite.vault, filepath.Join(suite.bin, "vault")); err != nil {
 		return err
 	}
-	binary := filepath.Join(suite.plugins, pluginName)
-	if _, err := run("go", "build", "-o", binary,
-		"-ldflags", "-X github.com/cablesecrets/vault-plugin-secrets-cable/internal/version.stamped="+pluginVersion,
-		"../cmd/"+pluginName); err != nil {
+	if suite.plugin, err = vaulttest.Build(suite.ctx, suite.plugins, "cmd/"+pluginName, pluginVersion); err != nil {
 		return err
 	}
-	suite.sha256, err = fileSum(binary)
+	suite.sha256, err = suite.plugin.Sum()
 	return err
 })
 

@@ -219,34 +219,17 @@ func (p *promServer) query(t *testing.T, expr string) map[string]string {
 	return found
 }
 
-// everyOutcome has reads end in every way but vault_failed, for which Vault's
+// everyOutcome has reads end in every way but vault_error, for which Vault's
 // storage would have to break, and returns how often each was.
 func everyOutcome(t *testing.T, m *mount) map[string]string {
 	t.Helper()
-	reply := func(status int, f cabletest.Fault) {
-		t.Helper()
-		m.sim.SetFault(f)
-		if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != status {
-			t.Fatalf("with %+v: %s, want %d", f, a, status)
-		}
-		m.sim.ClearFaults()
-	}
-	other := "org_of_somebody_else"
+	want := map[string]string{"minted app": "3", "invalid_request app": "1", "invalid_request (unknown)": "1", "canceled app": "1", "paused app": "1"}
 	lease := m.read(t).LeaseID
 	m.read(t)
 	m.read(t)
 	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": lease})
 	m.do(t, "GET", m.path+"/creds/app?ttl=1s", nil)
 	m.do(t, "GET", m.path+"/creds/none", nil)
-	reply(400, cabletest.Fault{Status: 401})
-	reply(400, cabletest.Fault{Status: 403})
-	reply(502, cabletest.Fault{Status: 500})
-	reply(502, cabletest.Fault{Reset: cabletest.ResetAfter})
-	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "1s"})
-	reply(504, cabletest.Fault{Delay: 10 * time.Second})
-	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "20s"})
-	reply(502, cabletest.Fault{Body: "<html>"})
-	reply(502, cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: &other, ScopesOrganizationID: &other}})
 	func() { // a caller that leaves
 		m.sim.SetFault(cabletest.Fault{Delay: 10 * time.Second})
 		defer m.sim.ClearFaults()
@@ -259,13 +242,24 @@ func everyOutcome(t *testing.T, m *mount) map[string]string {
 			return strings.Contains(m.ok(t, "GET", m.path+"/metrics", nil).text, `outcome="canceled"`)
 		})
 	}()
-	reply(429, cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "100"}})
-	reply(429, cabletest.Fault{})
-	return map[string]string{
-		"minted app": "3", "request_refused app": "1", "request_refused (unknown)": "1",
-		"key_refused app": "1", "cable_refused app": "1", "cable_failed app": "1", "unreachable app": "1", "timed_out app": "1",
-		"answer_refused app": "1", "grant_refused app": "1", "canceled app": "1", "rate_limited app": "1", "held app": "1",
+	func() { // readers that share a token, and get the previous one while Cable is down
+		m.ok(t, "POST", m.path+"/roles/shared", map[string]any{"scopes": "transactions:read", "ttl": "5m", "reuse_for": "1s"})
+		m.ok(t, "GET", m.path+"/creds/shared", nil)
+		m.sim.SetFault(cabletest.Fault{Status: 500})
+		defer m.sim.ClearFaults()
+		reused := 0
+		waitFor(t, 10*time.Second, "readers get the previous token", func() bool {
+			reused++
+			return strings.Contains(m.ok(t, "GET", m.path+"/creds/shared", nil).text, "Cable is down (cable_error)")
+		})
+		want["minted shared"], want["reused shared"] = "1", fmt.Sprint(reused)
+	}()
+	for _, f := range failures {
+		m.fail(t, f)
+		want[f.outcome+" app"] = "1"
 	}
+	m.do(t, "GET", m.path+"/creds/app", nil) // in the pause of the last
+	return want
 }
 
 // selector finds a series in what is served, and a selector in an expression.
@@ -293,19 +287,20 @@ func TestMonitoring(t *testing.T) {
 		}
 	}()
 	waitFor(t, 30*time.Second, "Prometheus has scraped all", func() bool {
-		diff = cmp.Diff(want, p.query(t, fmt.Sprintf(`sum by (outcome, role) (vault_cable_mints_total{mount=%q})`, m.path)))
+		diff = cmp.Diff(want, p.query(t, fmt.Sprintf(`sum by (outcome, role) (vault_cable_token_requests_total{mount=%q})`, m.path)))
 		return diff == ""
 	})
 	for expr, value := range map[string]string{
-		`sum(vault_cable_granted_life_seconds_count)`:                          "3",
-		`sum(vault_cable_api_requests_total{code="401"})`:                      "1",
-		`sum(vault_cable_api_requests_total{code=~"401|403|500|429"})`:         "4",
-		`sum(vault_cable_api_requests_total{code=~"502|503|504|400|404|408"})`: "0",
-		`sum(vault_cable_grants_refused_total)`:                                "1",
-		`sum(vault_cable_holds_total)`:                                         "1",
-		`sum(vault_cable_hold_active)`:                                         "1",
-		`sum(vault_cable_revocations_total)`:                                   "1",
-		`sum(vault_cable_panics_total)`:                                        "0",
+		`sum(vault_cable_granted_lifetime_seconds_count)`:                   "4",
+		`sum(vault_cable_api_calls_total{code="401"})`:                      "1",
+		`sum(vault_cable_api_calls_total{code=~"401|403|500|429"})`:         "5",
+		`sum(vault_cable_reuse_fallbacks_total{cause="cable_error"})`:       "1",
+		`sum(vault_cable_api_calls_total{code=~"502|503|504|400|404|408"})`: "0",
+		`sum(vault_cable_grant_mismatches_total)`:                           "1",
+		`sum(vault_cable_pauses_total)`:                                     "1",
+		`sum(vault_cable_paused)`:                                           "1",
+		`sum(vault_cable_leases_ended_total)`:                               "1",
+		`sum(vault_cable_panics_total)`:                                     "0",
 	} {
 		if got := p.query(t, expr)[""]; got != value {
 			t.Errorf("%s: %s, want %s", expr, got, value)
@@ -344,7 +339,7 @@ func checkNames(t *testing.T, m *mount, dashboard, alerts string) {
 			labels[name] = true
 		}
 	}
-	served["vault_cable_mints_total"]["outcome"] = append(served["vault_cable_mints_total"]["outcome"], "vault_failed") // see everyOutcome
+	served["vault_cable_token_requests_total"]["outcome"] = append(served["vault_cable_token_requests_total"]["outcome"], "vault_error") // see everyOutcome
 
 	used := map[string]bool{}
 	for name, text := range map[string]string{"dashboard.json": dashboard, "alerts.yml": alerts} {
@@ -472,7 +467,7 @@ func checkAlerts(t *testing.T, p *promServer, m *mount) {
 			Labels, Annotations map[string]string
 		}
 	}
-	for _, name := range []string{"CableGrantRefused", "CableOrphansSuspected"} {
+	for _, name := range []string{"CableGrantMismatch", "CableUndeliveredTokens"} {
 		waitFor(t, 30*time.Second, name+" fires", func() bool {
 			p.get(t, "alerts", nil, &alerts)
 			for _, a := range alerts.Alerts {

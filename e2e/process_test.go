@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
 // ownServer starts a server for one test.
@@ -47,7 +48,7 @@ func (v *vaultServer) pluginProcesses(t *testing.T) (pids []int) {
 		// pid (name) state parent …: the name is cut at 15 bytes, and may hold anything.
 		name, rest, _ := strings.Cut(string(stat[bytes.IndexByte(stat, '(')+1:]), ") ")
 		fields := strings.Fields(rest)
-		if !strings.HasPrefix(pluginName, name) || len(fields) < 2 || fields[0] == "Z" || fields[1] != strconv.Itoa(v.cmd.Process.Pid) {
+		if !strings.HasPrefix(pluginName, name) || len(fields) < 2 || fields[0] == "Z" || fields[1] != strconv.Itoa(v.Process.Pid) {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
@@ -170,25 +171,172 @@ func TestPluginProcess(t *testing.T) {
 	}
 }
 
-// TestVaultKilled: a plugin whose Vault was killed ends, also where it has
-// nothing to do: it holds the refresh key in memory, and nobody else ends it.
-func TestVaultKilled(t *testing.T) {
-	t.Parallel()
-	v := ownServer(t)
-	watch(t, v)
-	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
-	v.ok(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": pluginName})
-	m.configure(t)
-	m.read(t)
-	pids := v.pluginProcesses(t)
-	if len(pids) != 1 {
-		t.Fatalf("plugin processes %v, want one", pids)
+// processes returns the ids of the processes that run an executable file.
+func processes(t *testing.T, file string) (pids []int) {
+	t.Helper()
+	links, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil || len(links) == 0 {
+		skipUnlessRequired(t, errors.New("no /proc: processes cannot be found"))
 	}
-	if err := v.cmd.Process.Kill(); err != nil {
+	for _, link := range links {
+		if exe, err := os.Readlink(link); err != nil || exe != file {
+			continue // it has ended, or is another
+		}
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link))); err == nil && runs(pid) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// process returns the id of the server's process, which may be the child of a
+// script.
+func (v *vaultServer) process(t *testing.T) int {
+	t.Helper()
+	file, err := filepath.EvalSymlinks(suite.vault)
+	if err != nil {
 		t.Fatal(err)
 	}
-	<-v.exited
-	waitFor(t, 10*time.Second, "the plugin ends", func() bool { return !runs(pids[0]) })
+	for _, pid := range processes(t, file) {
+		command, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err == nil && bytes.Contains(command, []byte("-config="+filepath.Join(filepath.Dir(v.log), "vault.hcl"))) {
+			return pid
+		}
+	}
+	t.Fatal("Vault's process is not found")
+	return 0
+}
+
+// kill ends a process at once.
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	p, err := os.FindProcess(pid)
+	if err == nil {
+		err = p.Kill()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// writeScript writes a shell script.
+func writeScript(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pluginFolder makes a plugin folder of the test's own, so that the processes of
+// its plugin are known by their file.
+func pluginFolder(t *testing.T) (folder, plugin string) {
+	t.Helper()
+	folder, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	plugin = filepath.Join(folder, pluginName)
+	if err := os.Link(filepath.Join(suite.plugins, pluginName), plugin); err != nil {
+		t.Fatal(err)
+	}
+	return folder, plugin
+}
+
+// needNamespace skips the test if no PID namespace can be made: that takes root,
+// on Linux.
+func needNamespace(t *testing.T) {
+	t.Helper()
+	if _, err := run("unshare", "--pid", "--fork", "--mount-proc", "true"); err != nil {
+		skipUnlessRequired(t, fmt.Errorf("a PID namespace: %w", err))
+	}
+}
+
+// TestVaultKilled: a plugin whose Vault was killed ends, however it was started
+// and if it has nothing to do: it has the refresh key in memory, and nobody else
+// ends it. While its Vault runs it does not end.
+func TestVaultKilled(t *testing.T) {
+	t.Parallel()
+	const self = `plugin="$(dirname "$0")/` + pluginName + `"; `
+	tests := map[string]struct {
+		namespace    bool
+		vault        string // a script that runs Vault, $VAULT; default: none
+		plugin       string // a script that runs the plugin, $plugin; default: none
+		scriptKilled bool   // before Vault is
+	}{
+		"child":                     {},
+		"script":                    {plugin: `"$plugin" "$@"; exit $?`},
+		"script, killed":            {plugin: `echo $$ >"$0.pid"; "$plugin" "$@"; exit $?`, scriptKilled: true},
+		"script, log redirected":    {plugin: `"$plugin" "$@" 2>/dev/null; exit $?`},
+		"plugin in a PID namespace": {namespace: true, plugin: `exec unshare --pid --fork --mount-proc "$plugin" "$@"`},
+		// As in a container with an init process, which outlives Vault.
+		"all in a PID namespace":              {namespace: true, vault: `[ "$1" = server ] || exec "$VAULT" "$@"; exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`},
+		"all in a PID namespace, with script": {namespace: true, vault: `[ "$1" = server ] || exec "$VAULT" "$@"; exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`, plugin: `"$plugin" "$@"; exit $?`},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			needVault(t)
+			if tt.namespace {
+				needNamespace(t)
+			}
+			dir := t.TempDir()
+			folder, plugin := pluginFolder(t)
+			v := &vaultServer{plugins: folder}
+			if tt.vault != "" {
+				v.binary = filepath.Join(dir, "vault-script")
+				writeScript(t, v.binary, "export VAULT="+suite.vault+"\n"+tt.vault)
+			}
+			if err := v.startDev(dir); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(v.stop)
+			t.Cleanup(func() { _ = v.Process.Kill() }) // with it, its namespace
+			watch(t, v)
+			command := pluginName
+			if tt.plugin != "" {
+				command = "wrapper"
+				script := filepath.Join(folder, command)
+				writeScript(t, script, self+tt.plugin)
+				sum, err := vaulttest.Plugin{File: script}.Sum()
+				if err != nil {
+					t.Fatal(err)
+				}
+				v.register(t, command, map[string]any{"command": command, "sha256": sum})
+			}
+			m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
+			v.ok(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": command})
+			m.configure(t)
+			m.read(t)
+			plugins := processes(t, plugin)
+			t.Cleanup(func() {
+				for _, pid := range processes(t, plugin) { // the test has failed
+					kill(t, pid)
+				}
+			})
+			if len(plugins) != 1 {
+				t.Fatalf("plugin processes %v, want one", plugins)
+			}
+			if tt.scriptKilled {
+				pid, err := strconv.Atoi(strings.TrimSpace(readFile(t, filepath.Join(folder, command+".pid"))))
+				if err != nil {
+					t.Fatal(err)
+				}
+				kill(t, pid)
+				for end := time.Now().Add(2500 * time.Millisecond); time.Now().Before(end); time.Sleep(pollInterval) {
+					m.read(t)
+				}
+				if got := processes(t, plugin); !slices.Equal(got, plugins) {
+					t.Errorf("plugin processes %v, want %v, as Vault runs", got, plugins)
+				}
+			}
+			server := v.process(t)
+			kill(t, server)
+			waitFor(t, 10*time.Second, "Vault ends", func() bool { return !runs(server) })
+			start := time.Now()
+			waitFor(t, 10*time.Second, "the plugin ends", func() bool { return len(processes(t, plugin)) == 0 })
+			t.Logf("ended after %s", time.Since(start).Round(10*time.Millisecond))
+		})
+	}
 }
 
 // TestPluginLog: Vault starts the plugin with AutoMTLS and the newest protocol,
@@ -207,7 +355,7 @@ func TestPluginLog(t *testing.T) {
 	if want := "vault-plugin-secrets-cable/" + pluginVersion; calls[0].UserAgent != want {
 		t.Errorf("User-Agent %q, want %q", calls[0].UserAgent, want)
 	}
-	for _, want := range [][]string{{"using plugin", "version=5"}, {"[INFO]", "config was written", "refresh_key_version=1", "mount=" + m.path + "/"}, {"[INFO]", "a role was written", "role=app"}} {
+	for _, want := range [][]string{{"using plugin", "version=5"}, {"[INFO]", "config written", "refresh_key_version=1", "mount=" + m.path + "/"}, {"[INFO]", "role written", "role=app"}} {
 		waitFor(t, 10*time.Second, fmt.Sprintf("a line in the log with %q", want), func() bool { return v.logHas(want...) })
 	}
 	if v.logHas("[ERROR]", pluginName) || v.logHas("[WARN]", pluginName) {
@@ -221,33 +369,22 @@ func TestRestart(t *testing.T) {
 	t.Parallel()
 	needVault(t)
 	dir := t.TempDir()
-	data := filepath.Join(dir, "raft")
-	if err := os.Mkdir(data, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	raft := &vaulttest.Raft{Dir: filepath.Join(dir, "raft")}
 	v := new(vaultServer)
-	start := func() {
-		t.Helper()
-		if err := v.start(dir, raftConfig(data), func(string) []string { return nil }); err != nil {
-			t.Fatal(err)
-		}
-	}
-	start()
-	t.Cleanup(func() { v.stop() })
-	var key string
-	key, v.root = initKeys(t, v.ok(t, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}))
-	v.unseal(t, key)
-	if err := v.setUp(); err != nil {
+	if err := v.start(dir, raft, suite.plugin); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { v.stop() })
 	m := newMount(t, v, nil)
 	m.configure(t)
 	lease := m.read(t).LeaseID
 	role := m.ok(t, "GET", m.path+"/roles/app", nil)
 
 	v.stop()
-	start()
-	v.unseal(t, key)
+	raft.Key, raft.Root = v.Key, v.root
+	if err := v.start(dir, raft); err != nil {
+		t.Fatal(err)
+	}
 	if got := m.ok(t, "GET", m.path+"/roles/app", nil); fmt.Sprint(got.Data) != fmt.Sprint(role.Data) {
 		t.Errorf("the role after the restart: %s, before: %s", got, role)
 	}
@@ -256,7 +393,7 @@ func TestRestart(t *testing.T) {
 	if n := m.leaseCount(m.path + "/creds/app"); n != 1 {
 		t.Errorf("%d leases, want the one of after the restart", n)
 	}
-	err := filepath.WalkDir(data, func(path string, e os.DirEntry, err error) error {
+	err := filepath.WalkDir(raft.Dir, func(path string, e os.DirEntry, err error) error {
 		if err != nil || !e.Type().IsRegular() {
 			return err
 		}

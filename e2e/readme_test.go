@@ -1,115 +1,182 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// blocks returns the README's code blocks of one language.
-func blocks(t *testing.T, language string) []string {
-	t.Helper()
-	readme, err := os.ReadFile("../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var found []string
-	for _, m := range regexp.MustCompile("(?s)```"+language+"\n(.*?)```").FindAllStringSubmatch(string(readme), -1) {
-		found = append(found, m[1])
-	}
-	if len(found) == 0 {
-		t.Fatalf("the README has no block of %s", language)
-	}
-	return found
-}
-
-// TestReadme runs what the README shows: its transcripts print what they say,
-// but for what differs each time; its policies and its Agent configuration work
-// as they stand.
+// TestReadme runs what the README shows: its transcript prints what it says, but
+// for what differs each time, and its commands install a mount that works.
 func TestReadme(t *testing.T) {
 	t.Parallel()
-	v := ownServer(t)
-	watch(t, v)
-	sim := cabletest.NewServer(t, nil)
-	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName})
-	v.ok(t, "POST", "cable/config", map[string]any{"refresh_key": sim.RefreshKey(), "token_url": sim.URL})
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "refresh-key.txt"), []byte(sim.RefreshKey()+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	shell := func(command string) string {
-		cmd := exec.Command("bash", "-c", command)
-		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), "PATH="+suite.bin+":"+os.Getenv("PATH"), "VAULT_ADDR="+v.addr, "VAULT_TOKEN="+v.root)
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Fatalf("%s: %v\n%s", command, err, out)
-		}
-		return string(out)
-	}
+	r := newRunbook(t)
+	r.runPage("README.md", map[string]step{
+		"Install/1": {before: func() { r.hasBinary(suite.plugin) }},
+		"Install/2": {want: []string{"Success! Registered plugin", "Success! Enabled", "Success! Tuned"}},
+		"Install/3": {
+			before: func() { r.write("refresh-key.txt", r.cable.RefreshKey()+"\n") },
+			want:   []string{"Cable minted a token with these settings"},
+			after: func(string) {
+				r.mints("as the README installs it")
+				tune := r.v.ok(t, "GET", "sys/mounts/cable/tune", nil)
+				if diff := cmp.Diff([]any{"Retry-After"}, tune.Data["allowed_response_headers"]); diff != "" {
+					t.Errorf("allowed_response_headers (-want +got):\n%s", diff)
+				}
+			},
+		},
+	})
 
 	// What differs each time, and how wide the columns get by it.
 	differs := regexp.MustCompile(`(?m)^(lease_id|lease_duration|expires_at|expiry|token) .*$`)
 	shape := func(text string) string {
 		return strings.TrimSpace(regexp.MustCompile(` {2,}`).ReplaceAllString(differs.ReplaceAllString(text, "$1"), "  "))
 	}
-	for _, transcript := range blocks(t, "console") {
-		for _, step := range strings.Split("\n"+transcript, "\n$ ")[1:] {
-			command, want, _ := strings.Cut(step, "\n")
-			if diff := cmp.Diff(shape(want), shape(shell(command))); diff != "" {
+	transcripts := 0
+	for _, b := range blocksOf(t, "README.md") {
+		if b.language != "console" {
+			continue
+		}
+		for _, command := range strings.Split("\n"+b.text, "\n$ ")[1:] {
+			transcripts++
+			command, want, _ := strings.Cut(command, "\n")
+			if diff := cmp.Diff(shape(want), shape(r.run(command))); diff != "" {
 				t.Errorf("$ %s (-README +here):\n%s", command, diff)
 			}
 		}
 	}
+	if transcripts < 3 {
+		t.Errorf("the README has a transcript of %d commands", transcripts)
+	}
+}
 
-	v.ok(t, "POST", "cable/roles/ci", map[string]any{"scopes": "transactions:read"})
-	agent := false
-	for _, hcl := range blocks(t, "hcl") {
-		if strings.Contains(hcl, "capabilities") {
-			v.ok(t, "PUT", "sys/policies/acl/readme", map[string]any{"policy": hcl})
-			token := v.ok(t, "POST", "auth/token/create", map[string]any{"policies": []string{"readme"}}).Auth.ClientToken
-			for _, tt := range []struct {
-				method, path string
-				body         any
-				status       int
-			}{
-				{"GET", "cable/creds/reports", nil, 200},
-				{"GET", "cable/creds/ci", nil, 403},
-				{"PUT", "cable/creds/ci", map[string]any{"ttl": "5m"}, 200},
-				{"PUT", "cable/creds/ci", map[string]any{"scopes": "transactions:read"}, 403},
-				{"PUT", "cable/roles/new", map[string]any{"scopes": "person:read"}, 204},
-				{"PUT", "cable/roles/new", map[string]any{"scopes": "person:write"}, 403},
-				{"PUT", "cable/config", map[string]any{"request_timeout": "10s"}, 204},
-				{"DELETE", "cable/config", nil, 403},
-			} {
-				a, err := v.call(request{method: tt.method, path: tt.path, body: tt.body, token: token})
-				if err != nil || a.status != tt.status {
-					t.Errorf("%s %s %v under the README's policy: %v %v, want %d", tt.method, tt.path, tt.body, a, err, tt.status)
-				}
-			}
-			continue
+// stackBuild is held while a script builds the program that starts its servers:
+// two at once would write one file.
+var stackBuild sync.Mutex
+
+// TestDemo runs make demo, which ends by itself.
+func TestDemo(t *testing.T) {
+	t.Parallel()
+	needVault(t)
+	stackBuild.Lock()
+	defer stackBuild.Unlock()
+	cmd := exec.CommandContext(t.Context(), "../scripts/demo")
+	cmd.WaitDelay = 10 * time.Second
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"lease_duration +59m5", "scopes outside role", "permission denied", "^CABLE_TOKEN=eyJ", "is disabled", "Done"} {
+		if !regexp.MustCompile("(?m)" + want).Match(out) {
+			t.Errorf("nothing matches %q in what the demo printed:\n%s", want, out)
 		}
-		agent = true
-		v.ok(t, "POST", "sys/auth/approle", map[string]any{"type": "approle"})
-		v.ok(t, "POST", "auth/approle/role/app", map[string]any{"token_policies": "readme"})
-		if err := os.WriteFile(filepath.Join(dir, "agent.hcl"), []byte("exit_after_auth = true\n"+hcl), 0o600); err != nil {
+	}
+}
+
+// TestBuild: make build leaves a folder that a dev server takes as its plugin
+// folder. Vault tries to run each file there as a plugin.
+func TestBuild(t *testing.T) {
+	t.Parallel()
+	needVault(t)
+	if out, err := exec.CommandContext(t.Context(), "make", "-s", "-C", "..", "build").CombinedOutput(); err != nil {
+		t.Fatalf("make build: %v\n%s", err, out)
+	}
+	bin, err := filepath.Abs("../bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bin, err = filepath.EvalSymlinks(bin); err != nil {
+		t.Fatal(err)
+	}
+	v := serverByHand(t, suite.vault, "-dev", "-dev-root-token-id=root", "-dev-no-store-token", "-dev-listen-address=ADDR", "-dev-plugin-dir="+bin)
+	v.cli(t, "secrets", "enable", "-path=cable", pluginName)
+	v.ok(t, "GET", "cable/status", nil)
+}
+
+// TestPluginDirectoryBehindALink: Vault refuses to register a plugin if
+// plugin_directory is a symbolic link or lies behind one, as the runbook says.
+func TestPluginDirectoryBehindALink(t *testing.T) {
+	t.Parallel()
+	needVault(t)
+	links := t.TempDir()
+	for name, target := range map[string]string{"link": suite.plugins, "behind": filepath.Dir(suite.plugins)} {
+		if err := os.Symlink(target, filepath.Join(links, name)); err != nil {
 			t.Fatal(err)
 		}
-		shell("vault read -field=role_id auth/approle/role/app/role-id > role-id && vault write -f -field=secret_id auth/approle/role/app/secret-id > secret-id")
-		shell("unset VAULT_TOKEN; vault agent -config=agent.hcl")
-		rendered, err := os.ReadFile(filepath.Join(dir, "app.env"))
-		if err != nil || !strings.HasPrefix(string(rendered), "CABLE_TOKEN=eyJ") {
-			t.Errorf("Agent rendered %d bytes: %v", len(rendered), err)
+	}
+	for _, dir := range []string{"link", "behind/" + filepath.Base(suite.plugins)} {
+		config := filepath.Join(t.TempDir(), "vault.hcl")
+		if err := os.WriteFile(config, []byte("plugin_directory = \""+filepath.Join(links, dir)+"\"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		v := serverByHand(t, suite.vault, "-dev", "-dev-root-token-id=root", "-dev-no-store-token", "-dev-listen-address=ADDR", "-config="+config)
+		a := v.do(t, "PUT", "sys/plugins/catalog/secret/"+pluginName, map[string]any{"sha256": suite.sha256, "command": pluginName, "version": pluginVersion})
+		if a.status < 400 || !strings.Contains(a.text, "cannot execute files outside of configured plugin directory") {
+			t.Errorf("plugin_directory = %s: %s", dir, a)
 		}
 	}
-	if !agent {
-		t.Error("the README has no configuration for Agent")
+}
+
+// serverByHand starts a server as a person does, with the root token "root" if
+// it is a dev server. ADDR stands for its address in the arguments.
+func serverByHand(t *testing.T, binary string, args ...string) *vaultServer {
+	t.Helper()
+	return startByHand(t, exec.Command(binary, append([]string{"server"}, args...)...))
+}
+
+// startByHand starts cmd, which is to become a server at ADDR.
+func startByHand(t *testing.T, cmd *exec.Cmd) *vaultServer {
+	t.Helper()
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	for i, arg := range cmd.Args {
+		cmd.Args[i] = strings.ReplaceAll(arg, "ADDR", addr)
 	}
+	v := &vaultServer{Server: &vaulttest.Server{Addr: "http://" + addr, Root: "root"}, addr: "http://" + addr, root: "root"}
+	v.log = filepath.Join(t.TempDir(), "vault.log")
+	log, err := os.Create(v.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		_ = cmd.Wait()
+		close(ended)
+	}()
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(os.Interrupt)
+		select {
+		case <-ended:
+		case <-time.After(20 * time.Second):
+			_ = cmd.Process.Kill()
+			<-ended
+		}
+	})
+	waitFor(t, 30*time.Second, "the server responds", func() bool {
+		select {
+		case <-ended:
+			t.Fatalf("the server does not start:\n%s", readFile(t, v.log))
+		default:
+		}
+		a, err := v.call(request{method: "GET", path: "sys/health"})
+		return err == nil && (a.status == 200 || a.status == 501)
+	})
+	return v
 }

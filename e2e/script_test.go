@@ -26,7 +26,8 @@ import (
 // refresh-key.txt holds the refresh key.
 //
 // In the environment: VAULT_ADDR and VAULT_TOKEN as for any use of Vault's
-// CLI; cable, the mount's path; CABLE_URL; ORG; SHA256 and VERSION of the plugin.
+// CLI; cable, the mount's path; CABLE_URL; ORG; SHA256 and VERSION of the plugin;
+// TOKEN_PREFIX, an expression for what the server's own tokens begin with.
 //
 // Commands besides those of testscript, each of which can be negated:
 //
@@ -65,6 +66,7 @@ func TestScript(t *testing.T) {
 				"ORG":               cabletest.DefaultOrganizationID,
 				"SHA256":            suite.sha256,
 				"VERSION":           pluginVersion,
+				"TOKEN_PREFIX":      regexp.QuoteMeta(v.Product.TokenPrefix()),
 			} {
 				env.Setenv(name, value)
 			}

@@ -169,13 +169,28 @@ func durations(samples []sample) (median, most time.Duration) {
 	return all[len(all)/2], all[len(all)-1]
 }
 
-// countedSimulator is a simulator of which the connections that are open now
-// are known.
-func countedSimulator(t *testing.T, opts *cabletest.Options) (sim *cabletest.Server, open func() int) {
+// span is a time from one moment to another.
+type span struct{ from, to time.Time }
+
+// countedSimulator is a simulator that knows how many connections are open now,
+// and when each slow call began and ended: one that took at least half a second.
+func countedSimulator(t *testing.T, opts *cabletest.Options) (sim *cabletest.Server, open func() int, slow func() []span) {
 	t.Helper()
 	s := cabletest.New(opts)
 	var n atomic.Int64
-	server := httptest.NewUnstartedServer(s)
+	var mu sync.Mutex
+	var spans []span
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		call := span{from: time.Now()}
+		defer func() {
+			if call.to = time.Now(); call.to.Sub(call.from) > time.Second/2 {
+				mu.Lock()
+				defer mu.Unlock()
+				spans = append(spans, call)
+			}
+		}()
+		s.ServeHTTP(w, r)
+	}))
 	server.Config.ConnState = func(c net.Conn, state http.ConnState) {
 		s.ConnState(c, state)
 		switch state {
@@ -190,7 +205,22 @@ func countedSimulator(t *testing.T, opts *cabletest.Options) (sim *cabletest.Ser
 		s.Close()
 		server.Close()
 	})
-	return &cabletest.Server{Simulator: s, URL: server.URL + s.Path()}, func() int { return int(n.Load()) }
+	slow = func() []span {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Clone(spans)
+	}
+	return &cabletest.Server{Simulator: s, URL: server.URL + s.Path()}, func() int { return int(n.Load()) }, slow
+}
+
+// within counts the samples that began and ended during one of some spans.
+func within(samples []sample, spans []span) (n int) {
+	for _, s := range samples {
+		if slices.ContainsFunc(spans, func(o span) bool { return o.from.Before(s.start) && s.end.Before(o.to) }) {
+			n++
+		}
+	}
+	return n
 }
 
 // openFiles counts the file descriptors of a process.
@@ -209,22 +239,22 @@ func openFiles(t *testing.T, pid int) int {
 //
 //   - Each read gets a token with its lease, or one of the promised errors.
 //   - No token is handed out twice.
-//   - No write waits for a slow mint.
+//   - A write does not wait for a slow mint: some begin and end during one.
 //   - Afterwards no connection and no file descriptor is left over.
 func TestStorm(t *testing.T) {
 	t.Parallel()
 	const (
 		readers = 64
-		length  = 5 * time.Second
+		length  = 5 * time.Second         // at least
 		hang    = 1500 * time.Millisecond // of every 60th mint: at any time, of several
 		latency = 60 * time.Millisecond   // of the others: keeps the number of leases within reason
 
-		// leftOver is how long connections may stay after the storm: those
-		// that a replaced configuration left idle go after 30 s.
-		leftOver = 5 * time.Second
+		// leftOver is how long connections may stay after the storm: less than
+		// the 30 s after which any idle one is closed.
+		leftOver = 20 * time.Second
 	)
 	m := newMount(t, ownServer(t), nil)
-	sim, open := countedSimulator(t, &cabletest.Options{Default: cabletest.Fault{Delay: latency}})
+	sim, open, slow := countedSimulator(t, &cabletest.Options{Default: cabletest.Fault{Delay: latency}})
 	m.sim = sim
 	m.configure(t)
 	m.read(t)
@@ -273,7 +303,11 @@ func TestStorm(t *testing.T) {
 		return slices.ContainsFunc(reads.seen(), func(s sample) bool { return s.status == 200 && s.start.After(killed) && s.start.Before(asked) })
 	})
 	recovered := time.Now()
-	waitFor(t, 20*time.Second, "the end of the storm", func() bool { return time.Since(start) > length })
+	// On a slow machine it takes longer until all has been seen.
+	waitFor(t, time.Minute, "reads that end in each way, and writes of config during slow mints", func() bool {
+		counts := byStatus(reads.seen())
+		return time.Since(start) > length && counts[200] > 0 && counts[400] > 0 && counts[502] > 0 && within(configWrites.seen(), slow()) >= 3
+	})
 	read, wroteConfig, wroteRole := reads.stop(), configWrites.stop(), roleWrites.stop()
 	took := time.Since(start)
 	stats := sim.Stats()
@@ -282,16 +316,7 @@ func TestStorm(t *testing.T) {
 	// Vault had started another, are Vault's to answer: with a 500 of its own
 	// ("rpc error: code = Unavailable" or "Canceled"), or by asking the new
 	// process once more.
-	//
-	// NOTE: for the latter each takes a lock in turn that waits for all mints
-	// under way (HandleRequest in Vault's builtin/plugin/v5/backend.go). Until
-	// the last of them has its answer, writes do wait for slow mints.
-	underWay, drained := 0, recovered
-	for _, s := range slices.Concat(read, wroteConfig, wroteRole) {
-		if s.overlaps(killed, recovered) && s.end.After(drained) {
-			drained = s.end
-		}
-	}
+	underWay := 0
 	for _, s := range read {
 		if s.overlaps(killed, recovered) {
 			underWay++
@@ -299,7 +324,7 @@ func TestStorm(t *testing.T) {
 	}
 	promised := map[int][]string{
 		400: {`role \"app\" is disabled`},
-		502: {"cable answered 500", "the connection was closed before the answer was whole"},
+		502: {"cable responded 500", "the connection was closed before the response was complete"},
 		504: {"the budget of 1s ran out"},
 	}
 	for _, s := range read {
@@ -316,22 +341,11 @@ func TestStorm(t *testing.T) {
 			t.Errorf("a write %s after the kill: %s", s.end.Sub(killed), s)
 		}
 	}
-	counts := byStatus(read)
-	for _, status := range []int{200, 400, 502} {
-		if counts[status] == 0 {
-			t.Errorf("no read was answered with %d: %v", status, counts)
-		}
-	}
-	_, most := durations(wroteConfig)
-	calm := slices.DeleteFunc(slices.Clone(wroteConfig), func(s sample) bool { return s.overlaps(killed, drained) })
-	median, mostCalm := durations(calm)
-	t.Logf("%d reads in %s: %v; a token again %s after the kill, the last of %d reads around it was answered after %s",
-		len(read), milliseconds(took), counts, milliseconds(recovered.Sub(killed)), underWay, milliseconds(drained.Sub(killed)))
-	t.Logf("%d writes of config, of which the longest took %s; but for the kill %d, median %s, longest %s; %d writes of the role; some %d mints hung for %s",
-		len(wroteConfig), milliseconds(most), len(calm), milliseconds(median), milliseconds(mostCalm), len(wroteRole), stats.Calls/60, hang)
-	if len(calm) < 10 || median > hang/4 || mostCalm >= hang {
-		t.Errorf("writes of config are held up: %d, median %s, longest %s", len(calm), median, mostCalm)
-	}
+	median, most := durations(wroteConfig)
+	t.Logf("%d reads in %s: %v; a token again %s after the kill, with %d reads around it",
+		len(read), milliseconds(took), byStatus(read), milliseconds(recovered.Sub(killed)), underWay)
+	t.Logf("%d writes of config, median %s, longest %s, %d of them during one of %d slow mints; %d writes of the role",
+		len(wroteConfig), milliseconds(median), milliseconds(most), within(wroteConfig, slow()), len(slow()), len(wroteRole))
 
 	leases, _ := handedOut(t, read)
 	held := m.leases(t, m.path+"/creds/app/")
@@ -339,8 +353,14 @@ func TestStorm(t *testing.T) {
 		t.Errorf("%d tokens were handed out without a lease", n)
 	}
 	t.Logf("simulator: %+v; %d leases", stats, len(held))
-	if lost := stats.Minted - len(leases); lost > stats.ByStatus[0]+underWay {
-		t.Errorf("%d tokens that nobody holds, but Cable's resets and the kill account for %d", lost, stats.ByStatus[0]+underWay)
+	reported := 0 // a token that arrives after its role was disabled is among them
+	for _, s := range read {
+		if strings.Contains(s.text, "was not delivered") {
+			reported++
+		}
+	}
+	if lost := stats.Minted - len(leases); lost > reported+underWay {
+		t.Errorf("%d undelivered tokens, but only %d were reported, and %d requests were under way at the kill", lost, reported, underWay)
 	}
 
 	after := m.pluginProcesses(t)

@@ -1,3 +1,6 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 package main
 
 import (
@@ -26,12 +29,12 @@ type token struct {
 
 // controlHelp is what -help says of the control listener.
 const controlHelp = `
-The control listener answers 204 to what changes something, and 400 to what is wrong:
+The control listener responds with 204 to a change, and with 400 to a wrong one:
   GET    /stats        counts: calls, minted, connections, by_status
   GET    /calls        the counts, recent_calls and recent_tokens (as SHA-256), oldest first
   POST   /fault        a fault as JSON; replaces all faults
-  POST   /faults       the same, after the faults that there are
-  DELETE /fault        back to behaving, -latency and -life aside
+  POST   /faults       the same, after the faults that are set
+  DELETE /fault        no faults, but for -latency
   POST   /refresh-key  the new refresh key; empty: one is made up and written to -refresh-key-out
   POST   /reset        forget calls, tokens and counts
 

@@ -1,14 +1,14 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 package main
 
 import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -29,7 +29,7 @@ import (
 )
 
 const (
-	testKey   = cabletest.RefreshKeyMarker + "-of-this-test"
+	otherKey  = cabletest.RefreshKeyMarker + "-of-this-test"
 	validBody = `{"expiry_seconds":3600,"scopes":{"organization_id":"org_9f8b7c6d5e4a3b2c1d0e","scopes":["a:b","c:d"]}}`
 )
 
@@ -71,26 +71,22 @@ func (o *output) String() string {
 type program struct {
 	dir          string
 	url, control string
+	key          string // refresh key
 	stderr       *output
 	client       *http.Client
 	stop         func() error // stops it and returns what run returned; may be called twice
 }
 
-func noEnv(string) string { return "" }
-
-// start runs the program with a control listener and the files that args name in the test's own directory, as DIR/name.
-func start(t *testing.T, getenv func(string) string, args ...string) *program {
+// start runs the program with all of its files in the test's own directory.
+func start(t *testing.T, args ...string) *program {
 	t.Helper()
 	p := &program{dir: t.TempDir(), stderr: &output{listening: make(chan struct{})}, client: &http.Client{}}
 	args = append([]string{
-		"-control", "127.0.0.1:0", "-control-url-file", "DIR/control", "-url-file", "DIR/url",
+		"-control", "127.0.0.1:0", "-control-url-file", p.dir + "/control", "-url-file", p.dir + "/url", "-refresh-key-out", p.dir + "/key",
 	}, args...)
-	for i := range args {
-		args[i] = strings.Replace(args[i], "DIR", p.dir, 1)
-	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, args, getenv, p.stderr) }()
+	go func() { done <- run(ctx, args, p.stderr) }()
 	p.stop = sync.OnceValue(func() error {
 		cancel()
 		return <-done
@@ -113,6 +109,7 @@ func start(t *testing.T, getenv func(string) string, args ...string) *program {
 	}
 	p.url = strings.TrimSpace(p.read(t, "url"))
 	p.control = strings.TrimSpace(p.read(t, "control"))
+	p.key = strings.TrimSpace(p.read(t, "key"))
 	return p
 }
 
@@ -164,30 +161,21 @@ func (p *program) mint(t *testing.T, authorization string) minted {
 	return m
 }
 
-func writeKey(t *testing.T, key string) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "key")
-	if err := os.WriteFile(path, []byte(key), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 func TestRun(t *testing.T) {
 	t.Parallel()
-	p := start(t, noEnv, "-refresh-key-file", writeKey(t, "\n "+testKey+"\n"))
+	p := start(t)
 	if !strings.HasPrefix(p.url, "http://127.0.0.1:") || !strings.HasSuffix(p.url, "/base/v2/auth/token") {
 		t.Errorf("URL = %q", p.url)
 	}
-	m := p.mint(t, testKey)
+	m := p.mint(t, p.key)
 	if m.OrganizationName != "Cable Financial Services" {
 		t.Errorf("organization_name = %q", m.OrganizationName)
 	}
 	// What a confused caller sends in the wrong place is not printed either, nor can it begin a line of its own.
 	confused := strings.Replace(validBody, `"a:b"`, `"`+m.Token+`","line\nbreak"`, 1)
 	p.send(t, "POST", p.url, "wrong", confused)
-	p.send(t, "POST", p.url+"/"+testKey, testKey, strings.Replace(validBody, "org_", testKey, 1))
-	p.send(t, "GET", p.url, testKey, "")
+	p.send(t, "POST", p.url+"/"+p.key, p.key, strings.Replace(validBody, "org_", p.key, 1))
+	p.send(t, "GET", p.url, p.key, "")
 	if err := p.stop(); err != nil {
 		t.Errorf("run: %v", err)
 	}
@@ -206,190 +194,40 @@ cable-sim: stopping
 	}
 }
 
-func TestKeyAndScheme(t *testing.T) {
+func TestLatency(t *testing.T) {
 	t.Parallel()
-	env := func(name string) string {
-		return map[string]string{"CABLE_SIM_REFRESH_KEY": "key-of-the-environment\n"}[name]
-	}
-	file := writeKey(t, testKey)
-	tests := map[string]struct {
-		getenv func(string) string
-		args   []string
-		want   string // accepted as Authorization
-	}{
-		"environment":        {env, nil, "key-of-the-environment"},
-		"file first":         {env, []string{"-refresh-key-file", file}, testKey},
-		"bearer":             {noEnv, []string{"-refresh-key-file", file, "-scheme", "bearer"}, "Bearer " + testKey},
-		"any":                {noEnv, []string{"-refresh-key-file", file, "-scheme", "any"}, "Bearer " + testKey},
-		"made up":            {noEnv, []string{"-refresh-key-out", "DIR/key"}, ""},
-		"given, not made up": {env, []string{"-refresh-key-out", "DIR/key"}, "key-of-the-environment"},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			p := start(t, tt.getenv, tt.args...)
-			path := filepath.Join(p.dir, "key")
-			info, err := os.Stat(path)
-			if tt.want == "" {
-				if err != nil || info.Mode().Perm() != 0o600 {
-					t.Fatalf("key file: %v, %v", info, err)
-				}
-				tt.want = strings.TrimSpace(p.read(t, "key"))
-			} else if !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("a key that was given is written to a file: %v", err)
-			}
-			p.mint(t, tt.want)
-			if status, body := p.send(t, "POST", p.url, "wrong", validBody); status != 401 {
-				t.Errorf("wrong key: status %d, %s", status, body)
-			}
-		})
-	}
-}
-
-func TestOrganizationsLatencyLife(t *testing.T) {
-	t.Parallel()
-	p := start(t, noEnv, "-refresh-key-file", writeKey(t, testKey), "-latency", "20ms", "-life", "10s",
-		"-org", "org_a=A", "-org", "org_9f8b7c6d5e4a3b2c1d0e=B=C")
+	p := start(t, "-latency", "20ms")
 	before := time.Now()
-	m := p.mint(t, testKey)
+	p.mint(t, p.key)
 	if took := time.Since(before); took < 20*time.Millisecond {
-		t.Errorf("answered after %s", took)
+		t.Errorf("the response came after %s", took)
 	}
-	if m.OrganizationName != "B=C" || m.Expiry < before.Unix()+10 || m.Expiry > time.Now().Unix()+10 {
-		t.Errorf("answer %q, expiry %d at %s", m.OrganizationName, m.Expiry, before)
-	}
-	if !strings.Contains(p.stderr.String(), "-life is a fault: every token lives for 10s, whatever was asked\n") {
-		t.Errorf("stderr:\n%s", p.stderr)
-	}
-	// A fault takes the place of both, for its time.
-	p.send(t, "POST", p.control+"/fault", "", `{"status":429,"times":1}`)
-	if status, _ := p.send(t, "POST", p.url, testKey, validBody); status != 429 {
-		t.Errorf("status = %d", status)
-	}
-	if m := p.mint(t, testKey); m.Expiry > time.Now().Unix()+10 {
-		t.Errorf("after the fault: expiry %d", m.Expiry)
-	}
-}
-
-func TestTLS(t *testing.T) {
-	t.Parallel()
-	p := start(t, noEnv, "-refresh-key-file", writeKey(t, testKey), "-tls", "-ca-out", "DIR/ca.pem")
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM([]byte(p.read(t, "ca.pem"))) {
-		t.Fatal("no certificate")
-	}
-	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, ForceAttemptHTTP2: true}
-	defer transport.CloseIdleConnections()
-	p.client = &http.Client{Transport: transport}
-	p.mint(t, testKey)
-	p.url = strings.Replace(p.url, "127.0.0.1", "localhost", 1)
-	p.mint(t, testKey)
-	if _, err := http.Get(p.url); err == nil {
-		t.Error("trusted without the certificate")
-	}
-	_, body := p.send(t, "GET", p.control+"/calls", "", "")
-	if !strings.HasPrefix(p.url, "https://") || strings.Count(body, `"HTTP/2.0"`) != 2 {
-		t.Errorf("URL %q, calls %s", p.url, body)
+	if info, err := os.Stat(filepath.Join(p.dir, "key")); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("key file: %v, %v", info, err)
 	}
 }
 
 func TestRefusals(t *testing.T) {
 	t.Parallel()
-	key := writeKey(t, testKey)
-	with := func(args ...string) []string { return append([]string{"-refresh-key-file", key}, args...) }
+	dir := t.TempDir()
+	with := func(args ...string) []string { return append([]string{"-refresh-key-out", dir + "/key"}, args...) }
 	tests := map[string]struct {
 		args []string
 		want string
 	}{
-		"no key": {
-			nil,
-			"no refresh key: give one (-refresh-key-file, CABLE_SIM_REFRESH_KEY), " +
-				"or a file to write a new one to (-refresh-key-out)",
-		},
-		"no key file": {
-			[]string{"-refresh-key-file", "/nonexistent/key"},
-			"reading the refresh key: open /nonexistent/key: no such file or directory",
-		},
-		"empty key file": {
-			[]string{"-refresh-key-file", writeKey(t, " \n")},
-			`is empty`,
-		},
-		"all addresses": {
-			with("-listen", ":0"),
-			`address ":0" is not on loopback: use 127.0.0.1:PORT or [::1]:PORT`,
-		},
-		"all IPv4": {
-			with("-listen", "0.0.0.0:0"),
-			`address "0.0.0.0:0" is not on loopback`,
-		},
-		"all IPv6": {
-			with("-listen", "[::]:0"),
-			`address "[::]:0" is not on loopback`,
-		},
-		"another host": {
-			with("-listen", "192.0.2.1:0"),
-			`address "192.0.2.1:0" is not on loopback`,
-		},
-		"control on all": {
-			with("-control", "0.0.0.0:0"),
-			`address "0.0.0.0:0" is not on loopback`,
-		},
-		"no port": {
-			with("-listen", "127.0.0.1"),
-			"missing port in address",
-		},
-		"URL file's directory": {
-			with("-url-file", "/nonexistent/url"),
-			"no such file or directory",
-		},
-		"URL file a directory": {
-			with("-url-file", t.TempDir()),
-			"file exists",
-		},
-		"key file's directory": {
-			[]string{"-refresh-key-out", "/nonexistent/key"},
-			"no such file or directory",
-		},
-		"CA file's directory": {
-			with("-tls", "-ca-out", "/nonexistent/ca"),
-			"no such file or directory",
-		},
-		"unknown flag": {
-			[]string{"-refresh-key", testKey},
-			"flag provided but not defined: -refresh-key: run cable-sim -h for the flags",
-		},
-		"argument": {
-			[]string{testKey},
-			"arguments without a flag: run cable-sim -h for the flags",
-		},
-		"scheme": {
-			[]string{"-scheme", "basic"},
-			`-scheme "basic": want raw, bearer or any`,
-		},
-		"organization": {
-			[]string{"-org", "org_a"},
-			"want id=name",
-		},
-		"organization, no id": {
-			[]string{"-org", "=A"},
-			"want id=name",
-		},
-		"latency": {
-			[]string{"-latency", "-1s"},
-			"-latency -1s is negative",
-		},
-		"TLS without CA": {
-			[]string{"-tls"},
-			"-tls and -ca-out go together: clients must learn which certificate to trust",
-		},
-		"CA without TLS": {
-			[]string{"-ca-out", "ca.pem"},
-			"-tls and -ca-out go together",
-		},
-		"control file, no port": {
-			[]string{"-control-url-file", "control"},
-			"-control-url-file needs -control",
-		},
+		"no key file":           {nil, "-refresh-key-out is required: it is the only way to learn the refresh key"},
+		"key file's directory":  {[]string{"-refresh-key-out", "/nonexistent/key"}, "no such file or directory"},
+		"control on all":        {with("-control", "0.0.0.0:0"), `address "0.0.0.0:0" is not on loopback: use 127.0.0.1:PORT or [::1]:PORT`},
+		"control on no host":    {with("-control", ":0"), `address ":0" is not on loopback`},
+		"control on all IPv6":   {with("-control", "[::]:0"), `address "[::]:0" is not on loopback`},
+		"control elsewhere":     {with("-control", "192.0.2.1:0"), `address "192.0.2.1:0" is not on loopback`},
+		"control without port":  {with("-control", "127.0.0.1"), "missing port in address"},
+		"URL file's directory":  {with("-url-file", "/nonexistent/url"), "no such file or directory"},
+		"URL file a directory":  {with("-url-file", dir), "file exists"},
+		"unknown flag":          {with("-refresh-key", otherKey), "flag provided but not defined: -refresh-key: run cable-sim -h for the flags"},
+		"argument":              {with(otherKey), "arguments without a flag: run cable-sim -h for the flags"},
+		"latency":               {with("-latency", "-1s"), "-latency -1s is negative"},
+		"control file, no port": {with("-control-url-file", "control"), "-control-url-file needs -control"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -397,7 +235,7 @@ func TestRefusals(t *testing.T) {
 			var stderr bytes.Buffer
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel() // what is not refused ends at once
-			err := run(ctx, tt.args, noEnv, &stderr)
+			err := run(ctx, tt.args, &stderr)
 			t.Log(err)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error = %v, want %q", err, tt.want)
@@ -412,7 +250,7 @@ func TestRefusals(t *testing.T) {
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	var stderr bytes.Buffer
-	if err := run(t.Context(), []string{"-h"}, noEnv, &stderr); err != nil {
+	if err := run(t.Context(), []string{"-h"}, &stderr); err != nil {
 		t.Errorf("error = %v", err)
 	}
 	if got := stderr.String(); !strings.Contains(got, "-refresh-key-out file") || strings.Count(got, "Usage") != 1 {
@@ -422,7 +260,7 @@ func TestHelp(t *testing.T) {
 
 func TestControl(t *testing.T) {
 	t.Parallel()
-	p := start(t, noEnv, "-refresh-key-file", writeKey(t, testKey), "-refresh-key-out", "DIR/new-key")
+	p := start(t)
 	change := func(method, path, body string, want int) {
 		t.Helper()
 		status, text := p.send(t, method, p.control+path, "", body)
@@ -449,11 +287,11 @@ func TestControl(t *testing.T) {
 	change("POST", "/fault", `{"status": 500}`, 204)
 	change("POST", "/fault", `{"status": 429, "times": 1, "message": "no, {refresh_key}"}`, 204)
 	change("POST", "/faults", `{"status": 503}`, 204)
-	call(testKey, 429)
-	call(testKey, 503)
-	call(testKey, 503)
+	call(p.key, 429)
+	call(p.key, 503)
+	call(p.key, 503)
 	change("DELETE", "/fault", "", 204)
-	m := p.mint(t, testKey)
+	m := p.mint(t, p.key)
 
 	want := cabletest.Stats{Calls: 4, Minted: 1, Connections: 1, ByStatus: map[int]int{200: 1, 429: 1, 503: 2}}
 	if diff := cmp.Diff(want, stats()); diff != "" {
@@ -492,12 +330,12 @@ func TestControl(t *testing.T) {
 		t.Errorf("after reset: %s", body)
 	}
 
-	change("POST", "/refresh-key", " "+testKey+"-2\n", 204)
-	call(testKey, 401)
-	call(testKey+"-2", 200)
+	change("POST", "/refresh-key", " "+otherKey+"\n", 204)
+	call(p.key, 401)
+	call(otherKey, 200)
 	change("POST", "/refresh-key", "", 204)
-	call(testKey+"-2", 401)
-	call(strings.TrimSpace(p.read(t, "new-key")), 200)
+	call(otherKey, 401)
+	call(strings.TrimSpace(p.read(t, "key")), 200)
 
 	change("POST", "/fault", `{"stauts": 500}`, 400)
 	change("POST", "/fault", `{"delay": 5}`, 400)
@@ -505,30 +343,25 @@ func TestControl(t *testing.T) {
 	change("POST", "/fault", strings.Repeat(" ", 1<<20+1), 400)
 	change("GET", "/fault", "", 405)
 	change("GET", "/elsewhere", "", 404)
-	call(strings.TrimSpace(p.read(t, "new-key")), 200) // a refused fault changes nothing
+	call(strings.TrimSpace(p.read(t, "key")), 200) // a refused fault changes nothing
 }
 
 func TestControlListsTheLatest(t *testing.T) {
 	t.Parallel()
-	p := start(t, noEnv, "-refresh-key-file", writeKey(t, testKey))
+	p := start(t)
 	for range recent + 1 {
-		p.mint(t, testKey)
+		p.mint(t, p.key)
 	}
 	_, body := p.send(t, "GET", p.control+"/calls", "", "")
 	if got := strings.Count(body, `"sha256"`); got != recent || strings.Count(body, `"minted": true`) != recent {
 		t.Errorf("%d tokens listed", got)
 	}
-	// No file was named for a new key: there would be no way to learn it.
-	if status, text := p.send(t, "POST", p.control+"/refresh-key", "", ""); status != 400 {
-		t.Errorf("status %d: %s", status, text)
-	}
-	p.mint(t, testKey)
 }
 
 // TestStopDuringCall shows that a delayed call does not hold up the stop.
 func TestStopDuringCall(t *testing.T) {
 	t.Parallel()
-	p := start(t, noEnv, "-refresh-key-file", writeKey(t, testKey), "-latency", "1h")
+	p := start(t, "-latency", "1h")
 	done := make(chan error, 1)
 	go func() {
 		r, _ := http.NewRequest("POST", p.url, strings.NewReader(validBody))
@@ -553,8 +386,8 @@ func TestStopDuringCall(t *testing.T) {
 func TestProcess(t *testing.T) {
 	t.Parallel()
 	command := func(args ...string) (*exec.Cmd, *output, *bytes.Buffer) {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
-		cmd.Env = append(os.Environ(), "CABLE_SIM_TEST_MAIN=1", "CABLE_SIM_REFRESH_KEY="+testKey)
+		cmd := exec.CommandContext(t.Context(), os.Args[0], append(args, "-refresh-key-out", filepath.Join(t.TempDir(), "key"))...)
+		cmd.Env = append(os.Environ(), "CABLE_SIM_TEST_MAIN=1")
 		stderr, stdout := &output{listening: make(chan struct{})}, &bytes.Buffer{}
 		cmd.Stderr, cmd.Stdout = stderr, stdout
 		return cmd, stderr, stdout
@@ -573,7 +406,7 @@ func TestProcess(t *testing.T) {
 			t.Errorf("%v: %v, stdout %q, stderr:\n%s", sig, err, stdout, stderr)
 		}
 	}
-	cmd, stderr, _ := command("-listen", ":0")
+	cmd, stderr, _ := command("-control", ":0")
 	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 1 || !strings.HasPrefix(stderr.String(), "cable-sim: address") {
 		t.Errorf("%v, stderr:\n%s", err, stderr)
 	}

@@ -5,8 +5,13 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
+	"encoding/pem"
 	"errors"
+	"flag"
+	"fmt"
 	"io"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -49,7 +54,18 @@ var (
 	})
 )
 
-func TestMain(m *testing.M) { os.Exit(runTests(m)) }
+func TestMain(m *testing.M) {
+	if len(os.Args) > 2 && os.Args[1] == hostArg {
+		host(os.Args[2:]...)
+	}
+	// More tests at once than there are processors, unless the number is given:
+	// most of them wait to see that nothing happens.
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == fmt.Sprint(runtime.GOMAXPROCS(0)) {
+		_ = f.Value.Set("12")
+	}
+	os.Exit(runTests(m))
+}
 
 // runTests is TestMain with deferred calls that run.
 func runTests(m *testing.M) int {
@@ -58,48 +74,123 @@ func runTests(m *testing.M) int {
 		panic(err)
 	}
 	defer os.RemoveAll(buildDir)
+	if err := os.Chmod(buildDir, 0o755); err != nil { // for the test that has another user
+		panic(err)
+	}
 	return m.Run()
 }
 
-// TestServe starts the plugin as Vault does and speaks to it with Vault's own
-// client: AutoMTLS and protocol version 5. What it answers is tested in e2e.
-func TestServe(t *testing.T) {
-	t.Parallel()
-	var stdout bytes.Buffer
-	client := goplugin.NewClient(&goplugin.ClientConfig{
+// client is Vault's own client of the plugin that cmd starts: AutoMTLS and
+// protocol version 5. What the plugin writes to standard error goes to stderr.
+func client(stderr io.Writer, cmd *exec.Cmd) *goplugin.Client {
+	return goplugin.NewClient(&goplugin.ClientConfig{
 		HandshakeConfig:  plugin.HandshakeConfig,
 		VersionedPlugins: plugin.PluginSet,
 		AllowedProtocols: []goplugin.Protocol{goplugin.ProtocolGRPC},
 		AutoMTLS:         true,
-		Cmd:              exec.Command(build(t)),
-		SyncStdout:       &stdout,
+		Cmd:              cmd,
+		Stderr:           stderr,
 		Logger:           hclog.NewNullLogger(),
 	})
-	t.Cleanup(client.Kill)
-	protocol, err := client.Client()
-	if err != nil {
-		t.Fatal(err)
+}
+
+// underVault is the environment that Vault's go-plugin gives to a plugin, but for
+// the certificate.
+func underVault(more ...string) []string {
+	return append(append(os.Environ(), plugin.HandshakeConfig.MagicCookieKey+"="+plugin.HandshakeConfig.MagicCookieValue, "PLUGIN_PROTOCOL_VERSIONS=5"), more...)
+}
+
+// certificate is one that a server would send: it is never used to connect.
+var certificate = sync.OnceValue(func() string {
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
+})
+
+// skipUnlessRequired skips a test whose prerequisite is missing, or fails it
+// where the prerequisites are required: in CI, which runs on Linux as root.
+func skipUnlessRequired(t *testing.T, reason string) {
+	t.Helper()
+	if os.Getenv("E2E") == "require" && runtime.GOOS == "linux" {
+		t.Fatalf("E2E=require: %s", reason)
 	}
-	if got := client.NegotiatedVersion(); got != 5 {
-		t.Errorf("protocol version %d, want 5", got)
+	t.Skip(reason)
+}
+
+// needProgram skips a test that needs a program that is not there.
+func needProgram(t *testing.T, name string) {
+	t.Helper()
+	if _, err := exec.LookPath(name); err != nil {
+		skipUnlessRequired(t, err.Error())
 	}
-	if err := protocol.Ping(); err != nil {
-		t.Errorf("ping: %v", err)
+}
+
+// TestServe starts the plugin as Vault does and calls it with Vault's own
+// client. What it responds is tested in e2e.
+func TestServe(t *testing.T) {
+	t.Parallel()
+	tests := map[string][]string{
+		"no arguments": nil,
+		// Given at registration by habit: they must not keep the plugin from starting.
+		"-ca-cert": {"-ca-cert=/" + canary},
+		"several":  {"-ca-cert", "/" + canary, canary},
+		"-version": {"-version"},
+		"-help":    {"-help"},
 	}
-	raw, err := protocol.Dispense("backend")
-	if err != nil {
-		t.Fatal(err)
+	for name, args := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var stderr bytes.Buffer
+			client := client(&stderr, exec.Command(build(t), args...))
+			t.Cleanup(client.Kill)
+			protocol, err := client.Client()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := client.NegotiatedVersion(); got != 5 {
+				t.Errorf("protocol version %d, want 5", got)
+			}
+			if err := protocol.Ping(); err != nil {
+				t.Errorf("ping: %v", err)
+			}
+			raw, err := protocol.Dispense("backend")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, ok := raw.(logical.Backend); !ok {
+				t.Errorf("the plugin is a %T, want a logical.Backend", raw)
+			}
+			client.Kill()
+			if !client.Exited() {
+				t.Error("the process has not ended")
+			}
+			lines := logLines(t, stderr.String())
+			if args == nil && len(lines) != 0 {
+				t.Errorf("log: %q, want none", &stderr)
+			}
+			if args != nil && (len(lines) != 1 || lines[0]["@level"] != "warn" || lines[0]["count"] != float64(len(args)) ||
+				lines[0]["@message"] != "arguments given at registration ignored: this plugin takes none") {
+				t.Errorf("log: %q, want one warning with the number of arguments", &stderr)
+			}
+			if strings.Contains(stderr.String(), canary) {
+				t.Errorf("the log repeats an argument: %q", &stderr)
+			}
+		})
 	}
-	if _, ok := raw.(logical.Backend); !ok {
-		t.Errorf("the plugin is a %T, want a logical.Backend", raw)
+}
+
+// logLines decodes the lines of the structured logger, and fails if there is any
+// other text.
+func logLines(t *testing.T, text string) (lines []map[string]any) {
+	t.Helper()
+	for line := range strings.Lines(text) {
+		fields := map[string]any{}
+		if err := json.Unmarshal([]byte(line), &fields); err != nil || fields["@message"] == nil {
+			t.Errorf("standard error has a line of something else than the logger: %q", line)
+		}
+		lines = append(lines, fields)
 	}
-	client.Kill()
-	if !client.Exited() {
-		t.Error("the process has not ended")
-	}
-	if stdout.Len() != 0 {
-		t.Errorf("standard output: %q", &stdout)
-	}
+	return lines
 }
 
 // TestStdout: under Vault the handshake is all that is written to standard
@@ -107,7 +198,7 @@ func TestServe(t *testing.T) {
 func TestStdout(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command(build(t))
-	cmd.Env = append(os.Environ(), plugin.HandshakeConfig.MagicCookieKey+"="+plugin.HandshakeConfig.MagicCookieValue, "PLUGIN_PROTOCOL_VERSIONS=5")
+	cmd.Env = underVault("PLUGIN_CLIENT_CERT="+certificate(), "TMPDIR="+t.TempDir())
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -142,7 +233,6 @@ func TestByHand(t *testing.T) {
 	t.Parallel()
 	tests := map[string]struct {
 		args           []string
-		underVault     bool
 		status         int
 		stdout, stderr string // what it begins with; "" for nothing at all
 	}{
@@ -150,7 +240,6 @@ func TestByHand(t *testing.T) {
 		"unknown argument": {args: []string{canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but -version and -help"},
 		"unknown flag":     {args: []string{"-refresh-key=" + canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
 		"one too many":     {args: []string{"-version", canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
-		"under Vault":      {args: []string{canary}, underVault: true, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
 		"version":          {args: []string{"-version"}, stdout: "vault-plugin-secrets-cable " + version.String() + ", commit "},
 		"long version":     {args: []string{"--version"}, stdout: "vault-plugin-secrets-cable " + version.String() + ", commit "},
 		"help":             {args: []string{"-help"}, stdout: "vault-plugin-secrets-cable " + version.String() + " is a secrets engine for HashiCorp Vault.\n"},
@@ -161,10 +250,6 @@ func TestByHand(t *testing.T) {
 			var stdout, stderr strings.Builder
 			cmd := exec.Command(build(t), tt.args...)
 			cmd.Stdout, cmd.Stderr = &stdout, &stderr
-			cmd.Env = os.Environ()
-			if tt.underVault {
-				cmd.Env = append(cmd.Env, plugin.HandshakeConfig.MagicCookieKey+"="+plugin.HandshakeConfig.MagicCookieValue)
-			}
 			_ = cmd.Run()
 			if got := cmd.ProcessState.ExitCode(); got != tt.status {
 				t.Errorf("exit status %d, want %d", got, tt.status)

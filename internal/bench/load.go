@@ -20,7 +20,7 @@ type target struct {
 	request func(ctx context.Context) (*http.Request, error)
 	client  *http.Client
 	pid     int // of its plugin process; 0 for the direct POST
-	stats   func() (connections int, err error)
+	stats   func() (stats, error)
 }
 
 // slice is one turn of a target.
@@ -29,7 +29,7 @@ type slice struct {
 	took          time.Duration
 	latencies     []time.Duration
 	cpu           time.Duration
-	connections   int
+	stats               // of the simulator
 	rss           int64 // peak resident memory of the plugin, in bytes
 	lastError     string
 }
@@ -41,7 +41,7 @@ func (t *target) load(ctx context.Context, readers int, d time.Duration) (slice,
 	if err != nil {
 		return sl, err
 	}
-	connsBefore, err := t.stats()
+	before, err := t.stats()
 	if err != nil {
 		return sl, err
 	}
@@ -83,11 +83,11 @@ func (t *target) load(ctx context.Context, readers int, d time.Duration) (slice,
 		return sl, err
 	}
 	sl.cpu = cpuAfter - cpuBefore
-	connsAfter, err := t.stats()
+	after, err := t.stats()
 	if err != nil {
 		return sl, err
 	}
-	sl.connections = connsAfter - connsBefore
+	sl.stats = stats{Calls: after.Calls - before.Calls, Connections: after.Connections - before.Connections}
 	sl.rss, err = peakMemory(t.pid)
 	return sl, err
 }
@@ -127,7 +127,8 @@ func (s *turns) add(sl slice) {
 	s.all.errors += sl.errors
 	s.all.took += sl.took
 	s.all.cpu += sl.cpu
-	s.all.connections += sl.connections
+	s.all.Calls += sl.Calls
+	s.all.Connections += sl.Connections
 	s.all.latencies = append(s.all.latencies, sl.latencies...)
 	s.all.rss = max(s.all.rss, sl.rss)
 	s.rates = append(s.rates, float64(sl.reads)/sl.took.Seconds())
@@ -141,7 +142,7 @@ func (s *turns) result(t *target, readers int) Result {
 	n := float64(s.all.reads)
 	r := Result{
 		Concurrency: readers, Target: t.name, PerSecond: median(s.rates), P50: at(.5), P99: at(.99), Errors: s.all.errors,
-		Connections: float64(s.all.connections) * 1000 / n,
+		Calls: float64(s.all.Calls) * 1000 / n, Connections: float64(s.all.Connections) * 1000 / n,
 	}
 	if t.pid != 0 {
 		r.CPUMicros = float64(s.all.cpu.Microseconds()) / n

@@ -34,14 +34,18 @@ type SoakWindow struct {
 
 // soak reads at full load and prints a line every part of the time, so that
 // memory and latency at the end can be held against the start.
-func soak(ctx context.Context, o options) (*Soak, error) {
+func soak(ctx context.Context, o options, b *binaries) (*Soak, error) {
 	const readers, windows = 32, 20
-	s, err := startStack(ctx, o, "raft", "service")
+	s, err := startStack(ctx, b, "raft", "service")
 	if err != nil {
 		return nil, err
 	}
 	defer s.stop()
-	engine := s.targets()[2]
+	targets, err := s.targets([]string{"engine"})
+	if err != nil {
+		return nil, err
+	}
+	engine := targets[0]
 	result := &Soak{Duration: o.soak.String(), Readers: readers}
 	start := time.Now()
 	fmt.Println("  at s   reads/s   p50 ms   p99 ms  plugin MiB   leases  errors")

@@ -11,42 +11,44 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 )
 
-// Kind says how a request for a token failed: each is something that a caller
-// does something else about.
+// Kind is the way in which a token request failed: a caller treats each
+// differently.
 type Kind int
 
 const (
-	// Responded means that Cable answered with a status other than 200, in StatusCode.
+	// Responded means that Cable responded with an error status, in StatusCode.
 	Responded Kind = iota + 1
-	// Paused means that Cable was not called, because an earlier 429 asked for silence.
+	// Paused means that no API call was made, because of an earlier 429.
 	Paused
-	// Unreachable means no connection, or one that broke before the answer was whole.
+	// Unreachable means that there was no connection, or that it ended before the
+	// response was complete.
 	Unreachable
-	// InvalidResponse means that Cable answered 200 with something that is no token, or
-	// with a redirect, or with more than it may.
+	// InvalidResponse means that the response was refused: a 200 without a usable
+	// token, or a status that is neither 200 nor an error.
 	InvalidResponse
-	// TimedOut means that the request's budget ran out.
+	// TimedOut means that the budget ran out, or that the caller's deadline passed.
 	TimedOut
-	// Canceled means that the caller went away.
+	// Canceled means that the caller left.
 	Canceled
 )
 
-// String returns a stable lower-case name, fit for a log field or a label.
+// String returns a stable lower-case name, for a log field or a label.
 func (k Kind) String() string {
 	switch k {
 	case Responded:
-		return "answered"
+		return "responded"
 	case Paused:
-		return "held"
+		return "paused"
 	case Unreachable:
 		return "unreachable"
 	case InvalidResponse:
-		return "invalid_answer"
+		return "invalid_response"
 	case TimedOut:
 		return "timed_out"
 	case Canceled:
@@ -56,49 +58,54 @@ func (k Kind) String() string {
 	}
 }
 
-// Error is why no token came. Its text is safe to show: it holds no secret, no
-// header and no raw body; of Cable's answer only the envelope's message and
-// errors, bounded, escaped, and with the refresh key redacted.
+// Error says why a token request failed. Its text is safe to show: it contains
+// no secret, no header and no raw body. Of Cable's response it contains only the
+// envelope's message and errors, bounded, escaped, and with the refresh key
+// redacted.
 type Error struct {
 	Kind Kind
 
-	// StatusCode is Cable's HTTP status, or 0 where none came.
+	// StatusCode is the HTTP status of the response, or 0 if none arrived.
 	StatusCode int
 
-	// Detail is the cleaned text: what Cable wrote, or what went wrong.
+	// Detail is Cable's message, made safe to show, or what went wrong.
 	Detail string
 
-	// RetryAfter is how long nobody is to call Cable: set when Kind is Paused, or
+	// RetryAfter is the time until the pause ends, set if Kind is Paused, or
 	// Responded with 429.
 	RetryAfter time.Duration
 
-	// MaybeIssued reports that the request had gone out and that no answer
-	// shows that it was refused: a token may exist that nobody holds.
+	// MaybeIssued reports that Cable may have issued a token that was not
+	// delivered: the request was sent, and no response shows that it was refused.
 	MaybeIssued bool
 
-	// Attempts counts the calls made to Cable.
+	// Attempts counts the API calls.
 	Attempts int
+
+	// Certificate reports that Kind is Unreachable because the server's
+	// certificate was refused: a fault of the configuration, not of the network.
+	Certificate bool
 }
 
 // Error implements error.
 func (e *Error) Error() string {
 	switch e.Kind {
 	case Responded:
-		msg := fmt.Sprintf("cable answered %d", e.StatusCode)
+		text := fmt.Sprintf("cable responded %d", e.StatusCode)
 		if e.Detail != "" {
-			msg += ": " + e.Detail
+			text += ": " + e.Detail
 		}
-		return msg
+		return text
 	case Paused:
-		return fmt.Sprintf("cable asked for a pause (429): no request is sent for another %ds", (e.RetryAfter+time.Second-1)/time.Second)
+		return fmt.Sprintf("paused after Cable's 429: no API call for another %ds", (e.RetryAfter+time.Second-1)/time.Second)
 	case Unreachable:
 		return "cable could not be reached: " + e.Detail
 	case InvalidResponse:
-		return "cable's answer was refused: " + e.Detail
+		return "cable's response was refused: " + e.Detail
 	case TimedOut:
-		return "cable did not answer in time: " + e.Detail
+		return "cable did not respond in time: " + e.Detail
 	default:
-		return "the request to cable was given up: " + e.Detail
+		return "canceled: " + e.Detail
 	}
 }
 
@@ -108,9 +115,9 @@ func (e *Error) Is(target error) bool {
 		e.Kind == Canceled && target == context.Canceled
 }
 
-// describe says what went wrong on the way, in words of our own.
+// describe says in words of this package why a call failed.
 //
-// NOTE: the texts of net/http are not used. They can hold a proxy's password
+// NOTE: the texts of net/http are not used. They can contain a proxy's password
 // or the first line of what the other side sent.
 func describe(err error) string {
 	var (
@@ -126,15 +133,15 @@ func describe(err error) string {
 	isOp := errors.As(err, &op)
 	prefix, text := "", ""
 	if isOp && op.Op == "proxyconnect" {
-		prefix = "connecting through the proxy of the environment: "
+		prefix = "connecting through the environment's proxy: "
 	}
 	switch {
 	case errors.As(err, &proxy):
 		text = proxy.Error()
 	case errors.As(err, &dns) && dns.IsNotFound:
-		text = fmt.Sprintf("looking up the host %q: no such host", dns.Name)
+		text = fmt.Sprintf("looking up %s: no such host", displayHost(dns.Name))
 	case errors.As(err, &dns):
-		text = fmt.Sprintf("looking up the host %q: the name server did not answer", dns.Name)
+		text = fmt.Sprintf("looking up %s: the name server did not respond", displayHost(dns.Name))
 	case errors.As(err, &unknownCA):
 		text = "its certificate is signed by an unknown authority: set ca_cert to the authority's certificate"
 	case errors.As(err, &badCert) && badCert.Reason == x509.Expired:
@@ -142,7 +149,7 @@ func describe(err error) string {
 	case errors.As(err, &badCert):
 		text = "its certificate is not valid for this use"
 	case errors.As(err, &badHost):
-		text = fmt.Sprintf("its certificate is not valid for the host %q", badHost.Host)
+		text = "its certificate is not valid for " + displayHost(badHost.Host)
 	case errors.As(err, &badVerify):
 		text = "its certificate could not be verified"
 	case errors.As(err, &notTLS), says(err, "server gave HTTP response to HTTPS client"):
@@ -151,23 +158,41 @@ func describe(err error) string {
 		text = "the TLS handshake failed: " + strings.TrimPrefix(op.Err.Error(), "tls: ")
 	case errors.Is(err, errNotLoopback):
 		text = errNotLoopback.Error()
-	case errors.Is(err, syscall.ECONNREFUSED):
+	case isAny(err, syscall.ECONNREFUSED, wsaECONNREFUSED):
 		text = "connection refused"
-	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE),
-		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF),
-		says(err, "server closed idle connection"), says(err, "stream error: "), says(err, "http2: server sent GOAWAY"), says(err, "http2: client connection lost"):
-		text = "the connection was closed before the answer was whole"
-	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
+	case isAny(err, syscall.ENETUNREACH, syscall.EHOSTUNREACH, wsaENETUNREACH, wsaEHOSTUNREACH):
 		text = "no route to the host"
-	case isTimeout(err):
-		text = "connecting took too long"
+	case isAny(err, wsaETIMEDOUT), isTimeout(err):
+		text = "the connection timed out"
+	case isAny(err, syscall.ECONNRESET, syscall.ECONNABORTED, syscall.EPIPE, wsaECONNRESET, wsaECONNABORTED),
+		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, errNoReplay),
+		says(err, "server closed idle connection"), says(err, "stream error: "), says(err, "GOAWAY"), says(err, "http2: client connection lost"):
+		text = "the connection was closed before the response was complete"
 	default:
-		text = "the exchange broke off or was not HTTP"
+		text = "the connection broke off, or the response was not HTTP"
 	}
 	return prefix + text
 }
 
-// says looks for the errors that net/http keeps to itself.
+// Windows reports these numbers of Winsock instead of the constants of package
+// syscall, which there are Go's own. No other system uses them.
+const (
+	wsaENETUNREACH  = syscall.Errno(10051)
+	wsaECONNABORTED = syscall.Errno(10053)
+	wsaECONNRESET   = syscall.Errno(10054)
+	wsaETIMEDOUT    = syscall.Errno(10060)
+	wsaECONNREFUSED = syscall.Errno(10061)
+	wsaEHOSTUNREACH = syscall.Errno(10065)
+)
+
+// isAny reports whether err is one of the system's error numbers.
+func isAny(err error, numbers ...syscall.Errno) bool {
+	var errno syscall.Errno
+	return errors.As(err, &errno) && slices.Contains(numbers, errno)
+}
+
+// says reports whether err contains the text of an error that net/http does not
+// export.
 func says(err error, text string) bool { return strings.Contains(err.Error(), text) }
 
 // proxyRefusal is the status with which a proxy refused a CONNECT.
@@ -175,17 +200,17 @@ type proxyRefusal int
 
 // Error implements error.
 func (s proxyRefusal) Error() string {
-	return fmt.Sprintf("the proxy of the environment refused to connect, with status %d", int(s))
+	return fmt.Sprintf("the environment's proxy refused to connect, with status %d", int(s))
 }
 
-// isTimeout reports a time-out of the dialer or of the TLS handshake.
+// isTimeout reports that dialling, the TLS handshake or the network timed out.
 func isTimeout(err error) bool {
 	var t interface{ Timeout() bool }
 	return errors.As(err, &t) && t.Timeout()
 }
 
-// isCertificateError reports that the peer's certificate was refused, which no
-// repeat mends.
+// isCertificateError reports that the server's certificate was refused, which a
+// retry would not change.
 func isCertificateError(err error) bool {
 	var verify *tls.CertificateVerificationError
 	var unknownCA x509.UnknownAuthorityError

@@ -11,80 +11,86 @@ import (
 )
 
 const (
-	// maxHold bounds a pause that Cable asks for: a nonsense Retry-After must
-	// not silence a mount for a day.
-	maxHold = 5 * time.Minute
+	// maxPause bounds a pause that Cable asks for: a wrong Retry-After must not
+	// stop a mount for a day.
+	maxPause = 5 * time.Minute
 
-	// defaultHold is the pause after a 429 that names no time. Cable publishes
-	// no limits, so this only has to be long enough to stop the knocking.
-	defaultHold = 5 * time.Second
+	// defaultPause is the pause after a 429 that names no time. Cable publishes no
+	// limits, so it only has to be long enough to lower the rate of calls.
+	defaultPause = 5 * time.Second
 
-	// holdSpread is the time after a pause over which waiting callers are
-	// spread, so that they do not bring the next 429 by arriving at once.
-	holdSpread = 2 * time.Second
+	// pauseSpread is the time after a pause over which waiting calls are spread:
+	// all at once, they would cause the next 429.
+	pauseSpread = 2 * time.Second
 )
 
-// Pause is the pause after a 429: until it ends, every request fails at once
-// instead of knocking again, and for a short time after it requests start
-// spread out. One Pause serves one refresh key at one URL; it may be handed from
-// a [Client] to its successor by [Config].Pause.
+// Pause is the pause after a 429. Until it ends, every token request fails at
+// once instead of calling Cable; for a short time after it, calls start spread
+// out. One Pause belongs to one refresh key at one URL; [Config].Pause passes it
+// from a [Client] to its successor. The zero value is no pause.
 type Pause struct {
 	mu    sync.Mutex
 	until time.Time // monotonic
 }
 
-// Remaining is how long the pause still lasts, or 0.
-func (h *Pause) Remaining() time.Duration {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return max(0, time.Until(h.until))
+// Remaining returns how long the pause still lasts, or 0.
+func (p *Pause) Remaining() time.Duration { return max(0, -p.sinceEnd()) }
+
+// sinceEnd returns the time since the pause ended, negative until then.
+func (p *Pause) sinceEnd() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return time.Since(p.until)
 }
 
-// begin starts or lengthens the pause, and reports whether it started; a
-// shorter one than is under way changes nothing.
-func (h *Pause) begin(d time.Duration) (started bool) {
+// begin starts or extends the pause, and reports whether it started. It never
+// shortens one.
+func (p *Pause) begin(d time.Duration) (started bool) {
 	now := time.Now()
-	until := now.Add(min(d, maxHold))
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	started = !h.until.After(now) && until.After(now)
-	if until.After(h.until) {
-		h.until = until
+	until := now.Add(min(d, maxPause))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	started = !p.until.After(now) && until.After(now)
+	if until.After(p.until) {
+		p.until = until
 	}
 	return started
 }
 
-// enter lets a request pass, at once or after its share of the spread, or says
-// why not.
-func (h *Pause) enter(ctx context.Context) error {
-	h.mu.Lock()
-	since := time.Since(h.until)
-	h.mu.Unlock()
-	if since >= holdSpread {
-		return nil
-	}
-	if since >= 0 {
-		left := holdSpread - since
-		if deadline, ok := ctx.Deadline(); ok {
-			left = min(left, time.Until(deadline)/2)
-		}
-		if left > 0 {
-			timer := time.NewTimer(jitter(left))
-			defer timer.Stop()
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-timer.C:
-			}
-		}
-	}
-	if left := h.Remaining(); left > 0 {
+// check returns an *Error of kind Paused until the pause ends.
+func (p *Pause) check() error {
+	if left := p.Remaining(); left > 0 {
 		return &Error{Kind: Paused, RetryAfter: left}
 	}
 	return nil
 }
 
-// jitter is a random part of d, so that callers who start together part.
+// spread waits for a random part of the time over which calls are spread after
+// a pause, and of half of the time until ctx's deadline.
+func (p *Pause) spread(ctx context.Context) error {
+	left := pauseSpread - p.sinceEnd()
+	if deadline, ok := ctx.Deadline(); ok {
+		left = min(left, time.Until(deadline)/2)
+	}
+	if left <= 0 {
+		return nil
+	}
+	return sleep(ctx, jitter(left))
+}
+
+// sleep waits for d, or until ctx ends.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
+
+// jitter returns a random part of d.
 func jitter(d time.Duration) time.Duration {
 	return rand.N(d) //nolint:gosec // G404: it spreads load, and guards nothing
 }

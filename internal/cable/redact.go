@@ -18,31 +18,31 @@ import (
 )
 
 const (
-	// maxText bounds what an error repeats of Cable's words, in bytes.
+	// maxText bounds the part of Cable's message that an error repeats, in bytes.
 	maxText = 512
 
 	// redactWindow is the length of the shortest part of a secret that is
 	// recognised in a text: long enough that words do not match by chance, short
-	// enough that a cut-off echo of the key gives nothing away.
+	// enough that a shorter part of the key is of no use.
 	redactWindow = 12
 )
 
 // redactor finds a secret, or a part of one, in text that another party wrote.
 //
-// NOTE: what it knows sits behind a func on purpose: fmt prints the address of
-// one for every verb, but looks behind a pointer to a struct for some.
+// NOTE: the secret is behind a func on purpose: fmt prints the address of a func
+// for every verb, but follows a pointer to a struct for some.
 type redactor struct{ known func() *spellings }
 
-// spellings are a secret as it is and as servers like to echo it.
+// spellings are a secret as it is and in the encodings in which servers echo it.
 type spellings struct {
 	whole   []string            // each of them
 	short   []string            // those that are shorter than a window
 	windows map[string]struct{} // each run of redactWindow bytes of the others
-	begins  [1 << 16]bool       // the first two bytes of each window: most text is passed over by these
+	begins  [1 << 16]bool       // the first two bytes of each window: they rule out most text
 }
 
-// newRedactor knows the secret as it is, in URL, HTML and hexadecimal encoding,
-// quoted, and in base64 of a text that it stands in.
+// newRedactor returns a redactor that finds the secret as it is, in URL, HTML
+// and hexadecimal encoding, quoted, and in the base64 of a text that contains it.
 func newRedactor(secret Secret) redactor {
 	key := secret.Reveal()
 	k := &spellings{windows: make(map[string]struct{})}
@@ -74,12 +74,12 @@ func newRedactor(secret Secret) redactor {
 	return r
 }
 
-// percents matches what URL encoding makes of a byte: some write it in lower
+// percents matches a byte in URL encoding, which some servers write in lower
 // case.
 var percents = regexp.MustCompile(`%[0-9A-F]{2}`)
 
-// base64Runs returns what of a text's base64 depends on the key alone, for each
-// place in the text where the key can begin: three bytes make four characters.
+// base64Runs returns the part of a text's base64 that depends on the key alone,
+// for each offset at which the key can begin: three bytes make four characters.
 func base64Runs(key string) []string {
 	var runs []string
 	for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
@@ -88,17 +88,17 @@ func base64Runs(key string) []string {
 			s = s[min(len(s), (before*8+5)/6):]
 			runs = append(runs, s)
 			if (before+len(key))%3 != 0 && s != "" {
-				runs = append(runs, s[:len(s)-1]) // the last one holds bits of what follows, too
+				runs = append(runs, s[:len(s)-1]) // the last one depends on what follows, too
 			}
 		}
 	}
 	return runs
 }
 
-// pair is the two bytes of s at i, as an index.
+// pair returns the two bytes of s at i as an index.
 func pair(s string, i int) uint16 { return uint16(s[i])<<8 | uint16(s[i+1]) }
 
-// at reports whether a part of the secret, a window long, stands in s at i.
+// at reports whether a window of the secret begins in s at i.
 func (k *spellings) at(s string, i int) bool {
 	if i+redactWindow > len(s) || !k.begins[pair(s, i)] {
 		return false
@@ -107,21 +107,21 @@ func (k *spellings) at(s string, i int) bool {
 	return hit
 }
 
-// contains reports whether s holds the secret, or a part of it.
+// contains reports whether s contains the secret or a part of it.
 func (r redactor) contains(s string) bool { return r.redact(s) != s }
 
-// repeats reports whether s, a token, is the secret in disguise: holds it
-// whole, or is a part of it.
+// repeats reports whether s, a token, is the secret in another form: contains
+// the whole of it, or is a part of it.
 //
-// NOTE: a part that both hold says nothing. Both may be JWTs of one issuer, and
-// begin alike.
+// NOTE: a part that both contain proves nothing. Both may be JWTs of one issuer,
+// which begin alike.
 func (r redactor) repeats(s string) bool {
 	return slices.ContainsFunc(r.known().whole, func(w string) bool {
 		return s == w || len(w) >= redactWindow && strings.Contains(s, w) || len(s) >= redactWindow && strings.Contains(w, s)
 	})
 }
 
-// redact replaces each part of s that is a part of the secret.
+// redact replaces each part of the secret in s.
 func (r redactor) redact(s string) string {
 	k := r.known()
 	var out strings.Builder
@@ -147,9 +147,9 @@ func (r redactor) redact(s string) string {
 	return out.String()
 }
 
-// clean makes text that Cable wrote fit to stand in an error: the key is
-// redacted, what does not print is escaped, and the whole is cut at maxText
-// bytes. Redaction comes first: a cut could leave a part of the key.
+// clean makes text that Cable wrote safe to show in an error: it redacts the
+// key, escapes what does not print, and cuts the whole at maxText bytes.
+// Redaction comes first: a cut could leave a part of the key.
 func (r redactor) clean(s string) string {
 	s = r.redact(s)
 	var out strings.Builder

@@ -5,20 +5,21 @@ package cable
 
 import (
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
+	"html"
 	"net/url"
-	"reflect"
 	"strings"
 	"testing"
 	"unicode/utf8"
 
 	"pgregory.net/rapid"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-const testKey = "sk/REFRESHKEYCANARY+0123456789abcdef=="
-
+// TestClean pins what an error shows of a text of Cable's.
 func TestClean(t *testing.T) {
 	t.Parallel()
 	r := newRedactor(NewSecret(testKey))
@@ -58,8 +59,8 @@ func TestClean(t *testing.T) {
 	}
 }
 
-// TestRedactProperties: whatever stands around it, no part of the key that is
-// long enough to matter is left, and what holds no part of it is untouched.
+// TestRedactProperties: whatever surrounds a part of the key of the length of a
+// window, it is redacted, and a text without one is unchanged.
 func TestRedactProperties(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
@@ -71,11 +72,11 @@ func TestRedactProperties(t *testing.T) {
 		got := r.redact(text)
 		for i := 0; i+redactWindow <= len(key); i++ {
 			if strings.Contains(got, key[i:i+redactWindow]) {
-				rt.Fatalf("%q holds a part of the key %q", got, key)
+				rt.Fatalf("%q contains a part of the key %q", got, key)
 			}
 		}
 		if !r.contains(text) {
-			rt.Fatalf("contains does not see what redact redacts")
+			rt.Fatal("contains does not find what redact redacts")
 		}
 		if other := rapid.StringMatching(`[a-f ]{0,60}`).Draw(rt, "other"); !r.contains(other) && r.redact(other) != other {
 			rt.Fatalf("%q was changed", other)
@@ -83,70 +84,7 @@ func TestRedactProperties(t *testing.T) {
 	})
 }
 
-// TestNothingPrintsSecrets walks the exported types of this package and prints
-// each, filled with secrets, in every way: nothing may show them. A field that
-// holds a secret as plain text would.
-func TestNothingPrintsSecrets(t *testing.T) {
-	t.Parallel()
-	secret := NewSecret(testKey)
-	client, err := New(Config{RefreshKey: secret, Bearer: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, answer := client.decode([]byte(`{"token":"`+testKey+`","expiry":1}`), ask())
-	token := Token{Value: secret}
-	type nested struct {
-		hidden  Secret
-		config  Config
-		client  *Client
-		token   *Token
-		answers answerBody
-	}
-	for _, v := range []any{
-		secret, &secret, Config{RefreshKey: secret}, &Config{RefreshKey: secret}, client, *client, token, &token,
-		answerBody{Token: answerToken{secret}}, &answerBody{Token: answerToken{secret}}, answerToken{secret},
-		&Error{Kind: Responded, StatusCode: 400, Detail: client.redactor.clean(testKey)}, answer,
-		nested{secret, Config{RefreshKey: secret}, client, &token, answerBody{Token: answerToken{secret}}},
-		[]Secret{secret}, map[string]Secret{"k": secret}, errors.Join(answer),
-	} {
-		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%t", "% x", "%10.3s"} {
-			if got := fmt.Sprintf(verb, v); leaks(got) {
-				t.Errorf("%s of %T shows the secret", verb, v)
-			}
-		}
-		if raw, err := json.Marshal(v); err == nil && leaks(string(raw)) {
-			t.Errorf("JSON of %T shows the secret", v)
-		}
-	}
-	if got := secret.Reveal(); got != testKey {
-		t.Errorf("Reveal returns %q", got)
-	}
-	// Any new string field of the types that hold a secret has to be looked at.
-	want := map[string]string{
-		"Config": "TokenURL CACert UserAgent",
-		"Token":  "OrganizationID OrganizationName ScopesOrganizationID",
-		"Client": "userAgent",
-	}
-	for name, typ := range map[string]reflect.Type{"Config": reflect.TypeFor[Config](), "Token": reflect.TypeFor[Token](), "Client": reflect.TypeFor[Client]()} {
-		var fields []string
-		for i := range typ.NumField() {
-			if f := typ.Field(i); f.Type.Kind() == reflect.String {
-				fields = append(fields, f.Name)
-			}
-		}
-		if got := strings.Join(fields, " "); got != want[name] {
-			t.Errorf("%s has the text fields %q, want %q: if a new one holds a secret, make it a Secret", name, got, want[name])
-		}
-	}
-}
-
-// leaks reports whether text shows the key, or its hexadecimal form.
-func leaks(text string) bool {
-	const marker = "REFRESHKEYCANARY"
-	return strings.Contains(text, marker) || strings.Contains(strings.ToLower(strings.ReplaceAll(text, " ", "")), fmt.Sprintf("%x", marker))
-}
-
-// TestDetailIsBounded: a message of any length and content stays short, valid
+// TestDetailIsBounded: whatever a message contains, the detail is bounded, valid
 // and printable.
 func TestDetailIsBounded(t *testing.T) {
 	t.Parallel()
@@ -158,4 +96,135 @@ func TestDetailIsBounded(t *testing.T) {
 			rt.Fatalf("%q", got)
 		}
 	})
+}
+
+// jwtLike returns a token in the shape of Cable's sample: the first part is the
+// same for all tokens of one issuer.
+func jwtLike(claims, signature string) string {
+	return "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9." + base64.RawURLEncoding.EncodeToString([]byte(claims)) + "." + signature
+}
+
+// echoKeys returns refresh keys of the shapes that a key may have.
+func echoKeys() map[string]string {
+	return map[string]string{
+		"opaque":           cabletest.NewRefreshKey(),
+		"with punctuation": `REFRESHKEYCANARY+/=%&<>"'\;:?#[]@!$()*,~` + "`{|}^" + `+/=0123456789abcdef`,
+		"JWT":              jwtLike(`{"iss":"cable","sub":"org_9f8b7c6d5e4a3b2c1d0e","typ":"refresh"}`, "REFRESHKEYCANARY-and-some-more-of-a-signature"),
+		"long":             cabletest.RefreshKeyMarker + strings.Repeat("0123456789abcdefghijklmnopqrstuvwxyz", 8),
+	}
+}
+
+// pieces returns every part of key that has the length of a window.
+func pieces(key string) []string {
+	var list []string
+	for i := 0; i+redactWindow <= len(key); i++ {
+		list = append(list, key[i:i+redactWindow])
+	}
+	return list
+}
+
+// echoes returns the texts in which a server may return the key.
+func echoes(key string) map[string]string {
+	std, raw := base64.StdEncoding.EncodeToString, base64.RawURLEncoding.EncodeToString
+	lower := func(s string) string {
+		for _, c := range "ABCDEF0123456789" {
+			for _, d := range "ABCDEF" {
+				s = strings.ReplaceAll(s, fmt.Sprintf("%%%c%c", c, d), strings.ToLower(fmt.Sprintf("%%%c%c", c, d)))
+				s = strings.ReplaceAll(s, fmt.Sprintf("%%%c%c", d, c), strings.ToLower(fmt.Sprintf("%%%c%c", d, c)))
+			}
+		}
+		return s
+	}
+	inJSON, _ := json.Marshal(map[string]string{"authorization": key})
+	return map[string]string{
+		"whole":                     key,
+		"with its scheme":           "Bearer " + key,
+		"beginning":                 key[:len(key)/2] + "...",
+		"end":                       "..." + key[len(key)/2:],
+		"middle":                    "..." + key[5:len(key)-5] + "...",
+		"one window":                "<" + key[3:3+redactWindow] + ">",
+		"twice":                     key + key,
+		"among words":               "the key " + key + " is not valid",
+		"in a URL":                  "https://h/?key=" + url.QueryEscape(key),
+		"in a path":                 "https://h/" + url.PathEscape(key),
+		"in a URL, lower case":      "https://h/?key=" + lower(url.QueryEscape(key)),
+		"base64":                    std([]byte(key)),
+		"base64, URL":               raw([]byte(key)),
+		"base64 of two bytes more":  std([]byte("k=" + key + "!!")),
+		"base64 with its scheme":    std([]byte("Bearer " + key)),
+		"base64 of a header":        std([]byte("Authorization: " + key + "\r\n")),
+		"base64 as a user":          "Basic " + std([]byte(key+":")),
+		"base64 as a password":      "Basic " + std([]byte("user:"+key)),
+		"base64 of JSON":            std(inJSON),
+		"base64, URL, of a header":  raw([]byte("Authorization: Bearer " + key)),
+		"hexadecimal":               hex.EncodeToString([]byte(key)),
+		"hexadecimal, upper case":   strings.ToUpper(hex.EncodeToString([]byte(key))),
+		"in HTML":                   "<b>" + html.EscapeString(key) + "</b>",
+		"quoted":                    fmt.Sprintf("%q", key),
+		"JSON in the text":          string(inJSON),
+		"among what does not print": "\x1b[31m" + key + "\x00\u202e",
+		"deep in 60000 bytes":       strings.Repeat("x", 30_000) + key + strings.Repeat("y", 20_000),
+		"across the bound":          strings.Repeat("x", 500) + key,
+		"one byte before the bound": strings.Repeat("x", maxText-1) + key,
+	}
+}
+
+// decoded returns text and what it may decode to, so that a key is found in any
+// form.
+func decoded(text string) []string {
+	list := []string{text, html.UnescapeString(text), strings.ReplaceAll(text, `\`, "")}
+	if s, err := url.QueryUnescape(text); err == nil {
+		list = append(list, s)
+	}
+	isWord := func(c rune) bool {
+		return c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || strings.ContainsRune("+/-_", c)
+	}
+	for _, word := range strings.FieldsFunc(strings.ReplaceAll(text, redacted, " "), func(c rune) bool { return !isWord(c) }) {
+		for from := range min(4, len(word)) {
+			for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
+				for cut := range 4 {
+					if raw, err := enc.DecodeString(word[from:max(from, len(word)-cut)]); err == nil {
+						list = append(list, string(raw))
+					}
+				}
+			}
+			for cut := range 2 {
+				if raw, err := hex.DecodeString(word[from:max(from, len(word)-cut)]); err == nil {
+					list = append(list, string(raw))
+				}
+			}
+		}
+	}
+	return list
+}
+
+// TestEchoInAnError pins that an error contains no form of the key, wherever it
+// was in the envelope.
+func TestEchoInAnError(t *testing.T) {
+	t.Parallel()
+	for keyName, key := range echoKeys() {
+		c := newClientAt(t, Config{RefreshKey: NewSecret(key)})
+		for name, echo := range echoes(key) {
+			for place, body := range map[string]errorBody{
+				"message":     {Message: echo},
+				"field":       {Errors: []fieldError{{Field: echo, Message: "bad"}}},
+				"its message": {Errors: []fieldError{{Field: "a", Message: "b"}, {Field: "c", Message: echo}}},
+			} {
+				raw, _ := json.Marshal(body)
+				text := c.envelope(raw)
+				if _, err := c.decode(raw, testRequest()); err == nil || err.Error() != "it contains no token, but a message: "+text {
+					t.Errorf("%s key, %s in %s of a 200: %v", keyName, name, place, err)
+				}
+				if text == "" || len(text) > maxText || !utf8.ValidString(text) {
+					t.Errorf("%s key, %s in %s: %d bytes", keyName, name, place, len(text))
+				}
+				left := strings.Join(decoded(text), "\n")
+				for _, piece := range pieces(key) {
+					if strings.Contains(left, piece) {
+						t.Fatalf("%s key, %s in %s: %q contains %q", keyName, name, place, text, piece)
+					}
+				}
+			}
+		}
+	}
 }

@@ -14,15 +14,27 @@ import (
 	"time"
 )
 
-// maxExpiry is the end of the year 9999, the last moment that RFC 3339 can
-// name. An expiry beyond it is not in seconds; milliseconds of today lie there.
-const maxExpiry = 253402300799
+const (
+	maxBody      = 1 << 20  // bytes of a 200; a token and its scopes have a few KiB
+	maxErrorBody = 64 << 10 // bytes of an error
 
-// minToken is the length from which a token is looked for in the rest of its
-// answer: a shorter one could be there by chance, and is no secret.
-const minToken = 16
+	// errorBodyTimeout bounds the wait for the body of an error.
+	errorBodyTimeout = 500 * time.Millisecond
 
-// The request's and the answer's JSON, by the request-token reference.
+	// maxExpiry is the end of the year 9999, the last time that RFC 3339 can
+	// express. A later expiry is not in seconds; today's milliseconds are later.
+	maxExpiry = 253402300799
+
+	// ageSlack is by how much Age may exceed the duration of the call: it is
+	// rounded up by each cache on the way (RFC 9111, 4.2.3).
+	ageSlack = 5 * time.Second
+
+	// minToken is the length from which the rest of a response is searched for
+	// its token: a shorter one could match by chance, and is no secret.
+	minToken = 16
+)
+
+// The JSON of request and response, by the request-token reference.
 type (
 	scopesBody struct {
 		OrganizationID string   `json:"organization_id"`
@@ -32,27 +44,29 @@ type (
 		ExpirySeconds int64      `json:"expiry_seconds"`
 		Scopes        scopesBody `json:"scopes"`
 	}
-	answerBody struct {
-		Token            answerToken     `json:"token"`
+	tokenBody struct {
+		Token            secretText      `json:"token"`
 		Expiry           json.RawMessage `json:"expiry"`
 		OrganizationID   string          `json:"organization_id"`
 		OrganizationName string          `json:"organization_name"`
 		Scopes           *scopesBody     `json:"scopes"`
 	}
 	errorBody struct {
+		Message string       `json:"message"`
+		Errors  []fieldError `json:"errors"`
+	}
+	fieldError struct {
+		Field   string `json:"field"`
 		Message string `json:"message"`
-		Errors  []struct {
-			Field   string `json:"field"`
-			Message string `json:"message"`
-		} `json:"errors"`
 	}
 )
 
-// answerToken decodes straight into a Secret, so that answerBody holds none.
-type answerToken struct{ Secret }
+// secretText decodes straight into a Secret, so that tokenBody contains no
+// token as plain text.
+type secretText struct{ Secret }
 
 // UnmarshalJSON implements [json.Unmarshaler].
-func (t *answerToken) UnmarshalJSON(raw []byte) error {
+func (t *secretText) UnmarshalJSON(raw []byte) error {
 	var s string
 	if err := json.Unmarshal(raw, &s); err != nil {
 		return err
@@ -61,114 +75,130 @@ func (t *answerToken) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
-// decode reads the body of a 200. Its errors hold none of the body but the
-// words of an error envelope.
-func (c *Client) decode(raw []byte, asked TokenRequest) (*Token, error) {
-	if len(raw) > maxAnswer {
-		return nil, fmt.Errorf("it is larger than %d bytes", maxAnswer)
+// decode reads the body of a 200. Its errors contain nothing of the body but
+// the message of an error envelope.
+func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
+	if len(raw) > maxBody {
+		return nil, fmt.Errorf("it is larger than %d bytes", maxBody)
 	}
-	var a answerBody
-	if err := json.Unmarshal(raw, &a); err != nil {
+	var body tokenBody
+	if err := json.Unmarshal(raw, &body); err != nil {
 		var typeErr *json.UnmarshalTypeError
 		if errors.As(err, &typeErr) && typeErr.Field != "" {
 			return nil, fmt.Errorf("its field %q is not of the documented type", typeErr.Field)
 		}
 		return nil, errors.New("it is not a JSON object of the documented shape")
 	}
-	if a.Token.IsZero() {
-		if said := c.envelope(raw); said != "" {
-			return nil, errors.New("it holds no token, but says: " + said)
+	if body.Token.IsZero() {
+		if message := c.envelope(raw); message != "" {
+			return nil, errors.New("it contains no token, but a message: " + message)
 		}
-		return nil, errors.New("it holds no token")
+		return nil, errors.New("it contains no token")
 	}
-	for _, c := range []byte(a.Token.Reveal()) {
+	for _, c := range []byte(body.Token.Reveal()) {
 		if c <= ' ' || c >= 0x7f {
-			return nil, errors.New("its token holds characters that no header can carry")
+			return nil, errors.New("its token contains characters that a header cannot carry")
 		}
 	}
-	if len(a.Expiry) == 0 {
-		return nil, errors.New("it holds no expiry")
+	if len(body.Expiry) == 0 {
+		return nil, errors.New("it contains no expiry")
 	}
-	expiry, err := strconv.ParseInt(string(a.Expiry), 10, 64)
+	expiry, err := strconv.ParseInt(string(body.Expiry), 10, 64)
 	if err != nil {
 		return nil, errors.New("its expiry is not a whole number of seconds")
 	}
 	if expiry <= 0 || expiry > maxExpiry {
-		return nil, fmt.Errorf("its expiry %s is not a Unix time in seconds", c.redactor.clean(string(a.Expiry)))
+		return nil, fmt.Errorf("its expiry %s is not a Unix time in seconds", c.redactor.clean(string(body.Expiry)))
 	}
 	t := &Token{
-		Value:            a.Token.Secret,
+		Value:            body.Token.Secret,
 		Expiry:           expiry,
-		OrganizationID:   a.OrganizationID,
-		OrganizationName: c.redactor.clean(a.OrganizationName),
+		OrganizationID:   body.OrganizationID,
+		OrganizationName: c.redactor.clean(body.OrganizationName),
 	}
-	if a.Scopes != nil {
-		t.ScopesOrganizationID = a.Scopes.OrganizationID
-		t.Scopes = a.Scopes.Scopes
+	if body.Scopes != nil {
+		t.ScopesOrganizationID = body.Scopes.OrganizationID
+		t.Scopes = body.Scopes.Scopes
 	}
-	token := t.Value.Reveal()
-	// NOTE: a server that echoes its request would have the key handed out as
-	// a token, or as an organization's name. What was asked for may stand in
-	// the key: some keys name their organization.
-	echo := c.redactor.repeats(token) || c.redactor.repeats(a.OrganizationName)
-	within := func(s string) bool { return len(token) >= minToken && strings.Contains(s, token) }
-	twice := within(a.OrganizationName)
-	for _, s := range append([]string{t.OrganizationID, t.ScopesOrganizationID}, t.Scopes...) {
-		if s != asked.OrganizationID && !slices.Contains(asked.Scopes, s) {
-			echo = echo || c.redactor.contains(s)
-			twice = twice || within(s)
-		}
-	}
-	if echo {
-		return nil, errors.New("it repeats the refresh key: check that token_url is Cable's")
-	}
-	if twice { // it would be shown, as what was granted
-		return nil, errors.New("it holds its token in more than one field")
+	if err := c.checkEcho(t, body.OrganizationName, tr); err != nil {
+		return nil, err
 	}
 	return t, nil
 }
 
-// answered turns an answer other than 200 into an *Error.
-func (c *Client) answered(resp *http.Response, raw []byte, ex *exchange) *Error {
-	e := &Error{Kind: Responded, StatusCode: resp.StatusCode, MaybeIssued: ex.out.Load(), Attempts: ex.attempts}
-	switch {
-	case resp.StatusCode == http.StatusTooManyRequests:
-		e.RetryAfter = c.hold.Remaining()
-	case resp.StatusCode < 400:
-		e.Kind = InvalidResponse
-		e.Detail = fmt.Sprintf("its status is %d instead of 200", resp.StatusCode)
-		if resp.StatusCode >= 300 {
-			e.Detail += ", and redirects are not followed: check token_url"
+// checkEcho refuses a response that contains a secret where none belongs. A
+// server that echoes its request would have the refresh key returned as a token
+// or shown as an organization; and what was granted is shown, so that the token
+// must not be part of it. Values that were requested are not searched for the
+// key: some keys contain the name of their organization.
+func (c *Client) checkEcho(t *Token, organizationName string, tr TokenRequest) error {
+	token := t.Value.Reveal()
+	containsToken := func(s string) bool { return len(token) >= minToken && strings.Contains(s, token) }
+	key := c.redactor.repeats(token) || c.redactor.repeats(organizationName)
+	twice := containsToken(organizationName)
+	for _, s := range append([]string{t.OrganizationID, t.ScopesOrganizationID}, t.Scopes...) {
+		if s != tr.OrganizationID && !slices.Contains(tr.Scopes, s) {
+			key = key || c.redactor.contains(s)
+			twice = twice || containsToken(s)
 		}
-		return e
 	}
-	e.Detail = c.envelope(raw)
-	return e
+	switch {
+	case key:
+		return errors.New("it repeats the refresh key: check that token_url is Cable's")
+	case twice:
+		return errors.New("it contains its token in more than one field")
+	}
+	return nil
 }
 
-// envelope returns the cleaned words of Cable's error envelope, or "".
+// envelope returns the message of Cable's error envelope, made safe to show, or
+// "".
 func (c *Client) envelope(raw []byte) string {
-	var env errorBody
-	if len(raw) > maxErrorAnswer || json.Unmarshal(raw, &env) != nil {
+	var body errorBody
+	if len(raw) > maxErrorBody || json.Unmarshal(raw, &body) != nil {
 		return ""
 	}
-	said := env.Message
-	for i, e := range env.Errors {
-		sep := "; "
+	text := body.Message
+	for i, e := range body.Errors {
+		separator := "; "
 		if i == 0 {
-			sep = ": "
+			separator = ": "
 		}
-		said += sep + strings.TrimPrefix(e.Field+": "+e.Message, ": ")
-		if len(said) > 4*maxText {
+		text += separator + strings.TrimPrefix(e.Field+": "+e.Message, ": ")
+		if len(text) > 4*maxText {
 			break // the rest would be cut off
 		}
 	}
-	return c.redactor.clean(strings.TrimPrefix(said, ": "))
+	return c.redactor.clean(strings.TrimPrefix(text, ": "))
+}
+
+// cableClock returns Cable's clock when it sent the response to a call of the
+// given duration: Date plus Age, or the zero time without a usable Date. An Age
+// beyond the call means that a cache responded, from which a token cannot be
+// taken: it is older than its lease would be. An Age counts a second more than it
+// says, because it is cut off at whole seconds.
+func cableClock(header http.Header, duration time.Duration) (time.Time, error) {
+	var age time.Duration
+	if values := header.Values("Age"); len(values) > 0 {
+		seconds, err := strconv.ParseUint(values[0], 10, 31)
+		if err != nil || len(values) > 1 {
+			return time.Time{}, errors.New("its Age header is not one whole number of seconds")
+		}
+		if age = time.Duration(seconds) * time.Second; age > duration+ageSlack {
+			return time.Time{}, errors.New("its Age header exceeds the duration of the call: it comes from a cache")
+		}
+		age += time.Second
+	}
+	now := date(header)
+	if !now.IsZero() {
+		now = now.Add(age)
+	}
+	return now, nil
 }
 
 // date reads the Date header, or returns the zero time.
-func date(resp *http.Response) time.Time {
-	t, err := http.ParseTime(resp.Header.Get("Date"))
+func date(header http.Header) time.Time {
+	t, err := http.ParseTime(header.Get("Date"))
 	if err != nil {
 		return time.Time{}
 	}

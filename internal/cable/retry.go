@@ -5,123 +5,77 @@ package cable
 
 import (
 	"context"
-	"errors"
+	"encoding/json"
+	"fmt"
 	"net/http"
-	"net/http/httptrace"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
-// exchange follows one RequestToken over its attempts. It travels in the
-// request's context, because that is all that a round trip and a repeat share.
-type exchange struct {
-	attempts int
-	refused  int // the status of the last attempt that was refused for now
-	sentAt   time.Time
-	out      atomic.Bool // bytes may have gone out, and no answer says that they were refused
+const (
+	maxRetries = 2
+	retryDelay = 100 * time.Millisecond // before the first retry, doubled for the second; jitter doubles it at most
+	noRetry    = time.Duration(-1)
+)
+
+// request is one RequestToken over its API calls.
+type request struct {
+	TokenRequest
+	client      *Client
+	caller      context.Context // without the budget
+	body        []byte
+	calls       int
+	rateLimited bool // Cable responded 429
 }
 
-type exchangeKey struct{}
-
-// trace returns ctx with ex in it, told by net/http when there is a connection.
-func (ex *exchange) trace(ctx context.Context) context.Context {
-	ctx = context.WithValue(ctx, exchangeKey{}, ex)
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		// net/http looks for another connection only if nothing went out on one.
-		GetConn: func(string) { ex.out.Store(false) },
-		GotConn: func(httptrace.GotConnInfo) { ex.out.Store(true) },
+// RequestToken requests an access token from Cable. It returns the token, an
+// *Error, or the error of tr.Allow as it is. It takes at most the client's
+// Timeout, less the time since tr.Start, and ends when ctx does.
+func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, error) {
+	defer func() { // after the response's body is closed, which is when a connection becomes idle
+		if c.closed.Load() {
+			c.transport.CloseIdleConnections()
+		}
+	}()
+	body, err := json.Marshal(requestBody{
+		ExpirySeconds: int64(tr.Lifetime / time.Second),
+		Scopes:        scopesBody{OrganizationID: tr.OrganizationID, Scopes: tr.Scopes},
 	})
-}
-
-// roundTripper notes when each attempt was sent, and begins the hold.
-//
-// NOTE: it does not embed the transport. retryablehttp closes the idle
-// connections of a client after each failure, and would find the method to do
-// so; under load that would make every other request reconnect.
-type roundTripper struct {
-	base    *http.Transport
-	hold    *Pause
-	observe func(Call)
-}
-
-// RoundTrip implements [http.RoundTripper].
-func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
-	ex, ok := req.Context().Value(exchangeKey{}).(*exchange)
-	if !ok {
-		return nil, errors.New("a request that is not RequestToken's")
-	}
-	ex.attempts++
-	ex.out.Store(false)
-	ex.sentAt = time.Now()
-	resp, err := t.base.RoundTrip(req)
-	call := Call{Duration: time.Since(ex.sentAt), Retry: ex.attempts > 1}
-	defer func() { t.observe(call) }()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("encoding the request: %w", err)
 	}
-	call.StatusCode = resp.StatusCode
-	switch status := resp.StatusCode; {
-	case status >= 300 && status < 400:
-		// Nobody follows it, but http.Client would fail on one it cannot read.
-		resp.Header.Del("Location")
-		ex.out.Store(false)
-	case status >= 400 && status < 500 && status != http.StatusRequestTimeout || status == http.StatusServiceUnavailable:
-		// NOTE: a 408 or another 5xx does not say that nothing was minted: it may
-		// be the word of a gateway that lost the answer.
-		ex.out.Store(false)
-		ex.refused = status
+	if tr.Allow == nil {
+		tr.Allow = func() error { return nil }
 	}
-	if resp.StatusCode == http.StatusTooManyRequests {
-		wait, ok := retryAfter(resp)
-		if !ok {
-			wait = defaultHold
+	if now := time.Now(); tr.Start.IsZero() || tr.Start.After(now) {
+		tr.Start = now
+	}
+	r := &request{TokenRequest: tr, client: c, caller: ctx, body: body}
+	ctx, cancel := context.WithDeadline(ctx, tr.Start.Add(c.timeout))
+	defer cancel()
+	end, _ := ctx.Deadline() // the caller's, if that is earlier
+	for {
+		token, wait, err := r.call(ctx)
+		if err == nil || wait == noRetry || r.calls > maxRetries {
+			return token, err
 		}
-		call.PauseBegan = t.hold.begin(wait)
-	}
-	return resp, nil
-}
-
-// checkRepeat says whether the request may be sent again: only where nothing
-// can have been minted, and where the wait fits the budget.
-func checkRepeat(ctx context.Context, resp *http.Response, err error) (bool, error) {
-	if err == nil && resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusServiceUnavailable {
-		return false, nil
-	}
-	if ctx.Err() != nil {
-		return false, ctx.Err()
-	}
-	ex, ok := ctx.Value(exchangeKey{}).(*exchange)
-	var wait time.Duration
-	if err != nil {
-		ok = ok && !ex.out.Load() && !isCertificateError(err) && !errors.Is(err, errNotLoopback)
-	} else if ok {
-		wait, ok = retryAfter(resp)
-	}
-	if !ok {
-		return false, nil
-	}
-	// What repeatWait says can be longer by this: a wait that ran into the end of
-	// the budget would hide what Cable had answered.
-	deadline, bounded := ctx.Deadline()
-	return !bounded || wait+repeatDelay<<ex.attempts < time.Until(deadline), nil
-}
-
-// repeatWait is the time before repeat n (0, 1): what Cable named, else a short
-// growing one; with jitter, so that callers that failed together part.
-func repeatWait(n int, resp *http.Response) time.Duration {
-	wait := repeatDelay << n
-	if resp != nil {
-		if named, ok := retryAfter(resp); ok {
-			wait = max(wait, named)
+		// The jitter parts callers that failed together. A wait that could last to
+		// the end of the budget would hide how Cable responded.
+		jitterMax := retryDelay << (r.calls - 1)
+		wait = max(wait, jitterMax)
+		if wait+jitterMax >= time.Until(end) {
+			return nil, err
+		}
+		if err := sleep(ctx, wait+jitter(jitterMax)); err != nil {
+			return nil, r.failure(ctx, false, err)
 		}
 	}
-	return wait + jitter(repeatDelay<<n)
 }
 
 // retryAfter reads the header in both of its forms (RFC 9110, 10.2.3): seconds,
-// or a date, which is taken against the Date of the same answer.
+// or a date, which is compared with the Date of the same response. It returns
+// at most MaxLifetime.
 func retryAfter(resp *http.Response) (time.Duration, bool) {
 	text := strings.TrimSpace(resp.Header.Get("Retry-After"))
 	if seconds, err := strconv.ParseUint(text, 10, 63); err == nil {
@@ -131,7 +85,7 @@ func retryAfter(resp *http.Response) (time.Duration, bool) {
 	if err != nil {
 		return 0, false
 	}
-	now := date(resp)
+	now := date(resp.Header)
 	if now.IsZero() {
 		now = time.Now()
 	}

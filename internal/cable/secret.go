@@ -8,16 +8,16 @@ import (
 	"fmt"
 )
 
-// redacted stands wherever a secret would have been printed.
+// redacted is printed in place of a secret.
 const redacted = "[redacted]"
 
-// Secret holds a refresh key or an access token so that no formatting verb and
-// no encoder prints it; [Secret.Reveal] is the only way out. The zero value is
-// the empty secret.
+// Secret is a refresh key or an access token that no formatting verb and no
+// encoder prints; only [Secret.Reveal] returns it. The zero value is the empty
+// secret.
 //
-// NOTE: the text sits behind a pointer on purpose. fmt does not call the
-// methods of unexported struct fields, and would print a plain string there;
-// of a pointer inside a struct it prints the address.
+// NOTE: the text is behind a pointer on purpose. fmt does not call the methods
+// of unexported struct fields, and would print a plain string there; of a
+// pointer inside a struct it prints the address.
 type Secret struct{ text *string }
 
 // NewSecret wraps s.
@@ -28,8 +28,8 @@ func NewSecret(s string) Secret {
 	return Secret{text: &s}
 }
 
-// Reveal returns the text itself, to be put into the one header, answer or
-// storage entry that must hold it.
+// Reveal returns the text itself, for the one header, response or storage entry
+// that must contain it.
 func (s Secret) Reveal() string {
 	if s.text == nil {
 		return ""
@@ -46,6 +46,6 @@ func (s Secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(redacted)) }
 // MarshalJSON implements [json.Marshaler].
 func (s Secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
 
-// MarshalText implements encoding.TextMarshaler, which encoders other than
+// MarshalText implements [encoding.TextMarshaler], which encoders other than
 // JSON's use.
 func (s Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }

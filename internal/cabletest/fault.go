@@ -1,3 +1,6 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 package cabletest
 
 import (
@@ -16,28 +19,29 @@ import (
 // Values of Fault.Reset: where in a call its TCP connection is reset (with HTTP/2, its stream).
 const (
 	ResetBefore = "before" // before the request's body is read: nothing is minted
-	ResetAfter  = "after"  // instead of the answer: a valid request has minted a token that nobody holds
-	ResetHalf   = "half"   // after half of the answer's body
+	ResetAfter  = "after"  // instead of the response: a valid request has minted a token that is not delivered
+	ResetHalf   = "half"   // after half of the response's body
 )
 
-// Fault is how calls misbehave. Zero fields behave. As JSON, names are as tagged and durations are Go's strings, "5s".
+// Fault describes how calls fail. The zero value is a call that does not. As JSON, names are as tagged and durations are
+// Go's strings, "5s".
 //
-// In Message, Errors, Header and Body the placeholder {refresh_key} stands for the Authorization header that the call
-// brought, to simulate a server that echoes the key.
+// In Message, Errors, Header and Body the placeholder {refresh_key} is replaced by the call's Authorization header, to
+// simulate a server that echoes the key.
 type Fault struct {
 	Times int `json:"times"` // calls that it applies to; 0: until cleared
 	Every int `json:"every"` // applies to every Nth call only; 0: to each
 
-	// Delay comes before the answer, and before anything is minted. It ends when the caller goes away or the simulator
-	// is closed: then nothing is minted. Stall comes after half of the answer's body.
+	// Delay is the wait before the response, and before anything is minted. It ends when the caller leaves or the
+	// simulator is closed: then nothing is minted. Stall is the wait after half of the response's body.
 	Delay time.Duration `json:"delay"`
 	Stall time.Duration `json:"stall"`
 
-	Status  int          `json:"status"`  // answer this (200 to 599) with the error envelope, minting nothing
+	Status  int          `json:"status"`  // respond with this (200 to 599) and the error envelope, minting nothing
 	Message string       `json:"message"` // of the envelope; default: the status's text
 	Errors  []FieldError `json:"errors"`  // of the envelope
 
-	// Header is set on the answer. An empty value removes a header, Date included.
+	// Header is set on the response. An empty value removes a header, Date included.
 	Header   map[string]string `json:"header"`
 	Body     string            `json:"body"`      // instead of the JSON; a valid request still mints if Status is 0
 	BodySize int64             `json:"body_size"` // bytes of filler after Body, instead of the JSON
@@ -45,12 +49,12 @@ type Fault struct {
 
 	Reset     string        `json:"reset"`      // ResetBefore, ResetAfter, ResetHalf; "": no reset
 	ClockSkew time.Duration `json:"clock_skew"` // Cable's clock (Date, expiry) is ahead by this; negative: behind
-	Grant     *Grant        `json:"grant"`      // what a successful answer says instead of what was asked
+	Grant     *Grant        `json:"grant"`      // what a successful response says instead of what was requested
 }
 
-// Grant is what a successful answer says instead of what was asked. Zero fields say what was asked.
+// Grant is what a successful response says instead of what was requested. Zero fields say what was requested.
 type Grant struct {
-	Lifetime             *time.Duration  `json:"lifetime"` // the token's true life, in whole seconds; may be negative
+	Lifetime             *time.Duration  `json:"lifetime"` // the token's true lifetime, in whole seconds; may be negative
 	OrganizationID       *string         `json:"organization_id"`
 	ScopesOrganizationID *string         `json:"scopes_organization_id"`
 	Scopes               *[]string       `json:"scopes"`
@@ -67,7 +71,7 @@ type pendingFault struct {
 	seen, used int
 }
 
-// SetFault replaces all faults by f. A fault that makes no sense (an unknown Reset, a negative duration) panics.
+// SetFault replaces all faults with f. It panics if f is not valid (an unknown Reset, a negative duration).
 func (s *Simulator) SetFault(f Fault) { s.putFault(f, true) }
 
 // AddFault appends f to the faults. They are used in order, each for its Times.
@@ -92,7 +96,7 @@ func (s *Simulator) putFault(f Fault, replace bool) {
 	s.faults = append(s.faults, pendingFault{Fault: f})
 }
 
-// nextFault returns the fault that applies to the call that just arrived. s.mu is held.
+// nextFault returns the fault that applies to the call that just arrived. The caller has locked s.mu.
 func (s *Simulator) nextFault() *Fault {
 	if len(s.faults) == 0 {
 		return &s.opts.Default
@@ -124,7 +128,7 @@ func (f *Fault) check() error {
 	return nil
 }
 
-// UnmarshalJSON refuses unknown fields and faults that make no sense.
+// UnmarshalJSON refuses unknown fields and faults that are not valid.
 func (f *Fault) UnmarshalJSON(data []byte) error {
 	type plain Fault // without this method
 	v := struct {
@@ -171,7 +175,7 @@ func (d *duration) UnmarshalJSON(data []byte) error {
 	return err
 }
 
-// echo puts the call's Authorization header in place of the placeholder.
+// echo replaces the placeholder with the call's Authorization header.
 func (f *Fault) echo(r *http.Request, text string) string {
 	return strings.ReplaceAll(text, "{refresh_key}", r.Header.Get("Authorization"))
 }
@@ -196,8 +200,8 @@ func (f *Fault) setHeader(r *http.Request, h http.Header) {
 	}
 }
 
-// apply makes the answer say what g says, and m what the caller therefore holds.
-func (g *Grant) apply(a *answer, m *Minted) {
+// apply changes the response to what g says, and m to the token that the caller therefore gets.
+func (g *Grant) apply(a *response, m *Minted) {
 	set(&a.OrganizationID, g.OrganizationID)
 	set(&a.Scopes.OrganizationID, g.ScopesOrganizationID)
 	set(&a.Scopes.Scopes, g.Scopes)
@@ -222,8 +226,8 @@ func set[T any](to, from *T) {
 	}
 }
 
-// write sends an answer's body: start and the filler, compressed or not, with a wait or a reset after half of it.
-// Errors of writing are dropped: the caller is gone, or a Content-Length of the fault's own forbids a body.
+// write sends a response's body: start and the filler, compressed or not, with a wait or a reset after half of it.
+// Errors of writing are dropped: the caller has left, or a Content-Length in Header forbids a body.
 func (f *Fault) write(w http.ResponseWriter, start []byte, wait func() bool) {
 	if f.BodySize == 0 && f.Stall == 0 && f.Reset == "" && !f.Gzip {
 		_, _ = w.Write(start) // the hot path

@@ -1,3 +1,6 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 package cabletest_test
 
 import (
@@ -20,7 +23,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// post sends a request over the network and returns the answer and its whole body.
+// post sends a request over the network and returns the response and its whole body.
 func post(t *testing.T, client *http.Client, r *http.Request) (*http.Response, []byte) {
 	t.Helper()
 	resp, err := client.Do(r)
@@ -46,11 +49,11 @@ func TestFaultStatus(t *testing.T) {
 	})
 	resp, got := serve(t, sim, newRequest(t, sim, sim.Path(), validBody))
 	key := sim.RefreshKey()
-	want := answer{
+	want := response{
 		Code: 429, Message: "slow down, " + key, Errors: []cabletest.FieldError{{Field: "a.b", Message: "no " + key}},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("answer (-want +got):\n%s", diff)
+		t.Errorf("response (-want +got):\n%s", diff)
 	}
 	if resp.StatusCode != 429 || resp.Header.Get("Retry-After") != "7" || resp.Header.Get("Location") != "/?k="+key {
 		t.Errorf("status %d, header %v", resp.StatusCode, resp.Header)
@@ -59,7 +62,7 @@ func TestFaultStatus(t *testing.T) {
 		t.Errorf("call = %+v", c)
 	}
 	if text := fmt.Sprintf("%+v", sim.Calls()); strings.Contains(text, cabletest.RefreshKeyMarker) {
-		t.Errorf("a call holds the key: %s", text)
+		t.Errorf("a call contains the key: %s", text)
 	}
 
 	// The placeholder is what the call brought, not what the simulator knows.
@@ -143,19 +146,19 @@ func TestFaultOrder(t *testing.T) {
 
 func TestFaultGrant(t *testing.T) {
 	t.Parallel()
-	life := func(d time.Duration) *time.Duration { return &d }
+	lifetime := func(d time.Duration) *time.Duration { return &d }
 	tests := map[string]struct {
-		fault   cabletest.Fault
-		replace [2]string     // in the well-behaved answer, to get the expected one
-		life    time.Duration // of the token; 0: as asked
+		fault    cabletest.Fault
+		replace  [2]string     // in the response without faults, to get the expected one
+		lifetime time.Duration // of the token; 0: as requested
 	}{
-		"life": {
-			fault:   cabletest.Fault{Grant: &cabletest.Grant{Lifetime: life(10 * time.Second)}},
-			replace: [2]string{`1711929600`, `1711926010`}, life: 10 * time.Second,
+		"lifetime": {
+			fault:   cabletest.Fault{Grant: &cabletest.Grant{Lifetime: lifetime(10 * time.Second)}},
+			replace: [2]string{`1711929600`, `1711926010`}, lifetime: 10 * time.Second,
 		},
-		"life in the past": {
-			fault:   cabletest.Fault{Grant: &cabletest.Grant{Lifetime: life(-time.Minute)}},
-			replace: [2]string{`1711929600`, `1711925940`}, life: -time.Minute,
+		"lifetime in the past": {
+			fault:   cabletest.Fault{Grant: &cabletest.Grant{Lifetime: lifetime(-time.Minute)}},
+			replace: [2]string{`1711929600`, `1711925940`}, lifetime: -time.Minute,
 		},
 		"organization": {
 			fault:   cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("org_other")}},
@@ -221,15 +224,15 @@ func TestFaultGrant(t *testing.T) {
 			}
 			want := strings.Replace(behaved, tt.replace[0], tt.replace[1], 1)
 			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("answer (-want +got):\n%s", diff)
+				t.Errorf("response (-want +got):\n%s", diff)
 			}
-			asked := tt.life
-			if asked == 0 {
-				asked = time.Hour
+			requested := tt.lifetime
+			if requested == 0 {
+				requested = time.Hour
 			}
 			issued := clock().Add(tt.fault.ClockSkew).Truncate(time.Second)
-			if !minted[0].IssuedAt.Equal(issued) || !minted[0].Expiry.Equal(issued.Add(asked)) {
-				t.Errorf("minted %s to %s, want %s to %s", minted[0].IssuedAt, minted[0].Expiry, issued, issued.Add(asked))
+			if !minted[0].IssuedAt.Equal(issued) || !minted[0].Expiry.Equal(issued.Add(requested)) {
+				t.Errorf("minted %s to %s, want %s to %s", minted[0].IssuedAt, minted[0].Expiry, issued, issued.Add(requested))
 			}
 			if got, want := resp.Header.Get("Date"), issued.Format(http.TimeFormat); got != want {
 				t.Errorf("Date = %q, want %q", got, want)
@@ -330,7 +333,7 @@ func TestFaultGzip(t *testing.T) {
 		t.Errorf("%d bytes, %v; want %d", n, err, size)
 	}
 
-	srv.SetFault(cabletest.Fault{Gzip: true}) // a good answer, which Go's client unpacks by itself
+	srv.SetFault(cabletest.Fault{Gzip: true}) // a good response, which Go's client unpacks by itself
 	_, body = post(t, http.DefaultClient, newRequest(t, srv.Simulator, srv.URL, validBody))
 	if !bytes.Contains(body, []byte(cabletest.TokenMarker)) {
 		t.Errorf("body %q", body)
@@ -366,7 +369,7 @@ func TestFaultReset(t *testing.T) {
 						body, err = io.ReadAll(resp.Body)
 						resp.Body.Close()
 						if reset != cabletest.ResetHalf {
-							t.Errorf("answered: %d %q", resp.StatusCode, body)
+							t.Errorf("response: %d %q", resp.StatusCode, body)
 						}
 						// Elsewhere than on Linux, a reset may overtake what was sent before it.
 						if want := resp.ContentLength / 2; runtime.GOOS == "linux" && int64(len(body)) != want {
@@ -421,14 +424,14 @@ func TestFaultDelay(t *testing.T) {
 	}
 	srv.Close()
 	if err := <-done; err == nil {
-		t.Error("answered after Close")
+		t.Error("a response after Close")
 	}
 	if c := <-ended; c.Status != 0 || c.Minted {
 		t.Errorf("the simulator was closed: %+v", c)
 	}
 }
 
-// TestFaultShortDelayAndStall waits both out: the answer is good, and not before their time.
+// TestFaultShortDelayAndStall waits for both: the response is good, and not early.
 func TestFaultShortDelayAndStall(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewServer(t, nil)

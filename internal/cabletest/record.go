@@ -1,3 +1,6 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 package cabletest
 
 import (
@@ -8,38 +11,38 @@ import (
 	"time"
 )
 
-// Call is what the simulator saw of one request and what it did. It never holds the text of the Authorization header:
-// a value in which the refresh key or an access token stands is recorded as "[redacted]".
+// Call is one API call as the simulator saw it, and how it responded. It never contains the Authorization header, and a
+// value that contains the refresh key or an access token is recorded as "[redacted]".
 type Call struct {
 	Time            time.Time `json:"time"` // of arrival, by Options.Now
 	Method          string    `json:"method"`
 	Path            string    `json:"path"`
 	Proto           string    `json:"proto"` // "HTTP/1.1" or "HTTP/2.0"
 	AuthorizationOK bool      `json:"authorization_ok"`
-	ExpirySeconds   int64     `json:"expiry_seconds"` // as asked; 0 if it could not be read
+	ExpirySeconds   int64     `json:"expiry_seconds"` // as requested; 0 if it could not be read
 	OrganizationID  string    `json:"organization_id"`
 	Scopes          []string  `json:"scopes"`
-	Status          int       `json:"status"` // answered; 0 while unanswered, and for ever if the call got no answer
+	Status          int       `json:"status"` // of the response; 0 until it is sent, and for good if there is none
 	UserAgent       string    `json:"user_agent"`
 	RemoteAddr      string    `json:"remote_addr"`
-	Minted          bool      `json:"minted"` // a token exists now, whether or not the caller got it
+	Minted          bool      `json:"minted"` // a token exists, delivered or not
 }
 
 // Minted is an access token that exists. Its times are whole seconds of Cable's clock, Fault.ClockSkew included.
 type Minted struct {
 	Token          string
-	OrganizationID string   // as asked
-	Scopes         []string // as asked
+	OrganizationID string   // as requested
+	Scopes         []string // as requested
 	IssuedAt       time.Time
-	Expiry         time.Time // the true one, whatever Grant.Expiry made the answer say
+	Expiry         time.Time // the true one, whatever Grant.Expiry says
 }
 
-// Stats counts what a Simulator saw since it was made or Reset.
+// Stats counts since New or Reset.
 type Stats struct {
 	Calls       int         `json:"calls"`
 	Minted      int         `json:"minted"`
 	Connections int         `json:"connections"`
-	ByStatus    map[int]int `json:"by_status"` // calls that got no answer are under 0
+	ByStatus    map[int]int `json:"by_status"` // calls without a response are under 0
 }
 
 // record is what a Simulator saw since New or Reset. A call writes to the record that it began in.
@@ -50,7 +53,7 @@ type record struct {
 }
 
 // begin records that a call arrived. It returns the fault that applies to the call, and the function that records how
-// it ended. That comes before the answer, so that a caller who has the answer finds the call recorded.
+// it ended. It is called before the response is sent, so that a caller that has it finds the call recorded.
 func (s *Simulator) begin(arrived Call) (f *Fault, finish func(Call, *Minted)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -75,7 +78,7 @@ func (s *Simulator) begin(arrived Call) (f *Fault, finish func(Call, *Minted)) {
 }
 
 // Calls returns the latest calls to any path, at most Recorded, in the order of arrival. A call is there from its
-// arrival on, before it is answered.
+// arrival on, before the response.
 func (s *Simulator) Calls() []Call {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -106,7 +109,7 @@ func (s *Simulator) Stats() Stats {
 	return Stats{s.seen.calls.n, s.seen.minted.n, s.Connections(), maps.Clone(s.seen.byStatus)}
 }
 
-// Reset forgets every call, token and count. The refresh key and the faults stay; connections that are open stay open
+// Reset deletes every call, token and count. The refresh key and the faults stay; connections that are open stay open
 // and are not counted again.
 func (s *Simulator) Reset() {
 	s.mu.Lock()

@@ -1,13 +1,16 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 // Package cabletest simulates Cable's token API, POST <base>/auth/token, for tests and demos.
 //
 // Its rules:
 //
-//   - Well-behaved, it refuses what Cable's documents call invalid and nothing else. Where they disagree (the form of
-//     the Authorization header) Options decides; where they are silent (an empty list of scopes, a scope that they do
-//     not name, a field that they do not name) it accepts.
-//   - It misbehaves only when told to, by a Fault.
-//   - What it records of a call never holds the refresh key or an access token. Both carry marker strings, so that a
-//     test can look for them in whatever should not hold them.
+//   - It refuses what Cable's documents call invalid and nothing else. If they disagree (the form of the Authorization
+//     header), Options decides; if they are silent (an empty list of scopes, a scope or a field that they do not name),
+//     it accepts.
+//   - It fails only by a Fault.
+//   - What it records of a call never contains the refresh key or an access token. Both contain marker strings, so that
+//     a test can look for them in whatever must not contain them.
 //
 // Source of each rule: Cable's request-token reference (v2.0) and its OpenAPI documents.
 package cabletest
@@ -31,14 +34,14 @@ import (
 )
 
 const (
-	// TokenMarker stands verbatim in every access token.
+	// TokenMarker is part of every access token.
 	TokenMarker = "CABLETOKENCANARY"
-	// RefreshKeyMarker stands verbatim in every refresh key made by NewRefreshKey.
+	// RefreshKeyMarker is part of every refresh key made by NewRefreshKey.
 	RefreshKeyMarker = "REFRESHKEYCANARY"
 
-	// MinExpirySeconds is the least expiry_seconds, itself included (request-token reference).
+	// MinExpirySeconds is the lowest expiry_seconds that is accepted (request-token reference).
 	MinExpirySeconds = 300
-	// MaxExpirySeconds is the most, itself included.
+	// MaxExpirySeconds is the highest one.
 	MaxExpirySeconds = 86400
 
 	// DefaultOrganizationID is that of Cable's own sample (v1.0 reference).
@@ -46,7 +49,7 @@ const (
 	// DefaultOrganizationName is the same organization's name.
 	DefaultOrganizationName = "Cable Financial Services"
 
-	// Recorded is how many calls, and how many minted tokens, a Simulator remembers: the latest ones. Its counters
+	// Recorded is the number of calls, and of minted tokens, that a Simulator keeps: the latest ones. Its counters
 	// count all.
 	Recorded = 10_000
 
@@ -62,7 +65,7 @@ const (
 	SchemeAny    = "any"    // either
 )
 
-// Options of a Simulator. The zero value is a well-behaved Cable with one organization.
+// Options of a Simulator. The zero value is a Cable without faults and with one organization.
 type Options struct {
 	RefreshKey    string            // default: NewRefreshKey()
 	Scheme        string            // default: SchemeRaw
@@ -70,7 +73,7 @@ type Options struct {
 	BasePath      string            // default "/base/v2"; the endpoint is BasePath + "/auth/token"
 	Now           func() time.Time  // Cable's clock; default time.Now
 	Default       Fault             // for each call that no other fault applies to; its Times and Every are ignored
-	Log           func(Call)        // called once for each call, before it is answered; must be safe for concurrent use
+	Log           func(Call)        // called once for each call, before the response; must be safe for concurrent use
 }
 
 // FieldError is one element of errors[] in Cable's error envelope.
@@ -79,16 +82,16 @@ type FieldError struct {
 	Message string `json:"message"`
 }
 
-// envelope is the JSON of every error that Cable answers.
+// envelope is the JSON of every error response.
 type envelope struct {
 	Code    int          `json:"code"` // mirrors the HTTP status
 	Message string       `json:"message"`
 	Errors  []FieldError `json:"errors,omitempty"`
 }
 
-// answer is the JSON of a success. All but scopes are in the schema's list of required fields; what is optional here
-// is so for Grant.
-type answer struct {
+// response is the JSON of a success. All but scopes are in the schema's list of required fields; those that are
+// optional here are for Grant.
+type response struct {
 	Token            *string         `json:"token,omitempty"`
 	Expiry           json.RawMessage `json:"expiry,omitempty"` // Unix seconds
 	OrganizationID   string          `json:"organization_id"`
@@ -110,7 +113,7 @@ type Simulator struct {
 	closed      chan struct{}
 	closeOnce   sync.Once
 
-	mu     sync.Mutex // guards what follows; never held while a call waits or is written
+	mu     sync.Mutex // guards what follows; never locked while a call waits or is written
 	seen   *record
 	faults []pendingFault
 }
@@ -150,7 +153,7 @@ func New(opts *Options) *Simulator {
 	return s
 }
 
-// NewRefreshKey returns a random refresh key that holds RefreshKeyMarker.
+// NewRefreshKey returns a random refresh key that contains RefreshKeyMarker.
 func NewRefreshKey() string { return RefreshKeyMarker + "-" + rand.Text() }
 
 // Path returns the path of the token endpoint, such as "/base/v2/auth/token".
@@ -162,10 +165,10 @@ func (s *Simulator) RefreshKey() string { return *s.key.Load() }
 // SetRefreshKey replaces the refresh key: the old one is refused from now on.
 func (s *Simulator) SetRefreshKey(key string) { s.key.Store(&key) }
 
-// Close ends every Delay and Stall, under way and to come: those calls get no further answer.
+// Close ends every Delay and Stall, now and later: those calls get no further response.
 func (s *Simulator) Close() { s.closeOnce.Do(func() { close(s.closed) }) }
 
-// ServeHTTP answers one call. A call to any other path than the endpoint's is answered with 404 and takes no fault.
+// ServeHTTP responds to one call. A call to any other path than the endpoint's gets a 404 and takes no fault.
 func (s *Simulator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	call := Call{
 		Time:            s.opts.Now(),
@@ -238,7 +241,7 @@ func (s *Simulator) authorized(header string) bool {
 }
 
 // redact keeps a secret that was sent in the wrong place (a key as organization_id) out of what is recorded. A key of
-// less than 8 bytes is a test's own and no secret: it would stand in too many texts.
+// less than 8 bytes is a test's own and no secret: too many texts contain it.
 func (s *Simulator) redact(text string) string {
 	key := s.RefreshKey()
 	if len(key) >= 8 && strings.Contains(text, key) || strings.Contains(text, TokenMarker) {
@@ -247,8 +250,8 @@ func (s *Simulator) redact(text string) string {
 	return text
 }
 
-// read reads the request into call and returns the error that Cable answers to it, or nil. Which of two errors wins is
-// the simulator's own choice: Cable's documents do not say.
+// read reads the request into call and returns the error that Cable responds with, or nil. If there are two, it is the
+// simulator's choice: Cable's documents do not say.
 func (s *Simulator) read(r *http.Request, call *Call) *envelope {
 	problems, malformed := s.readBody(r.Body, call)
 	mediaType, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
@@ -270,7 +273,7 @@ func (s *Simulator) read(r *http.Request, call *Call) *envelope {
 	return nil
 }
 
-// readBody reads a request's JSON into call and lists what is wrong with it. Pointers tell what is absent or null.
+// readBody reads a request's JSON into call and lists what is wrong with it. Pointers are nil for what is absent or null.
 func (s *Simulator) readBody(body io.Reader, call *Call) (problems []FieldError, malformed bool) {
 	var req struct {
 		ExpirySeconds *int64 `json:"expiry_seconds"`
@@ -311,7 +314,7 @@ func (s *Simulator) readBody(body io.Reader, call *Call) (problems []FieldError,
 	}
 	problem(req.Scopes.OrganizationID == nil, "scopes.organization_id", "is required")
 	problem(req.Scopes.Scopes == nil, "scopes.scopes", "is required")
-	problem(slices.Contains(req.Scopes.Scopes, nil), "scopes.scopes", "must not hold null")
+	problem(slices.Contains(req.Scopes.Scopes, nil), "scopes.scopes", "must not contain null")
 	call.Scopes = make([]string, len(req.Scopes.Scopes))
 	for i, scope := range req.Scopes.Scopes {
 		if scope != nil {
@@ -321,24 +324,24 @@ func (s *Simulator) readBody(body io.Reader, call *Call) (problems []FieldError,
 	return problems, false
 }
 
-// mint makes the token that call asked for, and the answer that says so or, with a grant, says otherwise.
-func (s *Simulator) mint(call *Call, now time.Time, grant *Grant) (*Minted, *answer) {
+// mint makes the token that call requested, and the response with it, changed by grant if that is not nil.
+func (s *Simulator) mint(call *Call, now time.Time, grant *Grant) (*Minted, *response) {
 	g := grant
 	if g == nil {
 		g = &Grant{}
 	}
-	life := call.ExpirySeconds
+	lifetime := call.ExpirySeconds
 	if g.Lifetime != nil {
-		life = int64(*g.Lifetime / time.Second)
+		lifetime = int64(*g.Lifetime / time.Second)
 	}
 	m := &Minted{
-		Token:          newToken(call.OrganizationID, now.Unix(), now.Unix()+life),
+		Token:          newToken(call.OrganizationID, now.Unix(), now.Unix()+lifetime),
 		OrganizationID: call.OrganizationID,
 		Scopes:         call.Scopes,
 		IssuedAt:       now,
-		Expiry:         now.Add(time.Duration(life) * time.Second),
+		Expiry:         now.Add(time.Duration(lifetime) * time.Second),
 	}
-	a := &answer{
+	a := &response{
 		Token:            &m.Token,
 		Expiry:           strconv.AppendInt(nil, m.Expiry.Unix(), 10),
 		OrganizationID:   call.OrganizationID,
@@ -363,7 +366,7 @@ func newToken(organizationID string, issuedAt, expiry int64) string {
 	return header + "." + enc.EncodeToString(claims) + "." + TokenMarker + enc.EncodeToString(random[:])
 }
 
-// wait waits for d. It reports false as soon as the caller goes away or the simulator is closed.
+// wait waits for d. It reports false as soon as the caller leaves or the simulator is closed.
 func (s *Simulator) wait(r *http.Request, d time.Duration) bool {
 	if d <= 0 {
 		return true

@@ -1,3 +1,6 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 package cabletest_test
 
 import (
@@ -24,8 +27,8 @@ const org = cabletest.DefaultOrganizationID
 // validBody is Cable's own sample request (v1.0 reference).
 const validBody = `{"expiry_seconds":3600,"scopes":{"organization_id":"` + org + `","scopes":["transactions:write"]}}`
 
-// answer is any answer of the simulator, a success or an error.
-type answer struct {
+// response is any response of the simulator, a success or an error.
+type response struct {
 	Token            string          `json:"token"`
 	Expiry           json.RawMessage `json:"expiry"`
 	OrganizationID   string          `json:"organization_id"`
@@ -56,15 +59,15 @@ func newRequest(t *testing.T, sim *cabletest.Simulator, url, body string) *http.
 	return r
 }
 
-// serve calls sim without a network and returns the answer.
-func serve(t *testing.T, sim *cabletest.Simulator, r *http.Request) (*http.Response, answer) {
+// serve calls sim without a network and returns the response.
+func serve(t *testing.T, sim *cabletest.Simulator, r *http.Request) (*http.Response, response) {
 	t.Helper()
 	w := httptest.NewRecorder()
 	sim.ServeHTTP(w, r)
 	resp := w.Result()
-	var a answer
+	var a response
 	if err := json.Unmarshal(w.Body.Bytes(), &a); err != nil {
-		t.Fatalf("answer %q: %v", w.Body, err)
+		t.Fatalf("response %q: %v", w.Body, err)
 	}
 	if got := resp.Header.Get("Content-Type"); got != "application/json" {
 		t.Errorf("Content-Type = %q", got)
@@ -78,7 +81,7 @@ func TestMint(t *testing.T) {
 	resp, got := serve(t, sim, newRequest(t, sim, sim.Path(), validBody))
 	token := got.Token
 
-	var want answer
+	var want response
 	err := json.Unmarshal([]byte(`{
 		"expiry": 1711929600,
 		"organization_id": "org_9f8b7c6d5e4a3b2c1d0e",
@@ -90,7 +93,7 @@ func TestMint(t *testing.T) {
 	}
 	want.Token = token
 	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("answer (-want +got):\n%s", diff)
+		t.Errorf("response (-want +got):\n%s", diff)
 	}
 	if resp.StatusCode != http.StatusOK {
 		t.Errorf("status = %d", resp.StatusCode)
@@ -417,7 +420,7 @@ func TestRecordsHoldNoSecret(t *testing.T) {
 		}
 		text := fmt.Sprintf("%+v", calls)
 		if strings.Contains(text, cabletest.TokenMarker) || strings.Contains(text, cabletest.RefreshKeyMarker) {
-			t.Errorf("a call holds a secret: %s", text)
+			t.Errorf("a call contains a secret: %s", text)
 		}
 		if got := strings.Count(text, "[redacted]"); got != 8 {
 			t.Errorf("%d values redacted, want 8: %s", got, text)
@@ -470,7 +473,7 @@ func TestResetDuringCall(t *testing.T) {
 	sim := cabletest.New(nil)
 	body := &hook{Reader: strings.NewReader(validBody), once: func() {
 		if c := sim.Calls(); len(c) != 1 || c[0].Status != 0 {
-			t.Errorf("while unanswered: %+v", c)
+			t.Errorf("before the response: %+v", c)
 		}
 		sim.Reset()
 	}}

@@ -1,4 +1,4 @@
-// The jq that runs what docs/operations.md shows, where none is installed.
+// The jq that runs what docs/runbook.md shows, if none is installed.
 module github.com/cablesecrets/vault-plugin-secrets-cable/tools/jq
 
 go 1.25.3

@@ -1,3 +1,6 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
 //go:build tools
 
 // Package tools pins the Vault server that the end-to-end tests and the demo

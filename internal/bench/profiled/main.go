@@ -2,13 +2,15 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Command profiled serves the engine as the plugin does, and writes a CPU
-// profile of its whole life to the file that BENCH_PROFILE names. It stands in
-// for the plugin where bench is run with -profile; it is never shipped.
+// profile of its whole run to the file that BENCH_PROFILE names. It stands in
+// for the plugin if bench is run with -profile; it is never shipped. Log level
+// and garbage collection are set as the plugin sets them.
 package main
 
 import (
 	"context"
 	"os"
+	"runtime/debug"
 	"runtime/pprof"
 	"sync"
 
@@ -20,7 +22,8 @@ import (
 )
 
 func main() {
-	logger := hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
+	logger := hclog.New(&hclog.LoggerOptions{Level: hclog.Info, Output: os.Stderr, JSONFormat: true})
+	debug.SetGCPercent(200)
 	var once sync.Once
 	start := func() {
 		out, err := os.Create(os.Getenv("BENCH_PROFILE"))

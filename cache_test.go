@@ -1,0 +1,475 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// lateStorage reports an error for each write and keeps it, to be committed
+// later: as Vault's storage does if the caller leaves while it is slow.
+type lateStorage struct {
+	logical.Storage
+	commits []func() error
+}
+
+func (s *lateStorage) later(commit func() error) error {
+	s.commits = append(s.commits, commit)
+	return errors.New("context canceled") // bare text, as it crosses the plugin boundary
+}
+
+func (s *lateStorage) Put(_ context.Context, e *logical.StorageEntry) error {
+	return s.later(func() error { return s.Storage.Put(context.Background(), e) })
+}
+
+func (s *lateStorage) Delete(_ context.Context, key string) error {
+	return s.later(func() error { return s.Storage.Delete(context.Background(), key) })
+}
+
+// on sends a request with a storage of its own.
+func (m *testMount) on(s logical.Storage, op logical.Operation, path string, data map[string]any) (int, error) {
+	m.Helper()
+	resp, err := m.b.HandleRequest(m.Context(), &logical.Request{ID: "req-1", Operation: op, Path: path, Storage: s, Data: overJSON(m, data), MountPoint: "cable/"})
+	return statusOf(resp, err)
+}
+
+// TestUncertainWrites: a write that reports an error and is committed
+// afterwards. If it takes something away, no token is minted from then on, until
+// it is written again; and nothing read in between is kept.
+func TestUncertainWrites(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		op     logical.Operation
+		path   string
+		data   map[string]any
+		blocks bool
+		after  string // what a token request says once it was committed and invalidated; "" for a token
+	}{
+		"disable the role":       {logical.UpdateOperation, "roles/ci", map[string]any{"disabled": true}, true, `role "ci" is disabled`},
+		"disable it by a patch":  {logical.PatchOperation, "roles/ci", map[string]any{"disabled": true}, true, `role "ci" is disabled`},
+		"delete the role":        {logical.DeleteOperation, "roles/ci", nil, true, `role "ci" does not exist`},
+		"take a scope away":      {logical.UpdateOperation, "roles/ci", map[string]any{"scopes": "person:read"}, true, ""},
+		"shorten lifetimes":      {logical.UpdateOperation, "roles/ci", map[string]any{"max_ttl": 600}, true, ""},
+		"another organization":   {logical.UpdateOperation, "roles/ci", map[string]any{"organization_id": "org_2"}, true, "organization"},
+		"add a scope":            {logical.UpdateOperation, "roles/ci", map[string]any{"scopes": "person:read,transactions:read,a:b"}, false, ""},
+		"disable the mount":      {logical.UpdateOperation, "config", map[string]any{"disabled": true}, true, "the mount is disabled"},
+		"delete the config":      {logical.DeleteOperation, "config", nil, true, "not configured"},
+		"config, organization":   {logical.UpdateOperation, "config", map[string]any{"organization_id": "org_2"}, true, "organization"},
+		"config, a longer limit": {logical.UpdateOperation, "config", map[string]any{"request_timeout": 30}, false, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.read("creds/ci") // both are in memory
+			late := &lateStorage{Storage: m.storage}
+			if status, err := m.on(late, tt.op, tt.path, tt.data); status != http.StatusInternalServerError {
+				t.Fatalf("the write: %d %v", status, err)
+			}
+			creds := func(when string) {
+				t.Helper()
+				calls := m.sim.CallCount()
+				status, err := m.on(m.storage, logical.ReadOperation, "creds/ci", nil)
+				if blocked := status == http.StatusInternalServerError && strings.Contains(err.Error(), "write it again"); blocked != tt.blocks || !blocked && err != nil {
+					t.Errorf("%s: %d %v", when, status, err)
+				}
+				if tt.blocks && m.sim.CallCount() != calls {
+					t.Errorf("%s: Cable was called", when)
+				}
+			}
+			creds("before it is committed")
+			for _, commit := range late.commits {
+				if err := commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			creds("after it was committed")
+			// Another node's word, or the mount's next set-up, ends the uncertainty.
+			m.b.InvalidateKey(t.Context(), tt.path)
+			switch status, err := m.on(m.storage, logical.ReadOperation, "creds/ci", nil); {
+			case tt.after == "" && err != nil, tt.after != "" && (err == nil || !strings.Contains(err.Error(), tt.after)):
+				t.Errorf("after an invalidation: %d %v, want %q", status, err, tt.after)
+			}
+		})
+	}
+}
+
+// TestUncertainIsNotKept: what is read while a write is uncertain is used once.
+func TestUncertainIsNotKept(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/ci", map[string]any{"disabled": true})
+	late := &lateStorage{Storage: m.storage}
+	_, _ = m.on(late, logical.UpdateOperation, "roles/ci", map[string]any{"disabled": false})
+	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "is disabled")
+	if err := late.commits[0](); err != nil {
+		t.Fatal(err)
+	}
+	m.read("creds/ci") // the old entry was not kept
+	// Written again, it is kept.
+	m.write("roles/ci", map[string]any{"ttl": 600})
+	m.read("creds/ci")
+	m.storage.FailGet(true)
+	m.read("creds/ci")
+}
+
+// TestUncertainIsBounded: writes of made-up roles that fail take no memory for
+// good, and a blocked role stays blocked.
+func TestUncertainIsBounded(t *testing.T) {
+	t.Parallel()
+	c := newCache(nil, nil)
+	fails := func() error { return errors.New("context canceled") }
+	_ = c.write(t.Context(), "roles/blocked", true, fails)
+	for i := range 3 * maxCachedRoles {
+		_ = c.write(t.Context(), fmt.Sprintf("roles/r%d", i), false, fails)
+	}
+	if len(c.uncertain) > maxCachedRoles+1 || c.keepsRoles {
+		t.Errorf("%d entries, keeps roles: %t", len(c.uncertain), c.keepsRoles)
+	}
+	if c.uncertainLocked("roles/blocked") == nil {
+		t.Error("the blocked role is forgotten")
+	}
+	s := new(logical.InmemStorage)
+	m := &testMount{TB: t, storage: s}
+	m.putRole("r", &roleEntry{Scopes: []string{"a:b"}})
+	if role, err := c.role(t.Context(), s, "r"); err != nil || role == nil || len(c.roles) != 0 {
+		t.Errorf("%v %v, %d kept", role, err, len(c.roles))
+	}
+}
+
+// gateStorage holds calls of one kind for a key until they may proceed; it does
+// not look at their contexts, as an SDK call that cannot be cancelled.
+type gateStorage struct {
+	logical.Storage
+	key      string
+	puts     bool // hold writes, not reads
+	reached  chan struct{}
+	proceed  chan struct{}
+	reachOne sync.Once
+}
+
+func newGate(s logical.Storage, key string, puts bool) *gateStorage {
+	return &gateStorage{Storage: s, key: key, puts: puts, reached: make(chan struct{}), proceed: make(chan struct{})}
+}
+
+func (s *gateStorage) wait(key string) {
+	if key == s.key {
+		s.reachOne.Do(func() { close(s.reached) })
+		<-s.proceed
+	}
+}
+
+func (s *gateStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	entry, err := s.Storage.Get(ctx, key)
+	if !s.puts {
+		s.wait(key)
+	}
+	return entry, err
+}
+
+func (s *gateStorage) Put(ctx context.Context, e *logical.StorageEntry) error {
+	if s.puts {
+		s.wait(e.Key)
+	}
+	return s.Storage.Put(ctx, e)
+}
+
+// TestDisablingDoesNotWait: a write of one role that hangs in storage holds up
+// neither another role nor the configuration; and a second write of the same
+// role waits no longer than its caller.
+func TestDisablingDoesNotWait(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/other", map[string]any{"scopes": "person:read"})
+	gate := newGate(m.storage, "roles/ci", true)
+	done := make(chan error, 1)
+	go func() {
+		_, err := m.on(gate, logical.UpdateOperation, "roles/ci", map[string]any{"ttl": 600})
+		done <- err
+	}()
+	<-gate.reached
+	m.write("roles/other", map[string]any{"disabled": true})
+	m.write("config", map[string]any{"disabled": true})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: logical.UpdateOperation, Path: "roles/ci", Storage: m.storage, Data: map[string]any{"disabled": true}})
+	if err == nil || !strings.Contains(err.Error(), "waiting for another write") || time.Since(start) > 5*time.Second {
+		t.Errorf("after %s: %v", time.Since(start), err)
+	}
+	close(gate.proceed)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	m.write("roles/ci", map[string]any{"disabled": true})
+	if n := len(m.b.cache.writes.held); n != 0 {
+		t.Errorf("%d mutexes are left", n)
+	}
+}
+
+// TestHangingWriteIsAbandoned: a storage write that hangs ends with its caller,
+// and its entry is uncertain.
+func TestHangingWriteIsAbandoned(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	gate := newGate(m.storage, "roles/ci", true)
+	defer close(gate.proceed)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: logical.UpdateOperation, Path: "roles/ci", Storage: gate, Data: map[string]any{"disabled": true}})
+	if err == nil {
+		t.Error("the write succeeded")
+	}
+	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "write it again")
+}
+
+// TestDisabledMeanwhile: a token request is under way while its role or the
+// mount is disabled or deleted. Once that write has returned, no API call
+// starts, and no token is returned.
+func TestDisabledMeanwhile(t *testing.T) {
+	t.Parallel()
+	changes := map[string]func(m *testMount){
+		"role disabled":  func(m *testMount) { m.write("roles/ci", map[string]any{"disabled": true}) },
+		"role deleted":   func(m *testMount) { m.ok(logical.DeleteOperation, "roles/ci", nil) },
+		"mount disabled": func(m *testMount) { m.write("config", map[string]any{"disabled": true}) },
+		"config deleted": func(m *testMount) { m.ok(logical.DeleteOperation, "config", nil) },
+		"on another node": func(m *testMount) {
+			m.putRole("ci", &roleEntry{Scopes: []string{"person:read"}, Disabled: true})
+			m.b.InvalidateKey(m.Context(), "roles/ci")
+		},
+	}
+	for name, change := range changes {
+		for _, key := range []string{"config", "roles/ci"} {
+			t.Run(name+", while "+key+" is read", func(t *testing.T) {
+				t.Parallel()
+				m := newConfiguredMount(t)
+				gate := newGate(m.storage, key, false)
+				done := make(chan error, 1)
+				go func() {
+					_, err := m.on(gate, logical.ReadOperation, "creds/ci", nil)
+					done <- err
+				}()
+				<-gate.reached
+				change(m)
+				close(gate.proceed)
+				if err := <-done; err == nil || m.sim.CallCount() != 0 {
+					t.Errorf("%v, Cable was called %d times", err, m.sim.CallCount())
+				} else {
+					t.Log(err)
+				}
+			})
+		}
+		t.Run(name+", while a retry is waited for", func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "1"}})
+			done := make(chan error, 1)
+			go func() {
+				_, err := m.on(m.storage, logical.ReadOperation, "creds/ci", nil)
+				done <- err
+			}()
+			m.waitUntil(func() bool { return m.sim.CallCount() == 1 })
+			change(m)
+			if err := <-done; err == nil || m.sim.CallCount() != 1 {
+				t.Errorf("%v, Cable was called %d times", err, m.sim.CallCount())
+			}
+		})
+		t.Run(name+", while Cable responds", func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.sim.SetFault(cabletest.Fault{Delay: 200 * time.Millisecond})
+			done := make(chan error, 1)
+			go func() {
+				_, err := m.on(m.storage, logical.ReadOperation, "creds/ci", nil)
+				done <- err
+			}()
+			m.waitUntil(func() bool { return m.sim.CallCount() == 1 })
+			change(m)
+			if err := <-done; err == nil || !strings.Contains(err.Error(), "Cable may have issued a token that was not delivered, valid until "+m.until(time.Hour)) {
+				t.Errorf("the token was returned, or not reported: %v", err)
+			}
+			if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
+				t.Errorf("undelivered_tokens_total %v", n)
+			}
+			if line := m.logLine(m.log.String(), undeliveredPhrase); line["@level"] != "warn" || line["undelivered_until"] == nil {
+				t.Errorf("the line in the log: %v", line)
+			}
+		})
+	}
+	t.Run("changed, not disabled", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		gate := newGate(m.storage, "config", false)
+		done := make(chan error, 1)
+		go func() {
+			_, err := m.on(gate, logical.ReadOperation, "creds/ci", nil)
+			done <- err
+		}()
+		<-gate.reached
+		m.write("roles/ci", map[string]any{"scopes": "person:read"})
+		close(gate.proceed)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if calls := m.sim.Calls(); len(calls) != 1 || len(calls[0].Scopes) != 1 {
+			t.Errorf("the role as it was before the write was used: %+v", calls)
+		}
+	})
+}
+
+// TestBudgetFromReceipt: request_timeout begins when the request is received,
+// and what hangs in Vault is abandoned at its end.
+func TestBudgetFromReceipt(t *testing.T) {
+	t.Parallel()
+	check := func(t *testing.T, m *testMount, s logical.Storage) {
+		t.Helper()
+		start := time.Now()
+		status, err := m.on(s, logical.ReadOperation, "creds/ci", nil)
+		if took := time.Since(start); status != http.StatusGatewayTimeout || took < 900*time.Millisecond || took > 5*time.Second || m.sim.CallCount() != 0 {
+			t.Errorf("%d %v after %s, Cable was called %d times", status, err, took, m.sim.CallCount())
+		}
+		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 0 {
+			t.Errorf("undelivered_tokens_total %v", n)
+		}
+	}
+	t.Run("the role's storage", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.write("config", map[string]any{"request_timeout": 1})
+		gate := newGate(m.storage, "roles/ci", false)
+		defer close(gate.proceed)
+		check(t, m, gate)
+	})
+	t.Run("the configuration's storage, once its limit is known", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.write("config", map[string]any{"request_timeout": 1})
+		if _, err := m.b.cache.config(t.Context(), m.storage); err != nil {
+			t.Fatal(err)
+		}
+		m.b.InvalidateKey(t.Context(), "config")
+		gate := newGate(m.storage, "config", false)
+		defer close(gate.proceed)
+		check(t, m, gate)
+	})
+	t.Run("the mount's lease settings", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.write("config", map[string]any{"request_timeout": 1})
+		hang := make(chan struct{})
+		defer close(hang)
+		m.hangTTL.Store(&hang)
+		check(t, m, m.storage)
+	})
+	t.Run("slow storage and a slow Cable", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.write("config", map[string]any{"request_timeout": 2})
+		m.sim.SetFault(cabletest.Fault{Delay: time.Minute})
+		gate := newGate(m.storage, "roles/ci", false)
+		time.AfterFunc(1500*time.Millisecond, func() { close(gate.proceed) })
+		start := time.Now()
+		status, err := m.on(gate, logical.ReadOperation, "creds/ci", nil)
+		if took := time.Since(start); status != http.StatusGatewayTimeout || took > 3*time.Second {
+			t.Errorf("%d %v after %s, want one budget for both", status, err, took)
+		}
+	})
+}
+
+// TestLeaseSetting: requests share calls to Vault, and none gets what was read
+// before it came.
+func TestLeaseSetting(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var ttl, calls, took atomic.Int64 // seconds
+		s := &leaseSetting{read: func() time.Duration {
+			calls.Add(1)
+			value := ttl.Load()
+			time.Sleep(seconds(took.Load()))
+			if value < 0 {
+				panic("no value")
+			}
+			return seconds(value)
+		}}
+		const waiting = 10
+		get := func() (value int64, panicked bool) {
+			defer func() { panicked = recover() != nil }()
+			ctx, cancel := context.WithTimeoutCause(t.Context(), time.Minute, errBudget)
+			defer cancel()
+			value, err := s.get(ctx)
+			if err != nil {
+				return -1, false
+			}
+			return value, false
+		}
+		// atOnce has a first request make a call, and more come during it, after
+		// the setting has changed.
+		atOnce := func(first, then, duration int64) (wrong int) {
+			var wg sync.WaitGroup
+			var bad atomic.Int64
+			start := func(want int64) {
+				wg.Go(func() {
+					if value, panicked := get(); value != want && !panicked || panicked != (want < 0) {
+						bad.Add(1)
+					}
+				})
+				synctest.Wait()
+			}
+			ttl.Store(first)
+			took.Store(duration)
+			calls.Store(0)
+			start(first)
+			ttl.Store(then)
+			took.Store(0)
+			for range waiting {
+				start(then)
+			}
+			wg.Wait()
+			return int(bad.Load())
+		}
+		if wrong := atOnce(600, 300, 1); wrong != 0 || calls.Load() != 2 {
+			t.Errorf("%d wrong values, %d calls; want 2 calls", wrong, calls.Load())
+		}
+		if wrong := atOnce(600, -1, 1); wrong != 0 || calls.Load() != 2 {
+			t.Errorf("a panic: %d wrong values, %d calls", wrong, calls.Load())
+		}
+
+		// A call that hangs holds up nobody who comes later.
+		ttl.Store(600)
+		took.Store(3600)
+		go get()
+		synctest.Wait()
+		took.Store(0)
+		time.Sleep(2 * leaseSettingPatience)
+		if value, _ := get(); value != 600 {
+			t.Errorf("while another call hangs: %d", value)
+		}
+		took.Store(3600)
+		if value, _ := get(); value != -1 {
+			t.Errorf("of a call that hangs: %d, want the end of the budget", value)
+		}
+		time.Sleep(2 * time.Hour)
+		took.Store(0)
+		if value, _ := get(); value != 600 {
+			t.Errorf("after that: %d", value)
+		}
+		synctest.Wait()
+		if s.reader != nil {
+			t.Error("a reader is at work although nobody waits")
+		}
+	})
+}

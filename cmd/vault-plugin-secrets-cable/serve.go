@@ -1,0 +1,104 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"math"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/hashicorp/go-hclog"
+	goplugin "github.com/hashicorp/go-plugin"
+	"github.com/hashicorp/vault/sdk/plugin"
+	"google.golang.org/grpc"
+
+	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
+)
+
+// protocolVersion is the version of the plugin protocol that Vault and this
+// plugin speak: multiplexed, and with AutoMTLS.
+const protocolVersion = 5
+
+// serve serves the plugin until Vault ends it or is gone. It returns the exit
+// status: 1 if the plugin cannot run, else 0.
+//
+// NOTE: standard output belongs to the handshake and standard error to the
+// logger: nothing else may write to either.
+func serve(args []string) (status int) {
+	// go-plugin replaces both. Without a reference they would be finalized and
+	// their descriptors closed, and the next connections would get the numbers.
+	stdout, stderr := os.Stdout, os.Stderr
+	defer runtime.KeepAlive(stdout)
+	defer runtime.KeepAlive(stderr)
+	logFile := claimStderr()
+	logger := hclog.New(&hclog.LoggerOptions{
+		Level:      logLevel(os.Getenv("VAULT_LOG_LEVEL")),
+		Output:     logFile,
+		JSONFormat: true,
+	})
+	hclog.SetDefault(logger)
+	start := &startLogger{Logger: logger}
+	defer func() {
+		if r := recover(); r != nil {
+			start.panicked(r, debug.Stack())
+		}
+		if start.failed {
+			status = 1
+		}
+	}()
+	if len(args) > 0 {
+		// Other plugins take -ca-cert=…, so it is often given at registration. If
+		// it were refused, the mount could not be enabled. The arguments are never
+		// printed: they may contain anything.
+		logger.Warn("arguments given at registration ignored: this plugin takes none", "count", len(args))
+	}
+	if err := checkStart(); err != nil {
+		start.fail(err)
+		return 1
+	}
+	// SIGHUP makes Vault reload its configuration. One that is sent to the whole
+	// process group, as by a terminal that closes, must not end the plugin.
+	signal.Ignore(syscall.SIGHUP)
+	// The engine keeps a few MiB in memory, so Go would collect after every few
+	// hundred mints; twice the room costs some MiB and saves a part of that.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(200)
+	}
+
+	watch := newWatch(newParent(stdout, logFile))
+	// What plugin.ServeMultiplex in Vault's SDK does, but for two things: it takes
+	// no options for the gRPC server, and it offers older plugin protocols, which
+	// Vault 1.16 and later do not speak with a plugin.
+	goplugin.Serve(&goplugin.ServeConfig{
+		HandshakeConfig: plugin.HandshakeConfig,
+		VersionedPlugins: map[int]goplugin.PluginSet{protocolVersion: {
+			plugin.BackendPluginName: &plugin.GRPCBackendPlugin{Factory: cablesecrets.Factory, MultiplexingSupport: true, Logger: logger},
+		}},
+		Logger: start,
+		GRPCServer: func(opts []grpc.ServerOption) *grpc.Server {
+			opts = append(opts, grpc.MaxRecvMsgSize(math.MaxInt32), grpc.MaxSendMsgSize(math.MaxInt32))
+			server := goplugin.DefaultGRPCServer(append(opts, watch.options()...))
+			go watch.stopWhenGone(server)
+			return server
+		},
+	})
+	return status
+}
+
+// logLevel is the level of what is sent to Vault, which filters what arrives by
+// its own level.
+//
+// NOTE: Vault does not tell a plugin its level. To write each mint's debug line,
+// send it, and have Vault drop it would cost a tenth of the mint, so it is
+// written only if the level is set in the environment: in that of the server,
+// which plugins inherit, or by -env at registration.
+func logLevel(level string) hclog.Level {
+	if l := hclog.LevelFromString(level); l != hclog.NoLevel {
+		return l
+	}
+	return hclog.Info
+}

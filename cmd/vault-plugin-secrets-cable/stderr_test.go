@@ -1,0 +1,96 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestStderr: whatever the environment asks Go's runtime and libraries to print,
+// standard error has the lines of the logger alone. That what net/http prints of
+// a connection stays away too is shown in e2e.
+func TestStderr(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command(build(t))
+	cmd.Env = []string{
+		"GODEBUG=http2debug=2,gctrace=1,schedtrace=100,netdns=9", "GOGC=1", // collects at once
+		"GRPC_GO_LOG_SEVERITY_LEVEL=info", "GRPC_GO_LOG_VERBOSITY_LEVEL=99",
+		"VAULT_LOG_LEVEL=trace", // of the logger: so that there are lines
+	}
+	var stderr bytes.Buffer
+	client := client(&stderr, cmd)
+	t.Cleanup(client.Kill)
+	protocol, err := client.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		if err := protocol.Ping(); err != nil {
+			t.Error(err)
+		}
+	}
+	client.Kill()
+	// The runtime may print before main begins, when there are no secrets.
+	text := stderr.String()
+	if i := strings.Index(text, "{"); i > 0 {
+		text = text[i:]
+	}
+	if len(logLines(t, text)) == 0 {
+		t.Error("the log is empty")
+	}
+}
+
+// TestCrash: the runtime's report of a crash reaches standard error, from where
+// Vault logs it.
+func TestCrash(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no signal that makes a process crash")
+	}
+	pidFile := filepath.Join(t.TempDir(), "pid")
+	var stderr bytes.Buffer
+	client := client(&stderr, exec.Command("/bin/sh", "-c", `echo $$ >"$1"; TMPDIR=${1%/*} exec "$0"`, build(t), pidFile))
+	t.Cleanup(client.Kill)
+	if _, err := client.Client(); err != nil {
+		t.Fatal(err)
+	}
+	if err := readProcess(t, pidFile).Signal(syscall.SIGQUIT); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(20 * time.Second); !client.Exited(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the process has not ended")
+		}
+	}
+	if text := stderr.String(); !strings.HasPrefix(text, "SIGQUIT: quit\n") || !strings.Contains(text, "\ngoroutine ") {
+		t.Errorf("standard error: %.1000q, want the runtime's report", text)
+	}
+}
+
+// readProcess returns the process whose id a script has written to a file.
+func readProcess(t *testing.T, file string) *os.Process {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	process, err := os.FindProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return process
+}

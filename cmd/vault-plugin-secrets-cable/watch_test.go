@@ -1,0 +1,334 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+)
+
+// TestWatch pins when the plugin ends, by a clock that is not the real one.
+func TestWatch(t *testing.T) {
+	t.Parallel()
+	// session is a plugin for which wait runs.
+	type session struct {
+		*watch
+		gone atomic.Bool   // what the system says of the parent
+		over chan struct{} // closed at the end of the test
+	}
+	// open opens a stream and returns a function that ends it.
+	open := func(s *session) (end func()) {
+		done := make(chan struct{})
+		go func() {
+			_ = s.stream(nil, nil, nil, func(any, grpc.ServerStream) error {
+				select {
+				case <-done:
+				case <-s.over:
+				}
+				return nil
+			})
+		}()
+		synctest.Wait()
+		return func() { close(done); synctest.Wait() }
+	}
+	call := func(s *session) {
+		_, _ = s.unary(t.Context(), nil, nil, func(context.Context, any) (any, error) { return nil, nil })
+	}
+	const day, halfLook = 24 * time.Hour, lookEvery / 2
+	tests := map[string]struct {
+		gone  bool // from the start
+		do    func(*session)
+		ended time.Duration // since the start; 0: not within two days
+	}{
+		"never connected, parent there": {do: func(*session) {}},
+		"never connected, parent gone":  {do: func(s *session) { time.Sleep(time.Hour + halfLook); s.gone.Store(true) }, ended: time.Hour + connectWithin},
+		"connected":                     {do: func(s *session) { open(s) }},
+		"connected, parent gone":        {do: func(s *session) { open(s); s.gone.Store(true) }},
+		"one stream of two ended":       {do: func(s *session) { open(s); open(s)(); s.gone.Store(true) }},
+		"connection and parent gone":    {do: func(s *session) { end := open(s); time.Sleep(day); s.gone.Store(true); end() }, ended: day},
+		"first connection, then parent": {do: func(s *session) {
+			end := open(s)
+			time.Sleep(day)
+			end()
+			time.Sleep(1500 * time.Millisecond)
+			s.gone.Store(true)
+		}, ended: day + 2*time.Second},
+		"connection gone, no other sign": {do: func(s *session) { end := open(s); time.Sleep(day); end() }, ended: day + time.Minute},
+		"calls without a stream": {do: func(s *session) {
+			end := open(s)
+			time.Sleep(day)
+			end()
+			time.Sleep(halfLook)
+			for range 10 {
+				time.Sleep(59 * time.Second)
+				call(s)
+			}
+		}, ended: day + 591*time.Second + time.Minute},
+		"connected again": {do: func(s *session) {
+			end := open(s)
+			time.Sleep(day)
+			end()
+			time.Sleep(alone - halfLook)
+			open(s)
+			s.gone.Store(true)
+		}},
+		"connected again, at once": {do: func(s *session) {
+			for range 100 {
+				open(s)()
+			}
+			open(s)
+			s.gone.Store(true)
+		}},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				s := &session{over: make(chan struct{})}
+				s.gone.Store(tt.gone)
+				s.watch = newWatch(s.gone.Load)
+				start := time.Now()
+				ended := make(chan time.Duration, 1)
+				go func() {
+					s.wait()
+					ended <- time.Since(start)
+				}()
+				tt.do(s)
+				var got time.Duration
+				select {
+				case got = <-ended:
+				case <-time.After(2*day - time.Since(start)):
+				}
+				if got != tt.ended {
+					t.Errorf("ended after %s, want %s (0s: not at all)", got, tt.ended)
+				}
+				s.gone.Store(true)
+				close(s.over)
+				if got == 0 {
+					<-ended
+				}
+			})
+		})
+	}
+}
+
+// hostArg makes this test program a server that starts a plugin: see host.
+const hostArg = "host-of-a-plugin"
+
+// host starts a plugin by a command as Vault does, connects unless the first word
+// is "unconnected", says so, and then waits to be killed.
+func host(command ...string) {
+	connect := command[0] != "unconnected"
+	if !connect {
+		command = command[1:]
+	}
+	client := client(io.Discard, exec.Command(command[0], command[1:]...))
+	var err error
+	if connect {
+		_, err = client.Client()
+	} else {
+		_, err = client.Start()
+	}
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println("ready")
+	select {}
+}
+
+// wrappers are ways to start a plugin that Vault cannot know of: $0 is the plugin.
+const (
+	script      = `"$0" "$@"; exit $?`             // the shell stays the parent
+	scriptQuiet = `"$0" "$@" 2>/dev/null; exit $?` // only standard output is a pipe
+	namespace   = `exec unshare --pid --fork --mount-proc "$0" "$@"`
+)
+
+// TestServerKilled: a plugin whose server was killed ends, however it was started.
+func TestServerKilled(t *testing.T) {
+	t.Parallel()
+	plugin := build(t)
+	tests := map[string][]string{
+		"child":                      {plugin},
+		"child, not connected":       {"unconnected", plugin},
+		"script":                     {"/bin/sh", "-c", script, plugin},
+		"script, not connected":      {"unconnected", "/bin/sh", "-c", script, plugin},
+		"script, log redirected":     {"/bin/sh", "-c", scriptQuiet, plugin},
+		"script in a script":         {"/bin/sh", "-c", `sh -c '"$0"; exit $?' "$0"; exit $?`, plugin},
+		"in the background":          {"/bin/sh", "-c", `exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`, plugin},
+		"PID namespace":              {"/bin/sh", "-c", namespace, plugin},
+		"script in a PID namespace":  {"/bin/sh", "-c", `exec unshare --pid --fork --mount-proc sh -c '"$0"; exit $?' "$0"`, plugin},
+		"PID namespace, log to file": {"/bin/sh", "-c", namespace + ` 2>/dev/null`, plugin},
+	}
+	for name, command := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if runtime.GOOS == "windows" && len(command) > 2 {
+				t.Skip("Windows has no shell scripts")
+			}
+			if strings.Contains(name, "namespace") {
+				needNamespace(t)
+			}
+			// The plugin inherits standard input, and nobody else has its read end in
+			// the end: writing tells whether one is left.
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer w.Close()
+			sockets := t.TempDir()
+			server := exec.Command(os.Args[0], append([]string{hostArg}, command...)...)
+			server.Env = append(os.Environ(), "TMPDIR="+sockets)
+			server.Stdin = r
+			stdout, err := server.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := server.Start(); err != nil {
+				t.Fatal(err)
+			}
+			_ = r.Close()
+			ready := make([]byte, len("ready"))
+			if _, err := io.ReadFull(stdout, ready); err != nil || string(ready) != "ready" {
+				more, _ := io.ReadAll(stdout)
+				t.Fatalf("the server does not start: %v: %s%s", err, ready, more)
+			}
+			_ = server.Process.Kill()
+			_ = server.Wait()
+			killed := time.Now()
+			for {
+				if _, err := w.WriteString("x"); err != nil {
+					break
+				}
+				if time.Since(killed) > 10*time.Second {
+					t.Fatal("the plugin runs 10s after its server was killed")
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+			t.Logf("ended after %s", time.Since(killed).Round(10*time.Millisecond))
+			if left, _ := filepath.Glob(filepath.Join(sockets, "plugin*")); len(left) > 0 {
+				t.Errorf("left behind: %q", left)
+			}
+		})
+	}
+}
+
+// needNamespace skips a test that needs a PID namespace, for which one must be
+// root on Linux.
+func needNamespace(t *testing.T) {
+	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("PID namespaces are Linux's")
+	}
+	needProgram(t, "unshare")
+	if out, err := exec.Command("unshare", "--pid", "--fork", "--mount-proc", "true").CombinedOutput(); err != nil {
+		skipUnlessRequired(t, fmt.Sprintf("no PID namespace: %v: %s", err, out))
+	}
+}
+
+// TestServerRuns: a plugin whose server runs goes on, whatever happens to its
+// parent, its pipes and itself.
+func TestServerRuns(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no shell scripts")
+	}
+	plugin := build(t)
+	signal := func(s os.Signal) func(*testing.T, *os.Process) {
+		return func(t *testing.T, p *os.Process) {
+			t.Helper()
+			if err := p.Signal(s); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	tests := map[string]struct {
+		script string // $0 is the plugin, $1 a file for a process id
+		do     func(t *testing.T, p *os.Process)
+	}{
+		"nothing happens":              {script: `exec "$0"`},
+		"SIGHUP":                       {`echo $$ >"$1"; exec "$0"`, signal(syscall.SIGHUP)},
+		"SIGINT":                       {`echo $$ >"$1"; exec "$0"`, signal(os.Interrupt)},
+		"the script is killed":         {`echo $$ >"$1"; ` + script, signal(os.Kill)},
+		"the script ends":              {script: `"$0" &`},
+		"the log goes to /dev/null":    {script: scriptQuiet},
+		"the log goes to a file":       {script: `"$0" 2>"$1"; exit $?`},
+		"the log is closed":            {script: `exec "$0" 2>&-`},
+		"nobody reads the log":         {script: `{ "$0" 2>&1 >&3 | :; } 3>&1; exit $?`},
+		"nobody reads standard output": {script: `"$0" | head -n 1; exit $?`},
+		"nobody reads either":          {script: `"$0" 2>&1 | head -n 1; exit $?`},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			file := filepath.Join(t.TempDir(), "pid")
+			var stderr bytes.Buffer
+			client := client(&stderr, exec.Command("/bin/sh", "-c", tt.script, plugin, file))
+			t.Cleanup(client.Kill)
+			protocol, err := client.Client()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tt.do != nil {
+				tt.do(t, readProcess(t, file))
+			}
+			// Longer than a watch takes that knows of no stream. A call would be a sign.
+			time.Sleep(connectWithin + 3*lookEvery/2)
+			if err := protocol.Ping(); err != nil {
+				t.Fatalf("the plugin has ended: %v; standard error: %s", err, &stderr)
+			}
+			// The one call that ends it.
+			if err := protocol.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestBroken: an error is no sign that nobody reads.
+func TestBroken(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := newParent(w)
+	if gone() {
+		t.Error("there is a reader, and a parent")
+	}
+	_ = r.Close()
+	// Another test may be about to start a process, which has the read end as well
+	// until it runs.
+	for end := time.Now().Add(10 * time.Second); runtime.GOOS != "windows" && !gone(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("there is no reader")
+		}
+	}
+	_ = w.Close()
+	if gone() {
+		t.Error("a closed pipe is a sign")
+	}
+	file, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if newParent(file)() || newParent()() || newParent(file, w)() {
+		t.Error("a file, or nothing, is a sign")
+	}
+}

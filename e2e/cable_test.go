@@ -1,0 +1,167 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// Hosts that a standInCable answers for.
+const (
+	cableHost   = "api.cable.tech"            // Cable's own, of the default token_url
+	gatewayHost = "cable-gateway.example.com" // an operator's own, with a root of its own
+	thiefHost   = "tokens.example.net"        // somebody else's
+)
+
+// standInCable lets the commands of the documents be run as they are, with
+// Cable's default token_url: a proxy leads each of the hosts above to the
+// simulator, over TLS.
+type standInCable struct {
+	*cabletest.Simulator
+	gatewayCA string   // PEM, for ca_cert
+	env       []string // of the Vault server, and so of the plugin
+	proxyURL  string
+	bundle    string // file with the root of cableHost, and of thiefHost
+
+	mu    sync.Mutex
+	stole []string // Authorization headers that came to thiefHost
+}
+
+// newStandInCable starts it for the duration of a test.
+func newStandInCable(t *testing.T) *standInCable {
+	t.Helper()
+	c := &standInCable{Simulator: cabletest.New(&cabletest.Options{BasePath: "/v2"})}
+	t.Cleanup(c.Close)
+	thief := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c.mu.Lock()
+		c.stole = append(c.stole, r.Header.Get("Authorization"))
+		c.mu.Unlock()
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	var roots []byte
+	addrs := map[string]string{}
+	for host, handler := range map[string]http.Handler{cableHost: c.Simulator, gatewayHost: c.Simulator, thiefHost: thief} {
+		certificate, root := issue(t, host)
+		if host == gatewayHost {
+			c.gatewayCA = string(root)
+		} else {
+			roots = append(roots, root...)
+		}
+		srv := httptest.NewUnstartedServer(handler)
+		srv.EnableHTTP2 = true
+		srv.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
+		srv.StartTLS()
+		t.Cleanup(srv.Close)
+		addrs[host+":443"] = srv.Listener.Addr().String()
+	}
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		addr := addrs[r.Host]
+		if r.Method != http.MethodConnect || addr == "" {
+			t.Errorf("the proxy was asked %s %s", r.Method, r.Host)
+			w.WriteHeader(http.StatusForbidden)
+			return
+		}
+		tunnel(w, addr)
+	}))
+	t.Cleanup(proxy.Close)
+	c.proxyURL, c.bundle = proxy.URL, filepath.Join(t.TempDir(), "roots.pem")
+	if err := os.WriteFile(c.bundle, roots, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.env = []string{"HTTPS_PROXY=" + c.proxyURL, "SSL_CERT_FILE=" + c.bundle, "SSL_CERT_DIR=/nonexistent"}
+	return c
+}
+
+// curl writes a curl to a folder that reaches Cable as the plugin does, and
+// returns its path: an operator's own has the proxy in the environment.
+func (c *standInCable) curl(t *testing.T) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "curl")
+	script := "#!/bin/sh\nPATH=${PATH#*:} HTTPS_PROXY=" + c.proxyURL + " CURL_CA_BUNDLE=" + c.bundle + " exec curl \"$@\"\n"
+	if err := os.WriteFile(file, []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// stolen reports whether a key came to the thief's host.
+func (c *standInCable) stolen(key string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Contains(c.stole, key)
+}
+
+// tunnel connects a CONNECT request to addr.
+func tunnel(w http.ResponseWriter, addr string) {
+	to, err := net.Dial("tcp", addr)
+	if err != nil {
+		w.WriteHeader(http.StatusBadGateway)
+		return
+	}
+	defer to.Close()
+	from, _, err := w.(http.Hijacker).Hijack()
+	if err != nil {
+		return
+	}
+	defer from.Close()
+	_, _ = io.WriteString(from, "HTTP/1.1 200 Connection established\r\n\r\n")
+	done := make(chan struct{}, 2)
+	for _, pair := range [][2]net.Conn{{from, to}, {to, from}} {
+		go func() {
+			_, _ = io.Copy(pair[0], pair[1])
+			done <- struct{}{}
+		}()
+	}
+	<-done
+}
+
+// issue returns a certificate for host, and the root to trust with it (PEM).
+func issue(t *testing.T, host string) (certificate tls.Certificate, root []byte) {
+	t.Helper()
+	sign := func(template, parent *x509.Certificate, public *ecdsa.PublicKey, key *ecdsa.PrivateKey) []byte {
+		template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(24*time.Hour)
+		der, err := x509.CreateCertificate(rand.Reader, template, parent, public, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return der
+	}
+	newKey := func() *ecdsa.PrivateKey {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key
+	}
+	caKey, key := newKey(), newKey()
+	ca := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root of " + host}, IsCA: true,
+		BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	caDER := sign(ca, ca, &caKey.PublicKey, caKey)
+	leaf := sign(&x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: host}, DNSNames: []string{host},
+	}, ca, &key.PublicKey, caKey)
+	return tls.Certificate{Certificate: [][]byte{leaf}, PrivateKey: key},
+		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER})
+}

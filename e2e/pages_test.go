@@ -1,0 +1,299 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// What a page tells somebody to type is run by a test that checks its effect.
+// Each page has a test of its own, which gives a step for each block of
+// commands; what cannot be run is in notRun. TestPagesAreCovered makes sure
+// that no block is in neither.
+
+// pageTests says which test runs the blocks of a page.
+var pageTests = map[string]string{
+	"README.md":         "TestReadme",
+	"docs/consumers.md": "TestConsumers",
+	"docs/runbook.md":   "TestRunbook",
+	"docs/security.md":  "TestSecurityPage",
+	"docs/tutorial.md":  "TestTutorial",
+}
+
+// notRun are the blocks that no page's test runs, with the reason.
+var notRun = map[string]string{
+	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
+	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestMlock runs it",
+	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
+	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
+	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
+	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
+	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
+}
+
+// block is a fenced block of a page: commands, a transcript, or HCL.
+type block struct {
+	id             string // such as "docs/runbook.md#Rotate the refresh key/2"
+	language, text string
+}
+
+// fence finds a block with its language, and the indent of a list around it.
+var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl)\n(.*?)^ *```")
+
+// blocksOf returns the blocks of a page that somebody may type or copy.
+func blocksOf(t *testing.T, page string) (found []block) {
+	t.Helper()
+	for _, part := range regexp.MustCompile(`(?m)^##+ `).Split("Top\n"+readFile(t, filepath.Join("..", page)), -1) {
+		heading, body, _ := strings.Cut(part, "\n")
+		for i, m := range fence.FindAllStringSubmatch(body, -1) {
+			found = append(found, block{
+				id:       fmt.Sprintf("%s#%s/%d", page, heading, i+1),
+				language: m[2],
+				text:     regexp.MustCompile(`(?m)^`+m[1]).ReplaceAllString(m[3], ""),
+			})
+		}
+	}
+	return found
+}
+
+// pages returns the Markdown files of the repository.
+func pages(t *testing.T) (names []string) {
+	t.Helper()
+	for _, pattern := range []string{"*.md", "docs/*.md", ".github/*.md", ".github/*/*.md", "examples/*.md", "examples/*/*.md"} {
+		found, err := filepath.Glob(filepath.Join("..", pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range found {
+			names = append(names, strings.TrimPrefix(filepath.ToSlash(f), "../"))
+		}
+	}
+	return names
+}
+
+// TestPagesAreCovered: each block of each page is run by the page's test, which
+// fails for a block without a step, or is in notRun.
+func TestPagesAreCovered(t *testing.T) {
+	t.Parallel()
+	known := map[string]bool{}
+	var sources strings.Builder
+	files, err := filepath.Glob("*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		sources.WriteString(readFile(t, f))
+	}
+	for _, page := range pages(t) {
+		for _, b := range blocksOf(t, page) {
+			known[b.id] = true
+			if notRun[b.id] == "" && pageTests[page] == "" {
+				t.Errorf("no test runs %q: give the page a test in pageTests, or the block a reason in notRun", b.id)
+			}
+		}
+	}
+	for id, reason := range notRun {
+		if !known[id] {
+			t.Errorf("notRun names %q, which is no block", id)
+		}
+		for _, m := range regexp.MustCompile(`Test\w+`).FindAllString(reason, -1) {
+			if !strings.Contains(sources.String(), "func "+m+"(") {
+				t.Errorf("notRun names the test %s, which is none", m)
+			}
+		}
+	}
+	for page, test := range pageTests {
+		if !strings.Contains(sources.String(), "func "+test+"(") {
+			t.Errorf("the test %s of %s does not exist", test, page)
+		}
+	}
+}
+
+// step is what a test does with one block of commands.
+type step struct {
+	before func()
+	fails  bool     // the last command fails, as the page says
+	want   []string // expressions that the output must match
+	after  func(out string)
+}
+
+// shell runs the commands of a page as a person would, one block after the
+// other in one folder.
+type shell struct {
+	t    *testing.T
+	dir  string
+	env  []string
+	edit *strings.Replacer // paths of the page to those of the test
+}
+
+// newShell returns a shell of a person who is root on v. The binaries by name
+// come first in PATH. NOTE: it has nothing of the server's environment, such as
+// its proxy.
+func newShell(t *testing.T, v *vaultServer, binaries map[string]string) *shell {
+	t.Helper()
+	s := &shell{t: t, dir: t.TempDir(), edit: strings.NewReplacer()}
+	bin := filepath.Join(s.dir, ".bin")
+	if err := os.Mkdir(bin, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, target := range binaries {
+		if err := os.Symlink(target, filepath.Join(bin, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.env = append(os.Environ(), "PATH="+bin+":"+suite.bin+":"+os.Getenv("PATH"), "VAULT_ADDR="+v.addr, "VAULT_TOKEN="+v.root,
+		"HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+s.dir)
+	return s
+}
+
+// place is a file in the shell's folder.
+func (s *shell) place(name string) string { return filepath.Join(s.dir, name) }
+
+// write writes such a file.
+func (s *shell) write(name, text string) {
+	s.t.Helper()
+	if err := os.WriteFile(s.place(name), []byte(text), 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// exists reports whether there is such a file.
+func (s *shell) exists(name string) bool {
+	_, err := os.Stat(s.place(name))
+	return err == nil
+}
+
+// try runs commands with the variables that earlier ones set, and returns what
+// they printed. They end with the first that fails.
+func (s *shell) try(commands string) (string, error) {
+	const vars = `touch .vars; . ./.vars; trap 'for v in version previous sha256 lease hash mine; do declare -p $v 2>/dev/null || true; done > .vars' EXIT; `
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", vars+s.edit.Replace(commands))
+	cmd.Dir, cmd.Env, cmd.WaitDelay = s.dir, s.env, time.Second
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// run is try for commands that must succeed.
+func (s *shell) run(commands string) string {
+	s.t.Helper()
+	out, err := s.try(commands)
+	if err != nil {
+		s.t.Fatalf("%s: %v\n%s", commands, err, out)
+	}
+	return out
+}
+
+// runPage runs the blocks of commands of a page in order, each with its step.
+func (s *shell) runPage(page string, steps map[string]step) {
+	s.t.Helper()
+	done := map[string]bool{}
+	for _, b := range blocksOf(s.t, page) {
+		if b.language != "sh" || notRun[b.id] != "" {
+			continue
+		}
+		name := strings.TrimPrefix(b.id, page+"#")
+		step, ok := steps[name]
+		if !ok {
+			s.t.Errorf("no step for %q:\n%s", name, b.text)
+			continue
+		}
+		done[name] = true
+		if step.before != nil {
+			step.before()
+		}
+		out, err := s.try(b.text)
+		if (err != nil) != step.fails {
+			s.t.Fatalf("%s: %v, want a failure: %t\n%s\n%s", name, err, step.fails, b.text, out)
+		}
+		for _, want := range step.want {
+			if !regexp.MustCompile(want).MatchString(out) {
+				s.t.Errorf("%s: nothing matches %q in what its commands printed:\n%s", name, want, out)
+			}
+		}
+		if step.after != nil {
+			step.after(out)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(steps)) {
+		if !done[name] {
+			s.t.Errorf("%s has no block %q", page, name)
+		}
+	}
+}
+
+// TestLinks: each link from a page to a file or a heading leads somewhere.
+func TestLinks(t *testing.T) {
+	t.Parallel()
+	headings := map[string][]string{}
+	for _, page := range pages(t) {
+		headings[page] = anchors(withoutBlocks(readFile(t, filepath.Join("..", page))))
+	}
+	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	for _, page := range pages(t) {
+		for _, m := range link.FindAllStringSubmatch(withoutBlocks(readFile(t, filepath.Join("..", page))), -1) {
+			target, anchor, _ := strings.Cut(m[1], "#")
+			if strings.Contains(target, "://") {
+				continue
+			}
+			file := page
+			if target != "" {
+				file = filepath.ToSlash(filepath.Join(filepath.Dir(page), target))
+				if _, err := os.Stat(filepath.Join("..", file)); err != nil {
+					t.Errorf("%s links to %s: %v", page, m[1], err)
+				}
+			}
+			if anchor != "" && !slices.Contains(headings[file], anchor) {
+				t.Errorf("%s links to %s, and that page has no such heading", page, m[1])
+			}
+		}
+	}
+}
+
+// withoutBlocks is a page without its fenced blocks.
+func withoutBlocks(page string) string {
+	return regexp.MustCompile("(?ms)^ *```.*?^ *```").ReplaceAllString(page, "")
+}
+
+// TestPageForm: lines of prose have at most 120 characters, and the README has
+// at most 120 lines with the first command by line 20. The README and the
+// runbook have one install procedure.
+func TestPageForm(t *testing.T) {
+	t.Parallel()
+	for _, page := range pages(t) {
+		for i, line := range strings.Split(withoutBlocks(readFile(t, filepath.Join("..", page))), "\n") {
+			if n := utf8.RuneCountInString(line); n > 120 && !strings.HasPrefix(line, "|") {
+				t.Errorf("%s: a line of %d characters: %.60s (line %d without blocks)", page, n, line, i+1)
+			}
+		}
+	}
+	readme := strings.Split(readFile(t, "../README.md"), "\n")
+	if first := slices.IndexFunc(readme, func(l string) bool { return strings.HasPrefix(l, "$ vault") }); len(readme) > 121 || first > 19 {
+		t.Errorf("the README has %d lines, and its first command in line %d", len(readme)-1, first+1)
+	}
+	install := func(page string, names ...string) (texts []string) {
+		for _, b := range blocksOf(t, page) {
+			if slices.Contains(names, strings.TrimPrefix(b.id, page+"#")) {
+				texts = append(texts, b.text)
+			}
+		}
+		return texts
+	}
+	short := install("README.md", "Install/1", "Install/2", "Install/3")
+	if long := install("docs/runbook.md", "Install/1", "Install/3", "Configure/1"); len(short) != 3 || !slices.Equal(short, long) {
+		t.Errorf("the README and the runbook install in two ways:\n%q\n%q", short, long)
+	}
+}

@@ -1,0 +1,175 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
+)
+
+// TestSecurityPage: each test that docs/security.md names as a proof exists, and
+// its commands do what they say.
+func TestSecurityPage(t *testing.T) {
+	t.Parallel()
+	tests := map[string]bool{}
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && strings.HasPrefix(d.Name(), ".") && d.Name() != ".." {
+			return filepath.SkipDir
+		}
+		if strings.HasSuffix(path, "_test.go") {
+			for _, m := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllStringSubmatch(readFile(t, path), -1) {
+				tests[m[1]] = true
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(readFile(t, "../docs/security.md"), "\n## Threats, controls, proof\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	rows := 0
+	for line := range strings.Lines(table) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 5 || strings.Contains(line, "---") || strings.Contains(line, "| threat |") {
+			continue
+		}
+		rows++
+		named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllStringSubmatch(cells[3], -1)
+		if len(named) == 0 {
+			t.Errorf("no test proves: %s", cells[1])
+		}
+		for _, m := range named {
+			if !tests[m[1]] {
+				t.Errorf("the page names the test %s, which does not exist", m[1])
+			}
+		}
+	}
+	if rows < 10 {
+		t.Errorf("the table has %d rows", rows)
+	}
+
+	s, m := newApplication(t)
+	s.runPage("docs/security.md", map[string]step{
+		"Hardening/1": {
+			want: []string{"Success! Tuned"},
+			after: func(string) {
+				m.ok(t, "POST", "cable/roles/long", map[string]any{"scopes": "person:read", "ttl": "8h"})
+				if a := m.ok(t, "GET", "cable/creds/long", nil); a.LeaseDuration > 4*3600 || len(a.Warnings) == 0 {
+					t.Errorf("with max_lease_ttl of 4h: %s", a)
+				}
+			},
+		},
+	})
+}
+
+// TestMlock: under a Vault that locks its memory and is not root, the plugin
+// starts only with the capability that the runbook gives to its file.
+func TestMlock(t *testing.T) {
+	t.Parallel()
+	needVault(t)
+	if os.Geteuid() != 0 {
+		skipUnlessRequired(t, errors.New("to give a capability to a file and to start a server as another user takes root"))
+	}
+	for _, program := range []string{"setcap", "setpriv"} {
+		if _, err := exec.LookPath(program); err != nil {
+			skipUnlessRequired(t, err)
+		}
+	}
+	const nobody = 65534
+	dir, err := os.MkdirTemp("", "cable-mlock-") // t.TempDir is behind folders of root alone
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	plugins, data := filepath.Join(dir, "plugins"), filepath.Join(dir, "raft")
+	for _, d := range []string{plugins, data} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	plugin, binary := filepath.Join(plugins, pluginName+"-"+pluginVersion), filepath.Join(dir, "vault")
+	for from, to := range map[string]string{suite.plugin.File: plugin, suite.vault: binary} {
+		if out, err := exec.Command("install", "-m", "0755", from, to).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	config := filepath.Join(dir, "vault.hcl")
+	text := fmt.Sprintf(`
+plugin_directory = %q
+disable_mlock    = false
+api_addr         = "http://127.0.0.1:1"
+cluster_addr     = "https://127.0.0.1:1"
+storage "raft" {
+  path    = %q
+  node_id = "one"
+
+  performance_multiplier = 1
+}
+`, plugins, data)
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range [][]string{
+		{"chmod", "0755", dir},
+		{"chown", "-R", fmt.Sprint(nobody), dir},
+		{"setcap", "cap_ipc_lock=+ep", binary},
+	} {
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			skipUnlessRequired(t, fmt.Errorf("%v: %w\n%s", command, err, out)) // such as in a container without that right
+		}
+	}
+	// The listener comes with the address; ulimit, as root's children may lock anything.
+	cmd := exec.Command("bash", "-c", `ulimit -l 64
+printf 'listener "tcp" {\n  address = "%s"\n  cluster_address = "127.0.0.1:0"\n  tls_disable = true\n}\n' "$1" >> "$2"
+exec setpriv --reuid="$3" --regid="$3" --clear-groups "$0" server -log-level=info -config="$2"`, binary, "ADDR", config, fmt.Sprint(nobody))
+	cmd.Dir = dir
+	v := startByHand(t, cmd)
+	var keys struct {
+		Keys      []string `json:"keys"`
+		RootToken string   `json:"root_token"`
+	}
+	if err := json.Unmarshal([]byte(v.ok(t, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}).text), &keys); err != nil {
+		t.Fatal(err)
+	}
+	v.root, v.Root = keys.RootToken, keys.RootToken
+	v.ok(t, "PUT", "sys/unseal", map[string]any{"key": keys.Keys[0]})
+	waitFor(t, 30*time.Second, "the server is active", func() bool { return v.do(t, "GET", "sys/health", nil).status == 200 })
+	if err := v.Register(t.Context(), vaulttest.Plugin{Name: pluginName, Version: pluginVersion, File: plugin}); err != nil {
+		t.Fatal(err)
+	}
+	enable := func() *answer {
+		return v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName, "options": map[string]any{}, "config": map[string]any{"plugin_version": pluginVersion}})
+	}
+	if a := enable(); a.status != 400 || !v.logHas("[ERROR]", "cannot allocate memory") {
+		t.Errorf("without the capability: %s", a)
+	}
+
+	s := newShell(t, v, nil)
+	s.edit = strings.NewReplacer("/etc/vault/plugins", plugins)
+	s.run("version=" + pluginVersion)
+	for _, b := range blocksOf(t, "docs/runbook.md") {
+		if b.id == "docs/runbook.md#Install/2" {
+			s.run(b.text)
+		}
+	}
+	if a := enable(); a.status >= 300 {
+		t.Errorf("with the capability: %s", a)
+	}
+	waitFor(t, 10*time.Second, "the plugin responds", func() bool { return v.do(t, "GET", "cable/status", nil).status == 200 })
+}

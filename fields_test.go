@@ -1,0 +1,249 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/vault/sdk/logical"
+	"pgregory.net/rapid"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// TestWrittenBack: whatever is stored, what a read returns can be written back,
+// all of it or a part, by a write or a patch, with null or "" for what is not
+// set; and then it reads the same.
+func TestWrittenBack(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	pem := cabletest.NewTLSServer(t, nil).CA
+	seconds := rapid.OneOf(rapid.Just(int64(0)), rapid.Int64Range(300, 86400), rapid.Int64Range(1, 1<<20))
+	text := rapid.SampledFrom([]string{"", "org_1", " odd one\n", strings.Repeat("o", 200)})
+	rapid.Check(t, func(rt *rapid.T) {
+		m.putConfig(&configEntry{
+			RefreshKey: cable.NewSecret("k"), RefreshKeyVersion: rapid.IntRange(0, 9).Draw(rt, "version"),
+			RefreshKeyUpdatedAt: rapid.SampledFrom([]time.Time{{}, time.Unix(1_700_000_000, 0)}).Draw(rt, "updated"),
+			TokenURL:            rapid.SampledFrom([]string{cable.DefaultTokenURL, "https://a.example/t", "gopher://of an earlier version"}).Draw(rt, "url"),
+			AuthScheme:          rapid.SampledFrom([]string{"raw", "bearer", "basic"}).Draw(rt, "scheme"),
+			OrganizationID:      text.Draw(rt, "config's organization"), RequestTimeout: rapid.IntRange(1, 3600).Draw(rt, "timeout"),
+			CACert: rapid.SampledFrom([]string{"", pem, pem + "\n\n", "nonsense"}).Draw(rt, "ca"), Disabled: rapid.Bool().Draw(rt, "config's disabled"),
+		})
+		m.putRole("ci", &roleEntry{
+			OrganizationID: text.Draw(rt, "organization"),
+			Scopes:         rapid.SampledFrom([][]string{{"a:b"}, {"a:b", "c:d"}, {"odd one", "x"}, {}, nil}).Draw(rt, "scopes"),
+			TTL:            seconds.Draw(rt, "ttl"), MaxTTL: seconds.Draw(rt, "max_ttl"), Disabled: rapid.Bool().Draw(rt, "disabled"),
+		})
+		for _, path := range []string{"config", "roles/ci"} {
+			m.b.InvalidateKey(t.Context(), path)
+			before := m.read(path)
+			back := maps.Clone(before)
+			for _, name := range slices.Sorted(maps.Keys(back)) {
+				value := back[name]
+				isUnset := value == "" || value == int64(0) || value == 0 || isBlank(value)
+				switch rapid.IntRange(0, 3).Draw(rt, name) {
+				case 0:
+					delete(back, name)
+				case 1:
+					if isUnset {
+						back[name] = nil
+					}
+				case 2:
+					if isUnset {
+						back[name] = ""
+					}
+				}
+			}
+			op := rapid.SampledFrom([]logical.Operation{logical.UpdateOperation, logical.PatchOperation}).Draw(rt, "operation")
+			resp, err := m.request(op, path, back)
+			if err != nil || resp.IsError() {
+				rt.Fatalf("%s %s %v: %v %v", op, path, back, err, resp.Error())
+			}
+			if diff := cmp.Diff(before, m.read(path)); diff != "" {
+				rt.Fatalf("%s %s %v: %s", op, path, back, diff)
+			}
+		}
+	})
+}
+
+// TestCopyOfARole: what a role reads as makes another one.
+func TestCopyOfARole(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/copy", m.read("roles/ci"))
+	if diff := cmp.Diff(m.read("roles/ci"), m.read("roles/copy")); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestRoleOrganizationIsRemoved: by a patch with null, which names what the role
+// falls back to.
+func TestRoleOrganizationIsRemoved(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	set := func() { m.write("roles/ci", map[string]any{"organization_id": "org_2"}) }
+	remove := func() []string {
+		return m.ok(logical.PatchOperation, "roles/ci", map[string]any{"organization_id": nil}).Warnings
+	}
+	set()
+	m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/ci", map[string]any{"organization_id": nil}, "must not be null")
+	m.refused(http.StatusBadRequest, logical.PatchOperation, "roles/ci", map[string]any{"organization_id": ""}, "must not be empty")
+	m.wantWarning(remove(), `token requests use config's, "`+cabletest.DefaultOrganizationID+`"`)
+	if got := m.read("roles/ci")["organization_id"]; got != "" {
+		t.Errorf("organization_id %q", got)
+	}
+	m.read("creds/ci")
+	m.ok(logical.PatchOperation, "config", map[string]any{"organization_id": nil})
+	set()
+	m.wantWarning(remove(), "config's, which names none")
+}
+
+// TestSecretsAreNotRepeated: a key that is written into the wrong field, or
+// stands in the wrong place, is in no error, warning, log line, event or
+// metric, whatever it looks like.
+func TestSecretsAreNotRepeated(t *testing.T) {
+	t.Parallel()
+	for name, secret := range map[string]string{
+		"our own":       "rk_live_51Hc8vKQpW2zT9",
+		"letters":       "AbCdEfGhIjKlMnOpQrStUv",
+		"lower case":    "abcdefghijklmnopqrstuvwxyzab",
+		"hexadecimal":   "9f8b7c6d5e4a3b2c1d0e9f8b7c6d5e4a",
+		"digits":        "123456789012345",
+		"UUID":          "3b241101-e2bb-4255-8caf-4136c566a962",
+		"with a colon":  "cable:9f8b7c6d5e4a3b2c1d0e",
+		"JWT":           "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
+		"like a scope":  "Transactions:Read-9f8b7c6d",
+		"like a number": "98765432109s",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			check := func(what string, resp *logical.Response, err error) {
+				t.Helper()
+				said := fmt.Sprint(err)
+				if resp != nil {
+					said += fmt.Sprint(resp.Warnings)
+					if resp.IsError() {
+						said += resp.Error().Error()
+					}
+				}
+				if strings.Contains(said, secret) {
+					t.Errorf("%s repeats it: %s", what, said)
+				}
+			}
+			for _, path := range []string{"config", "roles/ci", "roles/new", "creds/ci", "roles/" + secret, "creds/" + secret} {
+				for _, op := range []logical.Operation{logical.UpdateOperation, logical.PatchOperation, logical.ReadOperation, logical.DeleteOperation} {
+					route := m.b.Route(path)
+					if route == nil || op == logical.DeleteOperation && !strings.Contains(path, secret) {
+						continue
+					}
+					fields := append(slices.Collect(maps.Keys(route.Fields)), secret, "bogus")
+					for _, field := range fields {
+						if strings.Contains(path, secret) && field == "scopes" {
+							continue // there would be such a role
+						}
+						for _, value := range []any{secret, []any{secret}, []any{"a:b", secret}, map[string]any{secret: secret}, "https://" + secret + "/", secret + "," + secret, json.Number("1" + strings.Repeat("7", 12))} {
+							if field == "refresh_key" && value == secret {
+								continue
+							}
+							resp, err := m.request(op, path, map[string]any{field: value})
+							check(fmt.Sprintf("%s %s of %T", op, field, value), resp, err)
+							resp, err = m.request(op, path, map[string]any{field: value, "refresh_key": "k", "token_url": m.sim.URL, "scopes": "a:b"})
+							check(fmt.Sprintf("%s %s of %T and more", op, field, value), resp, err)
+						}
+					}
+				}
+			}
+			m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": secret, "ca_cert": "", "auth_scheme": "raw", "disabled": false})
+			resp, err := m.request(logical.UpdateOperation, "roles/odd", map[string]any{"scopes": []string{secret, "a:b"}})
+			check("a role with it as a scope", resp, err)
+			for range 2 {
+				for _, data := range []map[string]any{nil, {"scopes": "c:d"}, {"scopes": secret}} {
+					resp, err = m.request(logical.ReadOperation, "creds/odd", data)
+					check("creds of that role", resp, err)
+				}
+				m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"x:" + secret}, OrganizationID: ptr("org" + secret)}})
+			}
+			m.b.Cleanup(t.Context())
+			for where, text := range map[string]string{
+				"the log": m.log.String(), "an event": fmt.Sprint(m.sentEvents()), "status": fmt.Sprint(m.read("status")), "a metric": fmt.Sprint(m.figures()),
+			} {
+				for line := range strings.Lines(text) {
+					if strings.Contains(line, secret) && !strings.Contains(where, "event") {
+						t.Errorf("%s has it: %s", where, line)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestInputIsBounded: one request costs the plugin no more than a few MiB, and
+// is refused, however large its fields are.
+func TestInputIsBounded(t *testing.T) { // not in parallel: it measures the whole process
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
+	const MiB = 1 << 20
+	repeat := func(s string, n int) []any { return slices.Repeat([]any{s}, n) }
+	fields := make(map[string]any, 1_000_000)
+	for i := range 1_000_000 {
+		fields[fmt.Sprintf("field-%d", i)] = ""
+	}
+	var deep any = "x"
+	for range 10_000 {
+		deep = []any{deep}
+	}
+	for name, data := range map[string]map[string]any{
+		"24 strings of 1 MiB of separators": {"scopes": repeat(strings.Repeat("a,", MiB/2), 24)},
+		"separators alone":                  {"scopes": repeat(strings.Repeat(",", MiB), 24)},
+		"one string":                        {"scopes": strings.Repeat("a:b,", 8*MiB)},
+		"repeats of one scope":              {"scopes": repeat("transactions:read", 1_300_000)},
+		"empty elements":                    {"scopes": repeat("", 1_300_000)},
+		"one long scope":                    {"scopes": strings.Repeat("a", 32*MiB)},
+		"a million fields":                  fields,
+		"a long name":                       {strings.Repeat("n", 32*MiB): "x"},
+		"a deep list":                       {"scopes": deep},
+		"ttl":                               {"ttl": strings.Repeat("1", 32*MiB)},
+		"ttl as a number":                   {"ttl": json.Number(strings.Repeat("1", MiB))},
+		"organization_id":                   {"organization_id": strings.Repeat("o", 32*MiB)},
+		"refresh_key":                       {"refresh_key": strings.Repeat(" ", 32*MiB) + "k"},
+		"ca_cert":                           {"refresh_key": "k", "token_url": m.sim.URL, "ca_cert": strings.Repeat(m.pem(), 40_000)},
+		"token_url":                         {"refresh_key": "k", "token_url": "https://" + strings.Repeat("a.", 16*MiB)},
+		"verify_role":                       {"verify_role": strings.Repeat("r", 32*MiB)},
+		"disabled":                          {"disabled": strings.Repeat("t", 32*MiB)},
+		"auth_scheme":                       {"auth_scheme": strings.Repeat("t", 32*MiB)},
+	} {
+		for _, path := range []string{"config", "roles/ci", "roles/new", "creds/ci"} {
+			for _, op := range []logical.Operation{logical.CreateOperation, logical.UpdateOperation, logical.PatchOperation, logical.ReadOperation} {
+				if op == logical.CreateOperation && path != "roles/new" {
+					continue
+				}
+				var before, after runtime.MemStats
+				start := time.Now()
+				runtime.ReadMemStats(&before)
+				resp, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: op, Path: path, Storage: m.storage, Data: data})
+				runtime.ReadMemStats(&after)
+				if status, _ := statusOf(resp, err); status < 400 {
+					t.Errorf("%s: %s %s succeeded", name, op, path)
+				}
+				if got := after.TotalAlloc - before.TotalAlloc; got > 8*MiB {
+					t.Errorf("%s: %s %s took %d KiB", name, op, path, got>>10)
+				}
+				if took := time.Since(start); took > 5*time.Second {
+					t.Errorf("%s: %s %s took %s", name, op, path, took)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,363 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cable
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"net/http"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// TestDecode pins which bodies of a 200 are refused, and that the error contains
+// nothing of them but an envelope's message and the digits of an expiry.
+func TestDecode(t *testing.T) {
+	t.Parallel()
+	const (
+		shape = "it is not a JSON object of the documented shape"
+		whole = "its expiry is not a whole number of seconds"
+	)
+	expiry := func(text string) string { return `{"token":"a","expiry":` + text + `}` }
+	c := newClientAt(t, Config{})
+	for body, want := range map[string]string{
+		expiry("1711929600"): "",
+		expiry("1"):          "",
+		``:                   shape,
+		`[]`:                 shape,
+		`{"token":"a","expiry":1}{"token":"b","expiry":1}`: shape,
+		strings.Repeat("[", 1<<20):                         shape,
+		`null`:                                             "it contains no token",
+		`{}`:                                               "it contains no token",
+		`{"token":null,"expiry":1711929600}`:               "it contains no token",
+		`{"token":"","expiry":1711929600}`:                 "it contains no token",
+		`{"code":401,"message":"no such key","errors":[{"field":"scopes.scopes","message":"unknown"},{"message":"and more"}]}`: "it contains no token, but a message: no such key: scopes.scopes: unknown; and more",
+		`{"token":["a"],"expiry":1711929600}`:            `its field "token" is not of the documented type`,
+		`{"token":"a","expiry":1,"scopes":["a:b"]}`:      `its field "scopes" is not of the documented type`,
+		`{"token":"a","expiry":1,"organization_id":7}`:   `its field "organization_id" is not of the documented type`,
+		`{"token":"a\u001b[2Jb","expiry":1711929600}`:    "its token contains characters that a header cannot carry",
+		`{"token":"a\r\nX-Evil: b","expiry":1711929600}`: "its token contains characters that a header cannot carry",
+		`{"token":"a"}`:               "it contains no expiry",
+		expiry("null"):                whole,
+		expiry(`"1711929600"`):        whole,
+		expiry("1711929600.5"):        whole,
+		expiry("1.7e9"):               whole,
+		expiry("9223372036854775808"): whole,
+		expiry("1711929600000"):       "its expiry 1711929600000 is not a Unix time in seconds",
+		expiry("0"):                   "its expiry 0 is not a Unix time in seconds",
+		expiry("-1711929600"):         "its expiry -1711929600 is not a Unix time in seconds",
+		expiry("253402300799"):        "",
+		expiry("253402300800"):        "its expiry 253402300800 is not a Unix time in seconds",
+	} {
+		token, err := c.decode([]byte(body), testRequest())
+		if err == nil && want != "" || err != nil && err.Error() != want || (token == nil) != (err != nil) {
+			t.Errorf("%.100s: %v, %v; want %q", body, token, err, want)
+		}
+	}
+}
+
+// TestCableClock pins that Cable's clock is Date plus Age and the second that
+// Age is cut off by, that an unusable Date
+// counts as none, and which Age is refused.
+func TestCableClock(t *testing.T) {
+	t.Parallel()
+	const (
+		date       = "Sun, 31 Mar 2024 23:00:00 GMT"
+		unreadable = "its Age header is not one whole number of seconds"
+		cached     = "its Age header exceeds the duration of the call: it comes from a cache"
+	)
+	at := time.Date(2024, 3, 31, 23, 0, 0, 0, time.UTC)
+	for _, tt := range []struct {
+		date     string
+		age      []string
+		duration time.Duration // of the call
+		want     time.Time
+		err      string
+	}{
+		{date, nil, 0, at, ""},
+		{"Sunday, 31-Mar-24 23:00:00 GMT", nil, 0, at, ""},
+		{"Sun Mar 31 23:00:00 2024", nil, 0, at, ""},
+		{"", nil, 0, time.Time{}, ""},
+		{"yesterday", nil, 0, time.Time{}, ""},
+		{"1711929600", nil, 0, time.Time{}, ""},
+		{"Sun, 99 Mar 2024 23:00:00 GMT", nil, 0, time.Time{}, ""},
+		{"", []string{"5"}, 0, time.Time{}, ""},
+		{date, []string{"0"}, 0, at.Add(time.Second), ""},
+		{date, []string{"5"}, 0, at.Add(6 * time.Second), ""},
+		{date, []string{"6"}, 0, time.Time{}, cached},
+		{date, []string{"6"}, time.Second - 1, time.Time{}, cached},
+		{date, []string{"6"}, time.Second, at.Add(7 * time.Second), ""},
+		{date, []string{"3000"}, 20 * time.Second, time.Time{}, cached},
+		{"", []string{"3000"}, 20 * time.Second, time.Time{}, cached},
+		{date, []string{"2147483647"}, time.Minute, time.Time{}, cached},
+		{date, []string{"2147483648"}, time.Minute, time.Time{}, unreadable},
+		{date, []string{"99999999999999999999"}, 0, time.Time{}, unreadable},
+		{date, []string{""}, 0, time.Time{}, unreadable},
+		{date, []string{"-1"}, 0, time.Time{}, unreadable},
+		{date, []string{"+1"}, 0, time.Time{}, unreadable},
+		{date, []string{"1.5"}, 0, time.Time{}, unreadable},
+		{date, []string{"1s"}, 0, time.Time{}, unreadable},
+		{date, []string{"0x1"}, 0, time.Time{}, unreadable},
+		{date, []string{"1, 1"}, 0, time.Time{}, unreadable},
+		{date, []string{"1", "1"}, 0, time.Time{}, unreadable},
+	} {
+		header := http.Header{"Date": {tt.date}}
+		if tt.age != nil {
+			header["Age"] = tt.age
+		}
+		got, err := cableClock(header, tt.duration)
+		if !got.Equal(tt.want) || err != nil && err.Error() != tt.err || err == nil && tt.err != "" {
+			t.Errorf("Date %q, Age %q, call of %s: %s, %v; want %s, %q", tt.date, tt.age, tt.duration, got, err, tt.want, tt.err)
+		}
+	}
+}
+
+// TestEchoInAResponse pins that a response with the key in one of its fields is
+// refused, and that no part of the key remains in a name.
+func TestEchoInAResponse(t *testing.T) {
+	t.Parallel()
+	const refusal = "it repeats the refresh key: check that token_url is Cable's"
+	for keyName, key := range echoKeys() {
+		c := newClientAt(t, Config{RefreshKey: NewSecret(key)})
+		response := func(token, id, name, scope, scopesID string) []byte {
+			raw, _ := json.Marshal(map[string]any{
+				"token": token, "expiry": 1711929600, "organization_id": id, "organization_name": name,
+				"scopes": map[string]any{"organization_id": scopesID, "scopes": []string{"a:b", scope}},
+			})
+			return raw
+		}
+		for place, raw := range map[string][]byte{
+			"token":                  response(key, "o", "n", "s", "o"),
+			"token, with more":       response("v1."+key+".x", "o", "n", "s", "o"),
+			"token, base64":          response(base64.StdEncoding.EncodeToString([]byte(key)), "o", "n", "s", "o"),
+			"token, base64 and more": response(base64.RawURLEncoding.EncodeToString([]byte("Bearer "+key+" ")), "o", "n", "s", "o"),
+			"token, cut off":         response(key[:len(key)-1], "o", "n", "s", "o"),
+			"token, its end":         response(key[1:], "o", "n", "s", "o"),
+			"organization":           response("t", key, "n", "s", "o"),
+			"organization, cut off":  response("t", key[:20], "n", "s", "o"),
+			"name":                   response("t", "o", key, "s", "o"),
+			"name, among words":      response("t", "o", "the key is "+key+".", "s", "o"),
+			"scope":                  response("t", "o", "n", key, "o"),
+			"scope, cut off":         response("t", "o", "n", key[:20], "o"),
+			"scopes' organization":   response("t", "o", "n", "s", key),
+		} {
+			if strings.HasPrefix(place, "token") && strings.ContainsAny(key, "\"'") && !strings.Contains(place, "base64") {
+				continue // a token with such characters is refused anyway
+			}
+			token, err := c.decode(raw, testRequest())
+			if err == nil || err.Error() != refusal {
+				t.Errorf("%s key as %s: %v; want a refusal", keyName, place, err)
+			}
+			if token != nil {
+				t.Errorf("%s key as %s: a token is returned with the error", keyName, place)
+			}
+		}
+		// A part of the key in a name, which is only shown, is redacted.
+		token, err := c.decode(response("t", "o", "n "+key[4:4+redactWindow+5]+" n", "s", "o"), testRequest())
+		if err != nil || token.OrganizationName != "n [redacted] n" {
+			t.Errorf("%s key, in part, as name: %+v, %v", keyName, token, err)
+		}
+	}
+	// Digits of the key as an expiry.
+	c := newClientAt(t, Config{RefreshKey: NewSecret("1234567890123456789")})
+	if _, err := c.decode([]byte(`{"token":"t","expiry":1234567890123456789}`), testRequest()); err == nil || strings.Contains(err.Error(), "123456789012") {
+		t.Errorf("the key as an expiry: %v", err)
+	}
+}
+
+// TestLookalikes pins that a response which only resembles the key is accepted:
+// key and token may be JWTs of one issuer, and a key may contain the name of its
+// organization.
+func TestLookalikes(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct{ key, token string }{
+		"JWTs": {
+			jwtLike(`{"iss":"https://auth.cable.tech/","sub":"org_9f8b7c6d5e4a3b2c1d0e","typ":"refresh"}`, "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"),
+			jwtLike(`{"iss":"https://auth.cable.tech/","sub":"org_9f8b7c6d5e4a3b2c1d0e","exp":1711929600}`, "BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBB"),
+		},
+		"the organization in the key": {"cable_live_" + org + "_0123456789abcdef", "t"},
+		"a scope in the key":          {"transactions:write/0123456789abcdef", "t"},
+		"a short key":                 {"e", "eyJ0.eyJ1.e2"},
+		"another short key":           {"Cable", "Cable-token"},
+		"opaque with one prefix":      {"cable_sandbox_0123456789abcdef", "cable_sandbox_fedcba9876543210"},
+	} {
+		c := newClientAt(t, Config{RefreshKey: NewSecret(tt.key)})
+		got, err := c.decode([]byte(`{"token":"`+tt.token+`","expiry":1,"organization_id":"`+org+`","organization_name":"`+cabletest.DefaultOrganizationName+`","scopes":{"scopes":["transactions:write"]}}`), testRequest())
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		// A key that is shorter than a window is no secret: many texts contain it.
+		if got.Value.Reveal() != tt.token || len(tt.key) >= redactWindow && got.OrganizationName != cabletest.DefaultOrganizationName {
+			t.Errorf("%s: changed to %q, %q", name, got.Value.Reveal(), got.OrganizationName)
+		}
+	}
+}
+
+// TestOrganizationName pins that the organization's name, which the caller
+// compares with nothing, is safe to show and store: bounded and printable.
+func TestOrganizationName(t *testing.T) {
+	t.Parallel()
+	c := newClientAt(t, Config{})
+	for name, want := range map[string]string{
+		"Cable Financial Services":     "Cable Financial Services",
+		"Ünïcode & Söhne 日本 🏦":         "Ünïcode & Söhne 日本 🏦",
+		"":                             "",
+		"\x1b[2Jgone\u202egnp.exe\r\n": `\x1b[2Jgone\u202egnp.exe\r\n`,
+		strings.Repeat("é", 1000):      strings.Repeat("é", maxText/2),
+	} {
+		raw, _ := json.Marshal(map[string]any{"token": "t", "expiry": 1, "organization_name": name})
+		if got, err := c.decode(raw, testRequest()); err != nil || got.OrganizationName != want {
+			t.Errorf("%.40q: %+v, %v; want %.40q", name, got, err, want)
+		}
+	}
+}
+
+// TestErrorBodies pins that an error contains only the message of an envelope of
+// at most 64 KiB.
+func TestErrorBodies(t *testing.T) {
+	t.Parallel()
+	c := newClientAt(t, Config{})
+	for body, want := range map[string]string{
+		``:                                 "",
+		`<html>no</html>`:                  "",
+		`{}`:                               "",
+		`null`:                             "",
+		`"text"`:                           "",
+		`[{"message":"no"}]`:               "",
+		`{"message":7}`:                    "",
+		`{"message":"no"} trailing`:        "",
+		`{"message":"no"`:                  "",
+		`{"message":"no"}`:                 "no",
+		`{"message":"no","errors":null}`:   "no",
+		`{"message":"no","errors":[]}`:     "no",
+		`{"message":"no","errors":[{}]}`:   "no: ",
+		`{"errors":[{"message":"only"}]}`:  "only",
+		`{"errors":[{"field":"f"}]}`:       "f: ",
+		`{"message":"no","secret":"s3cr"}`: "no",
+		`{"message":"no","errors":[{"field":"f","message":"m"},{"field":"g","message":"n"},{"message":"x"}]}`: "no: f: m; g: n; x",
+		`{"message":"a\u001b[31mb\nc\u0000d\u202ee\u2028f\ufeffg\u00adh"}`:                                    `a\x1b[31mb\nc\x00d\u202ee\u2028f\ufeffg\u00adh`,
+		"{\"message\":\"\xff\"}":                                   "\ufffd",
+		`{"message":"` + strings.Repeat("é", 300) + `"}`:           strings.Repeat("é", 256),
+		`{"message":"x` + strings.Repeat("é", 300) + `"}`:          "x" + strings.Repeat("é", 255),
+		`{"message":"xx` + strings.Repeat("日", 300) + `"}`:         "xx" + strings.Repeat("日", 170),
+		`{"message":"` + strings.Repeat("x", maxErrorBody):         "",
+		`{"message":"` + strings.Repeat("x", maxErrorBody-14):      "",
+		`{"errors":[` + strings.Repeat(`{},`, 20_000) + `{}]}`:     strings.Repeat("; ", 256)[2:] + "; ",
+		`{"message":"` + strings.Repeat(`\u0001`, 1000) + `"}`:     strings.Repeat(`\x01`, 128),
+		strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3): "",
+	} {
+		if got := c.envelope([]byte(body)); got != want {
+			t.Errorf("%.80q: %q, want %q", body, got, want)
+		}
+	}
+}
+
+// TestTokenTwice pins that a response with its token in another field, too, is
+// refused: what was granted is shown in errors and in the log.
+func TestTokenTwice(t *testing.T) {
+	t.Parallel()
+	c := newClientAt(t, Config{})
+	const token = "eyJhbGciOiJIUzI1NiJ9.e30.signature"
+	for place, body := range map[string]string{
+		"organization":         `"organization_id":"TOKEN"`,
+		"name":                 `"organization_name":"it is TOKEN."`,
+		"scope":                `"scopes":{"scopes":["person:read","TOKEN"]}`,
+		"scope, with more":     `"scopes":{"scopes":["x TOKEN x"]}`,
+		"scopes' organization": `"scopes":{"organization_id":"TOKEN","scopes":[]}`,
+	} {
+		raw := `{"token":"` + token + `","expiry":1711929600,` + strings.ReplaceAll(body, "TOKEN", token) + `}`
+		got, err := c.decode([]byte(raw), testRequest())
+		if got != nil || err == nil || err.Error() != "it contains its token in more than one field" {
+			t.Errorf("%s: %v", place, err)
+		}
+	}
+}
+
+// responseErrors matches the errors of decode: they repeat nothing of a response
+// but the digits of an expiry and an envelope's message.
+var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
+	`it is larger than 1048576 bytes`,
+	`it is not a JSON object of the documented shape`,
+	`its field "(token|expiry|organization_id|organization_name|scopes(\.organization_id|\.scopes)?)" is not of the documented type`,
+	`it contains no token(, but a message: .*)?`,
+	`its token contains characters that a header cannot carry`,
+	`it contains no expiry`,
+	`its expiry is not a whole number of seconds`,
+	`its expiry -?[0-9]{1,19} is not a Unix time in seconds`,
+	`it repeats the refresh key: check that token_url is Cable's`,
+	`it contains its token in more than one field`,
+}, "|") + `)$`)
+
+// FuzzResponse pins that for any body of a 200, decoding does not panic; that an
+// accepted token can be sent, has a possible expiry and contains no part of the
+// refresh key; and that an error contains no part of the key, and nothing of the
+// body but what responseErrors matches.
+func FuzzResponse(f *testing.F) {
+	for _, s := range []string{
+		`{"token":"t","expiry":1711929600,"organization_id":"o","organization_name":"n","scopes":{"organization_id":"o","scopes":["a:b"]}}`,
+		`{"token":"` + testKey + `","expiry":1711929600}`, `{"token":"t","expiry":"1711929600"}`, `{"token":"t","expiry":1.5e9}`,
+		`{"token":"t","expiry":1711929600000}`, `{"token":"t","expiry":-1}`, `{"code":401,"message":"m ` + testKey + `","errors":[{"field":"f","message":"x"}]}`,
+		`{"token":"a\nb","expiry":1711929600}`, `{"token":{},"expiry":[]}`, `[]`, `null`, ``, `{"scopes":{"scopes":[1]}}`, `<html>`, `{"token":"\ud800","expiry":1}`,
+	} {
+		f.Add([]byte(s))
+	}
+	c := newClientAt(f, Config{})
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		token, err := c.decode(raw, testRequest())
+		if err != nil {
+			if token != nil || !responseErrors.MatchString(err.Error()) {
+				t.Errorf("%v, %q", token, err)
+			}
+			if text := err.Error(); c.redactor.contains(text) || len(text) > maxText+100 || strings.ContainsFunc(text, notPrinted) {
+				t.Errorf("%q", text)
+			}
+			return
+		}
+		value := token.Value.Reveal()
+		if value == "" || strings.ContainsFunc(value, func(c rune) bool { return c <= ' ' || c > '~' }) {
+			t.Errorf("accepted the token %q", value)
+		}
+		if year := time.Unix(token.Expiry, 0).UTC().Year(); token.Expiry <= 0 || year > 9999 {
+			t.Errorf("accepted the expiry %d", token.Expiry)
+		}
+		if len(token.OrganizationName) > maxText || strings.ContainsFunc(token.OrganizationName, notPrinted) {
+			t.Errorf("accepted the name %q", token.OrganizationName)
+		}
+		if c.redactor.repeats(value) || strings.Contains(value, testKey) {
+			t.Error("the token is the refresh key")
+		}
+		for _, s := range append([]string{token.OrganizationID, token.OrganizationName, token.ScopesOrganizationID}, token.Scopes...) {
+			if c.redactor.contains(s) {
+				t.Errorf("%q contains a part of the refresh key", s)
+			}
+		}
+	})
+}
+
+// notPrinted reports characters that an error must not contain.
+func notPrinted(c rune) bool { return !unicode.IsPrint(c) }
+
+// FuzzErrorResponse pins that for any error response, the error is bounded,
+// printable, and without the key.
+func FuzzErrorResponse(f *testing.F) {
+	f.Add(401, []byte(`{"code":401,"message":"unauthorized"}`))
+	f.Add(400, []byte(`{"message":"`+testKey+`","errors":[{"field":"`+testKey[:15]+`","message":"\u001b[0m"},{"message":"only"}]}`))
+	f.Add(503, []byte(strings.Repeat(`{"message":`, 1000)))
+	f.Add(500, []byte("<html>"+testKey))
+	f.Add(302, []byte("{}"))
+	c := newClientAt(f, Config{})
+	f.Fuzz(func(t *testing.T, status int, raw []byte) {
+		e := (&request{client: c}).failed(status, true, raw)
+		if len(e.Detail) > maxText || !utf8.ValidString(e.Error()) || strings.ContainsFunc(e.Error(), notPrinted) || c.redactor.contains(e.Error()) {
+			t.Errorf("%q", e)
+		}
+	})
+}

@@ -1,0 +1,91 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package vaulttest
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// TestMain runs a stand-in for a server if FAKE_SERVER says which: a name, and
+// the path that it refuses.
+func TestMain(m *testing.M) {
+	if fake := os.Getenv("FAKE_SERVER"); fake != "" {
+		fakeServer(strings.Fields(fake))
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// fakeServer prints its version, or responds as a server in dev mode does. Like
+// OpenBao, it enables no audit device unless its configuration allows that.
+func fakeServer(fake []string) {
+	if os.Args[1] == "version" {
+		fmt.Printf("%s v2.5.0 (abc), built 2026-01-01T00:00:00Z\n", fake[0])
+		return
+	}
+	config, addr := "", ""
+	for _, arg := range os.Args {
+		if file, ok := strings.CutPrefix(arg, "-config="); ok {
+			text, _ := os.ReadFile(file)
+			config = string(text)
+		}
+		if a, ok := strings.CutPrefix(arg, "-dev-listen-address="); ok {
+			addr = a
+		}
+	}
+	_ = os.WriteFile(filepath.Join(os.Getenv("HOME"), "pid"), []byte(strconv.Itoa(os.Getpid())), 0o600)
+	fmt.Fprintln(os.Stderr, http.ListenAndServe(addr, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		audit := strings.HasPrefix(r.URL.Path, "/v1/sys/audit/")
+		switch {
+		case len(fake) > 1 && strings.HasPrefix(r.URL.Path, fake[1]):
+			http.Error(w, `{"errors":["refused"]}`, http.StatusBadRequest)
+		case audit && fake[0] == "OpenBao" != strings.Contains(config, "\nunsafe_allow_api_audit_creation = true\n"):
+			http.Error(w, `{"errors":["cannot enable audit device via API"]}`, http.StatusBadRequest)
+		}
+	})))
+}
+
+// TestStart starts stand-ins for the servers that cannot be had here.
+func TestStart(t *testing.T) {
+	for _, tt := range []struct {
+		fake, prefix string
+		want         string // of the error
+	}{
+		{fake: "OpenBao", prefix: "s."},
+		{fake: "Vault", prefix: "hvs."},
+		{fake: "Consul", want: "is neither Vault nor OpenBao: its version is \"Consul v2.5.0"},
+		{fake: "Vault /v1/sys/plugins/", want: "setting up Vault: PUT sys/plugins/catalog/secret/p: HTTP 400 {\"errors\":[\"refused\"]}"},
+		{fake: "OpenBao /v1/sys/audit/", want: "setting up OpenBao: PUT sys/audit/file: HTTP 400"},
+	} {
+		t.Run(tt.fake, func(t *testing.T) {
+			t.Setenv("FAKE_SERVER", tt.fake)
+			dir := t.TempDir()
+			s, err := Start(t.Context(), Config{
+				Binary: os.Args[0], Dir: dir, Audit: filepath.Join(dir, "audit.log"), Plugins: []Plugin{{Name: "p", File: os.Args[0]}},
+			})
+			t.Log(err)
+			if err == nil {
+				if tt.want != "" || string(s.Product) != tt.fake || s.Version != "2.5.0" || s.Product.TokenPrefix() != tt.prefix {
+					t.Errorf("started %s %s, want %q", s.Product, s.Version, tt.want)
+				}
+				s.Stop()
+			} else if tt.want == "" || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error %v, want %q", err, tt.want)
+			}
+			if text, err := os.ReadFile(filepath.Join(dir, "pid")); err == nil {
+				pid, _ := strconv.Atoi(string(text))
+				if p, err := os.FindProcess(pid); err == nil && p.Signal(syscall.Signal(0)) == nil {
+					t.Errorf("process %d is left", pid)
+				}
+			}
+		})
+	}
+}

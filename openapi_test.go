@@ -1,0 +1,216 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// oasDocument is what a client generator reads of an OpenAPI document.
+type oasDocument struct {
+	Paths      map[string]map[string]json.RawMessage `json:"paths"`
+	Components struct {
+		Schemas map[string]oasSchema `json:"schemas"`
+	} `json:"components"`
+}
+
+type oasOperation struct {
+	RequestBody struct {
+		Content map[string]struct {
+			Schema oasSchema `json:"schema"`
+		} `json:"content"`
+	} `json:"requestBody"`
+	Responses map[string]struct {
+		Content map[string]struct {
+			Schema oasSchema `json:"schema"`
+		} `json:"content"`
+	} `json:"responses"`
+}
+
+type oasSchema struct {
+	Ref        string               `json:"$ref"`
+	Type       string               `json:"type"`
+	Items      *oasSchema           `json:"items"`
+	Properties map[string]oasSchema `json:"properties"`
+	Required   []string             `json:"required"`
+	Default    any                  `json:"default"`
+}
+
+// document returns the OpenAPI document of a mount, made by the SDK.
+func document(t testing.TB) *oasDocument {
+	t.Helper()
+	m := newMount(t)
+	m.env = &logical.PluginEnvironment{VaultVersion: "1.21.1"}
+	resp, err := m.b.HandleRequest(m.Context(), &logical.Request{Operation: logical.HelpOperation, Storage: m.storage})
+	if err != nil {
+		m.Fatal(err)
+	}
+	raw, err := json.Marshal(resp.Data["openapi"])
+	doc := new(oasDocument)
+	if err == nil {
+		err = json.Unmarshal(raw, doc)
+	}
+	if err != nil {
+		m.Fatal(err)
+	}
+	return doc
+}
+
+// operation returns what the document says of an operation.
+func (d *oasDocument) operation(t testing.TB, path, method string) *oasOperation {
+	t.Helper()
+	op := new(oasOperation)
+	if err := json.Unmarshal(d.Paths[path][method], op); err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	return op
+}
+
+// resolve follows a reference.
+func (d *oasDocument) resolve(s oasSchema) oasSchema {
+	if name, ok := strings.CutPrefix(s.Ref, "#/components/schemas/"); ok {
+		return d.Components.Schemas[name]
+	}
+	return s
+}
+
+// check compares a decoded JSON value with a schema, as a generated client does.
+func (d *oasDocument) check(t testing.TB, what string, s oasSchema, value any) {
+	t.Helper()
+	s = d.resolve(s)
+	kind := ""
+	switch v := value.(type) {
+	case string:
+		kind = "string"
+	case bool:
+		kind = "boolean"
+	case json.Number:
+		kind = "number"
+		if _, err := v.Int64(); err == nil {
+			kind = "integer"
+		}
+	case []any:
+		kind = "array"
+		for _, e := range v {
+			if s.Items != nil {
+				d.check(t, what+"[]", *s.Items, e)
+			}
+		}
+	case map[string]any:
+		kind = "object"
+		for _, name := range slices.Sorted(maps.Keys(v)) {
+			if property, ok := s.Properties[name]; ok {
+				d.check(t, what+"."+name, property, v[name])
+			} else if len(s.Properties) > 0 {
+				t.Errorf("%s.%s is not in the document", what, name)
+			}
+		}
+		for _, name := range s.Required {
+			if _, ok := v[name]; !ok {
+				t.Errorf("%s lacks %s", what, name)
+			}
+		}
+	}
+	if kind != s.Type {
+		t.Errorf("%s is sent as %s and documented as %s", what, kind, s.Type)
+	}
+}
+
+// TestResponsesDecode: a client that is generated from the document decodes each
+// response, whatever is set and has happened.
+func TestResponsesDecode(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	doc := document(t)
+	checked := map[string]bool{}
+	check := func(path, method string, op logical.Operation, at string, data map[string]any) {
+		t.Helper()
+		resp := m.ok(op, at, data)
+		if resp == nil || len(resp.Data) == 0 {
+			return
+		}
+		raw, err := json.Marshal(resp.Data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var value any
+		decoder := json.NewDecoder(strings.NewReader(string(raw)))
+		decoder.UseNumber()
+		if err := decoder.Decode(&value); err != nil {
+			t.Fatal(err)
+		}
+		schema := doc.operation(t, path, method).Responses["200"].Content["application/json"].Schema
+		if len(doc.resolve(schema).Properties) == 0 {
+			t.Errorf("%s %s: the document has no response", method, path)
+		}
+		doc.check(t, method+" "+path, schema, value)
+		checked[method+" "+path] = true
+	}
+	for range 2 {
+		check("/config", "get", logical.ReadOperation, "config", nil)
+		check("/roles/", "get", logical.ListOperation, "roles/", nil)
+		check("/roles/{name}", "get", logical.ReadOperation, "roles/ci", nil)
+		check("/status", "get", logical.ReadOperation, "status", nil)
+		check("/creds/{name}", "get", logical.ReadOperation, "creds/ci", nil)
+		check("/creds/{name}", "post", logical.UpdateOperation, "creds/ci", map[string]any{"ttl": 600})
+		m.write("roles/ci", map[string]any{"ttl": 600, "max_ttl": "1h", "organization_id": "org_9f8b7c6d5e4a3b2c1d0e"})
+		m.write("roles/off", map[string]any{"scopes": "a:b", "disabled": true})
+		_, _ = m.request(logical.ReadOperation, "creds/off", nil)
+	}
+	if len(checked) != 6 {
+		t.Errorf("checked: %v", checked)
+	}
+}
+
+// TestDocumentDefaultsResetNothing: a client that applies the document's
+// defaults to a partial write changes nothing but what it names.
+func TestDocumentDefaultsResetNothing(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	doc := document(t)
+	m.write("config", map[string]any{"request_timeout": 33, "auth_scheme": "bearer"})
+	m.write("roles/ci", map[string]any{"ttl": 600, "max_ttl": 7200, "organization_id": "org_2"})
+	for _, tt := range []struct{ path, method, at, field string }{
+		{"/config", "post", "config", "disabled"},
+		{"/config", "patch", "config", "disabled"},
+		{"/roles/{name}", "post", "roles/ci", "disabled"},
+		{"/roles/{name}", "patch", "roles/ci", "disabled"},
+	} {
+		before := m.read(tt.at)
+		before[tt.field] = false
+		data := map[string]any{tt.field: false}
+		content := doc.operation(t, tt.path, tt.method).RequestBody.Content
+		if len(content) == 0 {
+			t.Fatalf("%s %s: the document has no request", tt.method, tt.path)
+		}
+		for _, c := range content {
+			schema := doc.resolve(c.Schema)
+			if len(schema.Properties) == 0 {
+				t.Fatalf("%s %s: the document has no fields", tt.method, tt.path)
+			}
+			for name, property := range schema.Properties {
+				if property.Default != nil {
+					t.Errorf("%s %s: %s has the default %v", tt.method, tt.path, name, property.Default)
+					data[name] = property.Default
+				}
+			}
+		}
+		op := logical.Operation(logical.UpdateOperation)
+		if tt.method == "patch" {
+			op = logical.PatchOperation
+		}
+		m.ok(op, tt.at, data)
+		if diff := cmp.Diff(before, m.read(tt.at)); diff != "" {
+			t.Errorf("%s %s with the document's defaults: %s", tt.method, tt.path, fmt.Sprint(diff))
+		}
+	}
+}

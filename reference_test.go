@@ -1,0 +1,267 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+)
+
+// The tables of docs/reference.md are compared with the code, both ways.
+
+// referenceTable returns the rows of the nth table (from 0) below a heading of
+// docs/reference.md, each as its cells.
+func referenceTable(t *testing.T, heading string, nth int) (rows [][]string) {
+	t.Helper()
+	page, err := os.ReadFile("docs/reference.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, found := strings.Cut(string(page), "\n## "+heading+"\n")
+	if !found {
+		t.Fatalf("docs/reference.md has no heading %q", heading)
+	}
+	text, _, _ = strings.Cut(text, "\n## ")
+	tables := regexp.MustCompile(`(?m)(?:^\|.*\n)+`).FindAllString(text, -1)
+	if len(tables) <= nth {
+		t.Fatalf("%q has %d tables", heading, len(tables))
+	}
+	for line := range strings.Lines(tables[nth]) {
+		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), " | ")
+		for i := range cells {
+			cells[i] = strings.TrimSpace(cells[i])
+		}
+		rows = append(rows, cells)
+	}
+	return rows[2:] // without the head
+}
+
+// code returns the words in a cell that are set as code.
+func code(cell string) (words []string) {
+	for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+		words = append(words, m[1])
+	}
+	return words
+}
+
+// firstCodes returns the words of the first cells, sorted.
+func firstCodes(rows [][]string) (words []string) {
+	for _, r := range rows {
+		words = append(words, code(r[0])...)
+	}
+	slices.Sort(words)
+	return words
+}
+
+// engineSource returns the text of the engine's own files.
+func engineSource(t *testing.T) string {
+	t.Helper()
+	var source strings.Builder
+	for _, pattern := range []string{"*.go", "internal/cable/*.go", "cmd/vault-plugin-secrets-cable/*.go"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			if strings.HasSuffix(f, "_test.go") {
+				continue
+			}
+			text, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			source.Write(text)
+		}
+	}
+	return source.String()
+}
+
+// TestReferenceFields: the tables of fields have the fields of each path, and
+// the defaults of config.
+func TestReferenceFields(t *testing.T) {
+	t.Parallel()
+	paths := map[string]*framework.Path{}
+	for _, p := range newBackend().Paths {
+		name, _, _ := strings.Cut(strings.Trim(p.Pattern, "^$"), "(")
+		paths[name] = p
+	}
+	fields := func(name string, ops ...logical.Operation) []string {
+		all := map[string]bool{}
+		for field := range paths[name].Fields {
+			all[field] = true
+		}
+		for _, op := range ops {
+			for field := range paths[name].Operations[op].Properties().Responses[http.StatusOK][0].Fields {
+				all[field] = true
+			}
+		}
+		delete(all, "name")
+		return slices.Sorted(maps.Keys(all))
+	}
+	responseFields := func(name string) []string {
+		return slices.Sorted(maps.Keys(paths[name].Operations[logical.ReadOperation].Properties().Responses[http.StatusOK][0].Fields))
+	}
+	for _, tt := range []struct {
+		heading string
+		table   int
+		want    []string
+	}{
+		{"config", 0, fields("config", logical.ReadOperation)},
+		{"roles", 0, fields("roles/")},
+		{"creds", 0, fields("creds/")},
+		{"creds", 1, responseFields("creds/")},
+		{"status", 0, responseFields("status")},
+	} {
+		if diff := cmp.Diff(tt.want, firstCodes(referenceTable(t, tt.heading, tt.table))); diff != "" {
+			t.Errorf("%s, table %d (-code +reference):\n%s", tt.heading, tt.table, diff)
+		}
+	}
+	defaults := newConfigEntry()
+	want := map[string]string{
+		"token_url":       cable.DefaultTokenURL,
+		"auth_scheme":     defaults.AuthScheme,
+		"request_timeout": (time.Duration(defaults.RequestTimeout) * time.Second).String(),
+		"disabled":        strconv.FormatBool(defaults.Disabled),
+	}
+	for _, row := range referenceTable(t, "config", 0) {
+		if d, ok := want[code(row[0])[0]]; ok && !slices.Equal(code(row[2]), []string{d}) {
+			t.Errorf("the default of %s is %s, and not %s", row[0], d, row[2])
+		}
+	}
+}
+
+// TestReferenceOutcomes: the table has each outcome with its HTTP status.
+func TestReferenceOutcomes(t *testing.T) {
+	t.Parallel()
+	source := engineSource(t)
+	names, want := map[string]string{}, map[string]string{}
+	for _, m := range regexp.MustCompile(`\b(outcome[A-Z]\w+) +outcome = "(\w+)"`).FindAllStringSubmatch(source, -1) {
+		names[m[1]] = m[2]
+	}
+	for _, m := range regexp.MustCompile(`\b(outcome[A-Z]\w+): +\{http\.Status(\w+),`).FindAllStringSubmatch(source, -1) {
+		for status := range 600 {
+			if strings.ReplaceAll(http.StatusText(status), " ", "") == m[2] {
+				want[names[m[1]]] = strconv.Itoa(status)
+			}
+		}
+	}
+	got := map[string]string{}
+	for _, row := range referenceTable(t, "Outcomes", 0) {
+		got[code(row[0])[0]] = row[1]
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("outcomes and statuses (-code +reference):\n%s", diff)
+	}
+}
+
+// TestReferenceMetrics: the table has each metric of the engine's own, with its
+// labels and its type.
+func TestReferenceMetrics(t *testing.T) {
+	t.Parallel()
+	ctx, storage := context.Background(), new(logical.InmemStorage)
+	b, err := Factory(ctx, &logical.BackendConfig{StorageView: storage, System: logical.TestSystemView()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := func(op logical.Operation, path string, data map[string]any) *logical.Response {
+		t.Helper()
+		resp, err := b.HandleRequest(ctx, &logical.Request{Operation: op, Path: path, Data: data, Storage: storage})
+		if err != nil || resp != nil && resp.IsError() {
+			t.Fatalf("%s %s: %v, %v", op, path, resp, err)
+		}
+		return resp
+	}
+	request(logical.UpdateOperation, "config", map[string]any{"refresh_key": "key", "token_url": "http://127.0.0.1:1/", "request_timeout": "1s", "organization_id": "org_1"})
+	request(logical.CreateOperation, "roles/r", map[string]any{"scopes": "transactions:read"})
+	_, _ = b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/r", Storage: storage}) // unreachable
+	text, _ := request(logical.ReadOperation, "metrics", nil).Data[logical.HTTPRawBody].(string)
+	parser := expfmt.NewTextParser(model.LegacyValidation)
+	families, err := parser.TextToMetricFamilies(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{}
+	for name, family := range families {
+		name, ok := strings.CutPrefix(name, "vault_cable_")
+		if !ok {
+			continue
+		}
+		labels := map[string]bool{}
+		for _, l := range family.GetMetric()[0].GetLabel() {
+			labels[l.GetName()] = true
+		}
+		want[name+strings.Join(slices.Sorted(maps.Keys(labels)), ",")] = strings.ToLower(family.GetType().String())
+	}
+	got := map[string]string{}
+	for _, row := range referenceTable(t, "Metrics", 0) {
+		name, labels, _ := strings.Cut(strings.TrimSuffix(code(row[0])[0], "}"), "{")
+		sorted := strings.Split(labels, ",")
+		slices.Sort(sorted)
+		got[name+strings.Join(sorted, ",")] = row[1]
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("metrics with labels, and types (-code +reference):\n%s", diff)
+	}
+}
+
+// TestReferenceWords: the source has each event, each key of an event, and each
+// phrase and field of the log that the reference names; and the reference has
+// each event. That it has each phrase is TestLogIsDocumented.
+func TestReferenceWords(t *testing.T) {
+	t.Parallel()
+	source := engineSource(t)
+	events := referenceTable(t, "Events", 0)
+	defined := map[string]bool{}
+	for _, m := range regexp.MustCompile(`"(cable/[a-z-]+)"`).FindAllStringSubmatch(source, -1) {
+		defined[m[1]] = true
+	}
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(defined)), firstCodes(events)); diff != "" {
+		t.Errorf("events (-code +reference):\n%s", diff)
+	}
+	var words []string
+	for _, row := range events {
+		words = append(words, code(row[2])...)
+	}
+	for _, row := range referenceTable(t, "Logs", 0) {
+		words = append(words, code(row[1])...)
+	}
+	words = append(words, firstCodes(referenceTable(t, "Logs", 1))...)
+	for _, w := range words {
+		if !strings.Contains(source, strconv.Quote(w)) {
+			t.Errorf("the engine has no %q", w)
+		}
+	}
+}
+
+// TestReferenceErrors: the source has each text of the table of errors.
+func TestReferenceErrors(t *testing.T) {
+	t.Parallel()
+	source := engineSource(t)
+	for _, row := range referenceTable(t, "Errors", 0) {
+		for _, text := range code(row[1]) {
+			fixed := regexp.MustCompile(`responded [0-9]{3}$`).ReplaceAllString(text, "responded %d") // the status is put in
+			fixed = strings.Replace(fixed, "must not be empty", "must not be %s", 1)
+			if !strings.Contains(strings.ReplaceAll(source, `\"`, `"`), fixed) {
+				t.Errorf("the engine has no error with %q", text)
+			}
+		}
+	}
+}

@@ -1,0 +1,748 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/logical"
+	"pgregory.net/rapid"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// fakeCable stands in for the client in a synctest bubble, where there is no
+// network: it grants tokens, late or not at all, and remembers them.
+type fakeCable struct {
+	mu       sync.Mutex
+	delay    time.Duration
+	failure  *cable.Error  // nil: it grants
+	lifetime time.Duration // what it grants; 0: what is requested
+	tokens   map[string]*fakeToken
+	calls    int
+	underWay map[string]int // by generation: the scopes and the key
+	overlap  bool           // two calls of one generation were under way at once
+}
+
+// fakeToken is a token that was granted.
+type fakeToken struct {
+	sent       time.Time
+	expiry     time.Time
+	requested  time.Duration
+	generation string
+	leaseEnd   time.Time // of the first reader
+}
+
+func (f *fakeCable) requestToken(ctx context.Context, _ *cable.Client, r cable.TokenRequest) (*cable.Token, error) {
+	f.mu.Lock()
+	if err := r.Allow(); err != nil {
+		f.mu.Unlock()
+		return nil, err
+	}
+	f.calls++
+	generation := strings.Join(r.Scopes, ",")
+	f.underWay[generation]++
+	f.overlap = f.overlap || f.underWay[generation] > 1
+	delay, failure, granted := f.delay, f.failure, f.lifetime
+	f.mu.Unlock()
+	sent := time.Now()
+	budget := time.Until(r.Start.Add(cable.DefaultTimeout))
+	var cause *cable.Error
+	select {
+	case <-time.After(min(delay, budget)):
+		if delay >= budget {
+			cause = &cable.Error{Kind: cable.TimedOut, Detail: "the budget ran out", MaybeIssued: true, Attempts: 1}
+		}
+	case <-ctx.Done():
+		cause = &cable.Error{Kind: cable.Canceled, Detail: "the caller left", MaybeIssued: true, Attempts: 1}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.underWay[generation]--
+	if cause == nil && failure != nil {
+		copied := *failure
+		cause = &copied
+	}
+	if cause != nil {
+		return nil, cause
+	}
+	if granted == 0 {
+		granted = r.Lifetime
+	}
+	name := fmt.Sprintf("token-%d", len(f.tokens))
+	now := time.Now()
+	f.tokens[name] = &fakeToken{sent: sent, expiry: now.Truncate(time.Second).Add(granted), requested: r.Lifetime, generation: generation}
+	return &cable.Token{
+		Value: cable.NewSecret(name), Expiry: f.tokens[name].expiry.Unix(), OrganizationID: r.OrganizationID,
+		Date: now.Truncate(time.Second), SentAt: sent, ReceivedAt: now, Attempts: 1,
+	}, nil
+}
+
+// set changes how Cable behaves.
+func (f *fakeCable) set(delay time.Duration, failure *cable.Error, lifetime time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.delay, f.failure, f.lifetime = delay, failure, lifetime
+}
+
+// overlapped reports whether two calls of one generation were under way at once
+// since it was last asked.
+func (f *fakeCable) overlapped() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	overlap := f.overlap
+	f.overlap = false
+	return overlap
+}
+
+// granted returns what is known of a token.
+func (f *fakeCable) granted(name string) *fakeToken {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.tokens[name]
+}
+
+func (f *fakeCable) callCount() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.calls
+}
+
+// reuseMount is a mount in a bubble, with a role "ci" that reuses.
+type reuseMount struct {
+	*testMount
+	cable *fakeCable
+}
+
+func newReuseMount(t testing.TB, role map[string]any) *reuseMount {
+	t.Helper()
+	m := &reuseMount{
+		testMount: &testMount{
+			TB: t, storage: new(logical.InmemStorage), log: new(syncBuffer), events: logical.NewMockEventSender(),
+			sys: &logical.StaticSystemView{DefaultLeaseTTLVal: 768 * time.Hour, MaxLeaseTTLVal: 768 * time.Hour},
+		},
+		cable: &fakeCable{tokens: make(map[string]*fakeToken), underWay: make(map[string]int)},
+	}
+	lb, err := Factory(t.Context(), &logical.BackendConfig{
+		Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true}),
+		System: testView{m.sys, m.testMount}, StorageView: m.storage, EventsSender: m.events,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.b = lb.(*backend)
+	m.b.requestToken = m.cable.requestToken
+	t.Cleanup(func() { m.b.Cleanup(context.Background()) })
+	m.write("config", map[string]any{"refresh_key": "k", "organization_id": cabletest.DefaultOrganizationID})
+	m.write("roles/ci", role)
+	return m
+}
+
+var reusing = map[string]any{"scopes": "a:b", "ttl": "1h", "reuse_for": "30m"}
+
+// get reads creds/ci.
+func (m *reuseMount) get() (*logical.Response, error) {
+	resp, err := m.b.HandleRequest(context.Background(), &logical.Request{ID: "r", Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, MountPoint: "cable/"})
+	if _, failure := statusOf(resp, err); failure != nil {
+		return resp, failure
+	}
+	return resp, nil
+}
+
+// token reads creds/ci with success.
+func (m *reuseMount) token() string {
+	m.Helper()
+	resp, err := m.get()
+	if err != nil {
+		m.Fatal(err)
+	}
+	return resp.Data["token"].(string)
+}
+
+// down are the failures that mean that Cable is down, configured those that do
+// not.
+var (
+	down = []*cable.Error{
+		{Kind: cable.Unreachable, Detail: "connection refused", Attempts: 1},
+		{Kind: cable.TimedOut, Detail: "the budget ran out", MaybeIssued: true, Attempts: 1},
+		{Kind: cable.Responded, StatusCode: 500, MaybeIssued: true, Attempts: 1},
+		{Kind: cable.Responded, StatusCode: 503, MaybeIssued: true, Attempts: 1},
+		{Kind: cable.Responded, StatusCode: 429, RetryAfter: 5 * time.Second, Attempts: 1},
+		{Kind: cable.Paused, RetryAfter: 5 * time.Second},
+	}
+	misconfigured = []*cable.Error{
+		{Kind: cable.Unreachable, Detail: "its certificate has expired", Attempts: 1, Certificate: true},
+		{Kind: cable.Responded, StatusCode: 401, Attempts: 1},
+		{Kind: cable.Responded, StatusCode: 403, Attempts: 1},
+		{Kind: cable.InvalidResponse, StatusCode: 200, MaybeIssued: true, Attempts: 1},
+	}
+)
+
+// reuseStep is one step of a sequence: its kind, and a number to choose by.
+type reuseStep struct{ kind, n int }
+
+// TestReuseProperties protects section 8 of the design, for any sequence of
+// reads, writes, invalidations, tuning, grants and outages.
+func TestReuseProperties(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(rt *rapid.T) {
+		steps := rapid.SliceOfN(rapid.Custom(func(rt *rapid.T) reuseStep {
+			return reuseStep{rapid.IntRange(0, 12).Draw(rt, "kind"), rapid.IntRange(0, 1<<20).Draw(rt, "n")}
+		}), 1, 40).Draw(rt, "steps")
+		var violation string // rapid's own goroutine has to report it
+		synctest.Test(t, func(t *testing.T) { violation = runReuse(t, steps) })
+		if violation != "" {
+			rt.Fatal(violation)
+		}
+	})
+}
+
+// choose returns one of the options.
+func choose[T any](n int, options ...T) T { return options[n%len(options)] }
+
+// runReuse runs the steps and returns the first promise that was broken.
+func runReuse(t *testing.T, steps []reuseStep) string {
+	m := newReuseMount(t, reusing)
+	defer synctest.Wait()
+	defer m.b.Cleanup(t.Context())
+	var (
+		disabled   bool
+		reuseFor   = 30 * time.Minute
+		ceiling    = 24 * time.Hour
+		generation = "a:b"
+		isDown     bool
+		downUntil  time.Time // the end of the last outage
+		versions   int
+	)
+	read := func() string {
+		start, before := time.Now(), m.cable.callCount()
+		resp, err := m.get()
+		now := time.Now()
+		switch {
+		case disabled && (err == nil || m.cable.callCount() != before):
+			return fmt.Sprintf("a disabled role: %v %v", resp, err)
+		case disabled:
+			return ""
+		case err != nil && !isDown && now.Sub(downUntil) > maxBackoff:
+			return fmt.Sprintf("Cable works: %v", err)
+		case err != nil:
+			return ""
+		}
+		token := m.cable.granted(resp.Data["token"].(string))
+		isNew := !token.sent.Before(start)
+		isFallback := strings.Contains(strings.Join(resp.Warnings, " "), "Cable is down")
+		usable := min(token.requested, token.expiry.Sub(token.sent))
+		remaining := token.sent.Add(usable).Sub(now)
+		const rounding = 2 * time.Second
+		switch {
+		case isNew:
+		case reuseFor == 0:
+			return "a role without reuse_for reuses"
+		case isFallback && remaining < fallbackLifetime-rounding:
+			return fmt.Sprintf("a previous token with %s left", remaining)
+		case isFallback && !isDown && now.Sub(downUntil) > maxBackoff:
+			return "a previous token while Cable works"
+		case !isFallback && start.Sub(token.sent) > reuseFor:
+			return fmt.Sprintf("a token %s old, reuse_for is %s", start.Sub(token.sent), reuseFor)
+		case !isFallback && remaining < usable/2-rounding:
+			return fmt.Sprintf("a token with %s left of %s", remaining, usable)
+		}
+		end := now.Add(resp.Secret.TTL)
+		if token.leaseEnd.IsZero() {
+			token.leaseEnd = end
+		}
+		switch {
+		case token.generation != generation:
+			return fmt.Sprintf("a token of %q, the role has %q", token.generation, generation)
+		case token.requested > ceiling:
+			return fmt.Sprintf("a token for %s, the ceiling is %s", token.requested, ceiling)
+		case end.After(token.expiry), end.After(now.Add(ceiling)), end.After(token.leaseEnd), resp.Secret.TTL < time.Second:
+			return fmt.Sprintf("a lease until %s: the token expires %s, the first reader's lease %s, the ceiling is %s", end, token.expiry, token.leaseEnd, ceiling)
+		}
+		return ""
+	}
+	for i, step := range steps {
+		violation := ""
+		switch n := step.n; step.kind {
+		case 0, 1, 2, 3:
+			violation = read()
+		case 4:
+			time.Sleep(time.Duration(n%7200) * time.Second)
+		case 5: // many at once
+			var wg sync.WaitGroup
+			for range 5 {
+				wg.Go(func() { _, _ = m.get() })
+			}
+			wg.Wait()
+		case 6:
+			if isDown {
+				downUntil = time.Now()
+			}
+			failure := choose(n, append(slices.Clone(down), nil, nil, nil, nil, nil, nil)...)
+			delay := choose(n>>8, 0, 20*time.Millisecond, 400*time.Millisecond, 900*time.Millisecond, 30*time.Second)
+			isDown = failure != nil || delay > patience
+			m.cable.set(delay, failure, m.cable.lifetime)
+		case 7:
+			m.cable.set(m.cable.delay, m.cable.failure, choose(n, 0, 0, 40*time.Second, 90*time.Second, 1000*time.Second, 80_000*time.Second))
+		case 8:
+			versions++
+			generation = fmt.Sprintf("a:b%c", 'a'+versions%26)
+			m.write("roles/ci", map[string]any{"scopes": generation})
+		case 9:
+			m.write("config", map[string]any{"disabled": false})
+			m.b.InvalidateKey(t.Context(), choose(n, "config", "roles/ci", "roles/other"))
+		case 10:
+			disabled = !disabled
+			m.write("roles/ci", map[string]any{"disabled": disabled})
+		case 11:
+			ceiling = choose(n, 300*time.Second, 1200*time.Second, time.Hour, 24*time.Hour)
+			m.maxTTL.Store(int64(ceiling))
+		case 12:
+			reuseFor = choose(n, 0, time.Minute, 10*time.Minute, 30*time.Minute)
+			m.write("roles/ci", map[string]any{"reuse_for": int(reuseFor / time.Second)})
+		}
+		if overlap := m.cable.overlapped(); violation == "" && overlap && reuseFor > 0 {
+			violation = "two calls of one generation at once"
+		}
+		if violation != "" {
+			return fmt.Sprintf("step %d: %s", i, violation)
+		}
+	}
+	return ""
+}
+
+// inBubble runs a test of a mount in a bubble of its own.
+func inBubble(t *testing.T, name string, role map[string]any, f func(t *testing.T, m *reuseMount)) {
+	t.Helper()
+	t.Run(name, func(t *testing.T) {
+		t.Parallel()
+		synctest.Test(t, func(t *testing.T) {
+			m := newReuseMount(t, role)
+			f(t, m)
+			m.b.Cleanup(t.Context())
+			synctest.Wait()
+		})
+	})
+}
+
+// TestReuse has the rules of reuse, one by one.
+func TestReuse(t *testing.T) {
+	t.Parallel()
+	inBubble(t, "readers share a token for reuse_for", reusing, func(t *testing.T, m *reuseMount) {
+		first := m.token()
+		time.Sleep(30*time.Minute - time.Second)
+		if m.token() != first {
+			t.Error("another token before reuse_for has passed")
+		}
+		time.Sleep(2 * time.Second)
+		if m.token() == first {
+			t.Error("the same token after reuse_for has passed")
+		}
+		if line := m.logLine(m.log.String(), "token reused"); line["@level"] != "debug" || line["outcome"] != "reused" {
+			t.Errorf("the line in the log: %v", line)
+		}
+		figures := m.figures()
+		for series, want := range map[string]float64{
+			`token_requests_total{outcome="minted",role="ci"}`: 2, `token_requests_total{outcome="reused",role="ci"}`: 1,
+			"granted_lifetime_seconds_count": 2, "token_request_duration_seconds_count": 2,
+			"reused_token_age_seconds_count": 1, "reused_token_readers_count": 1, "reused_token_readers_sum": 2,
+		} {
+			if got := figures["vault_cable_"+series]; got != want {
+				t.Errorf("%s is %v, want %v", series, got, want)
+			}
+		}
+	})
+	inBubble(t, "a lease ends at least a second before the first one", reusing, func(t *testing.T, m *reuseMount) {
+		// Vault counts from when it stores a lease, which may take longer for one
+		// reader than for another.
+		leaseEnd := func() time.Time {
+			resp, err := m.get()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return time.Now().Add(resp.Secret.TTL)
+		}
+		first := leaseEnd()
+		for range 5 {
+			if end := leaseEnd(); end.After(first.Add(-time.Second)) || end.Before(first.Add(-3*time.Second)) {
+				t.Errorf("a lease ends %s before the first one", first.Sub(end))
+			}
+			time.Sleep(400 * time.Millisecond)
+		}
+	})
+	inBubble(t, "half of its lifetime remains", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(0, nil, 10*time.Minute)
+		first := m.token()
+		time.Sleep(5*time.Minute - 2*time.Second)
+		if m.token() != first {
+			t.Error("another token before half of its lifetime has passed")
+		}
+		time.Sleep(3 * time.Second)
+		if m.token() == first {
+			t.Error("the same token with less than half of its lifetime")
+		}
+	})
+	inBubble(t, "off by default", map[string]any{"scopes": "a:b", "ttl": "1h"}, func(t *testing.T, m *reuseMount) {
+		if first := m.token(); m.token() == first {
+			t.Error("a token was reused")
+		}
+	})
+	inBubble(t, "parameters mint", reusing, func(t *testing.T, m *reuseMount) {
+		first := m.token()
+		for _, data := range []map[string]any{{"ttl": 600}, {"scopes": "a:b"}, {"ttl": "1h", "scopes": "a:b"}} {
+			resp, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, Data: data})
+			if err != nil || resp.Data["token"] == first {
+				t.Errorf("%v: %v %v", data, resp, err)
+			}
+		}
+		if m.token() != first {
+			t.Error("the shared token was replaced")
+		}
+	})
+	inBubble(t, "every write drops it", reusing, func(t *testing.T, m *reuseMount) {
+		drops := map[string]func(){
+			"a write that changes nothing":   func() { m.write("roles/ci", map[string]any{"disabled": false}) },
+			"a patch":                        func() { m.ok(logical.PatchOperation, "roles/ci", map[string]any{"ttl": "1h"}) },
+			"config, nothing changed":        func() { m.write("config", map[string]any{"disabled": false}) },
+			"an invalidation":                func() { m.b.InvalidateKey(t.Context(), "roles/ci") },
+			"an invalidation of config":      func() { m.b.InvalidateKey(t.Context(), "config") },
+			"a deletion, and the role again": func() { m.ok(logical.DeleteOperation, "roles/ci", nil); m.write("roles/ci", reusing) },
+		}
+		for name, drop := range drops {
+			before := m.token()
+			drop()
+			if m.token() == before {
+				t.Errorf("%s: the token is still returned", name)
+			}
+		}
+		before := m.token()
+		m.write("roles/other", map[string]any{"scopes": "a:b"})
+		if m.token() != before {
+			t.Error("another role's write dropped the token")
+		}
+	})
+	inBubble(t, "one call for all who wait", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(time.Second, nil, 0)
+		var wg sync.WaitGroup
+		for range 50 {
+			wg.Go(func() { m.token() })
+		}
+		wg.Wait()
+		if n := m.cable.callCount(); n != 1 {
+			t.Errorf("%d calls", n)
+		}
+		if n := m.figures()[`vault_cable_token_requests_total{outcome="reused",role="ci"}`]; n != 49 {
+			t.Errorf("%v reused", n)
+		}
+	})
+	inBubble(t, "a reader that leaves", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(10*time.Second, nil, 0)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
+		if err == nil {
+			t.Error("a token after a second")
+		}
+		time.Sleep(20 * time.Second) // nobody waits any more
+		if m.token() == "" || m.cable.callCount() != 1 {
+			t.Errorf("%d calls: the token of a call that all left was not kept", m.cable.callCount())
+		}
+		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 0 {
+			t.Errorf("%v undelivered", n)
+		}
+	})
+	inBubble(t, "a write during a call", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(10*time.Second, nil, 0)
+		var wg sync.WaitGroup
+		var earlier, later string
+		wg.Go(func() { earlier = m.token() })
+		time.Sleep(time.Second)
+		m.write("roles/ci", map[string]any{"scopes": "c:d"})
+		wg.Go(func() { later = m.token() })
+		wg.Wait()
+		if m.cable.granted(earlier).generation != "a:b" || m.cable.granted(later).generation != "c:d" || m.token() != later {
+			t.Errorf("%q and %q", earlier, later)
+		}
+	})
+	inBubble(t, "disabled during a call", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(10*time.Second, nil, 0)
+		var wg sync.WaitGroup
+		for range 3 {
+			wg.Go(func() {
+				if resp, err := m.get(); err == nil || !strings.Contains(err.Error(), "disabled") {
+					t.Errorf("%v %v", resp, err)
+				}
+			})
+		}
+		time.Sleep(time.Second)
+		m.write("roles/ci", map[string]any{"disabled": true})
+		wg.Wait()
+		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
+			t.Errorf("%v undelivered, want one of the one call", n)
+		}
+		if n := strings.Count(m.log.String(), undeliveredPhrase); n != 1 {
+			t.Errorf("%d lines of an undelivered token", n)
+		}
+	})
+	inBubble(t, "the ceiling is lowered", reusing, func(t *testing.T, m *reuseMount) {
+		first := m.token()
+		m.maxTTL.Store(int64(20 * time.Minute))
+		second := m.token()
+		if second == first || m.cable.granted(second).requested != 20*time.Minute {
+			t.Errorf("%q after %q", second, first)
+		}
+		m.maxTTL.Store(int64(24 * time.Hour))
+		if m.token() != second {
+			t.Error("a shorter token is not reused")
+		}
+	})
+	inBubble(t, "the ceiling is lowered during a call", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(5*time.Second, nil, 0)
+		var wg sync.WaitGroup
+		wg.Go(func() { m.token() })
+		time.Sleep(time.Second)
+		m.maxTTL.Store(int64(20 * time.Minute))
+		if got := m.cable.granted(m.token()); got.requested != 20*time.Minute {
+			t.Errorf("a token for %s", got.requested)
+		}
+		wg.Wait()
+	})
+	inBubble(t, "a panic", reusing, func(t *testing.T, m *reuseMount) {
+		m.b.requestToken = func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) { panic("boom") }
+		var wg sync.WaitGroup
+		for range 3 {
+			wg.Go(func() {
+				if resp, err := m.get(); err == nil || !strings.Contains(err.Error(), "internal error") {
+					t.Errorf("%v %v", resp, err)
+				}
+			})
+		}
+		wg.Wait()
+		m.b.requestToken = m.cable.requestToken
+		m.token()
+		if n := m.figures()["vault_cable_panics_total"]; n < 1 {
+			t.Errorf("%v panics", n)
+		}
+	})
+	inBubble(t, "the mount ends", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(15*time.Second, nil, 0)
+		done := make(chan error)
+		go func() { _, err := m.get(); done <- err }()
+		time.Sleep(time.Second)
+		start := time.Now()
+		m.b.Cleanup(t.Context())
+		if took := time.Since(start); took > closeTimeout {
+			t.Errorf("Cleanup took %s", took)
+		}
+		if err := <-done; err == nil || time.Since(start) > time.Second {
+			t.Errorf("after %s: %v", time.Since(start), err)
+		}
+	})
+	inBubble(t, "a longer grant", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(0, nil, 20*time.Hour)
+		resp, err := m.get()
+		if err != nil || resp.Secret.TTL > time.Hour {
+			t.Fatal(resp, err)
+		}
+		time.Sleep(29 * time.Minute)
+		if resp, err = m.get(); err != nil || resp.Secret.TTL > 31*time.Minute || m.cable.callCount() != 1 {
+			t.Errorf("lease %s, %v", resp.Secret.TTL, err)
+		}
+		m.wantWarning(resp.Warnings, "instead of the requested 3600s")
+	})
+}
+
+// TestReuseWhileCableIsDown has the rules of the fallback, one by one.
+func TestReuseWhileCableIsDown(t *testing.T) {
+	t.Parallel()
+	for _, failure := range down {
+		f := classify(failure)
+		inBubble(t, string(f.outcome)+fmt.Sprint(failure.StatusCode), reusing, func(t *testing.T, m *reuseMount) {
+			first := m.token()
+			m.cable.set(0, failure, 0)
+			for time.Sleep(31 * time.Minute); ; time.Sleep(time.Minute) {
+				left := time.Until(m.cable.granted(first).sent.Add(time.Hour))
+				resp, err := m.get()
+				if left < fallbackLifetime {
+					if err == nil {
+						t.Errorf("a token with %s left", left)
+					}
+					break
+				}
+				if err != nil || resp.Data["token"] != first {
+					t.Fatalf("%s left: %v %v", left, resp, err)
+				}
+				m.wantWarning(resp.Warnings, "Cable is down ("+string(f.outcome)+")", "previous token")
+				if got := m.read("status"); fmt.Sprint(got["reuse_fallbacks"]) != "map[ci:"+string(f.outcome)+"]" {
+					t.Fatalf("%s left: status: %v", left, got)
+				}
+			}
+			if got := m.read("status"); fmt.Sprint(got["reuse_fallbacks"]) != "map[]" {
+				t.Errorf("the token has expired, and status says: %v", got)
+			} else if f.outcome != outcomePaused && got["last_failure_outcome"] != string(f.outcome) {
+				t.Errorf("the last failure in status: %v", got)
+			}
+			if n := m.figures()[`vault_cable_reuse_fallbacks_total{cause="`+string(f.outcome)+`"}`]; n < 25 {
+				t.Errorf("%v fallbacks", n)
+			}
+			m.cable.set(0, nil, 0)
+			time.Sleep(maxBackoff)
+			if m.token() == first {
+				t.Error("the old token, and Cable works")
+			}
+			if got := m.read("status")["reuse_fallbacks"]; fmt.Sprint(got) != "map[]" {
+				t.Errorf("status: %v", got)
+			}
+		})
+	}
+	for _, failure := range misconfigured {
+		inBubble(t, "not hidden: "+failure.Error(), reusing, func(t *testing.T, m *reuseMount) {
+			m.token()
+			m.cable.set(0, failure, 0)
+			time.Sleep(31 * time.Minute)
+			before := m.cable.callCount()
+			for range 3 {
+				if resp, err := m.get(); err == nil {
+					t.Errorf("%v", resp.Data)
+				}
+			}
+			if n := m.cable.callCount() - before; n != 3 {
+				t.Errorf("%d calls: there is no backoff for what an operator has to fix", n)
+			}
+		})
+	}
+	inBubble(t, "calls become rare", reusing, func(t *testing.T, m *reuseMount) {
+		m.cable.set(0, down[0], 0)
+		start, before := time.Now(), 0
+		var gaps []time.Duration
+		for last := start; time.Since(start) < 5*time.Minute; time.Sleep(100 * time.Millisecond) {
+			if _, err := m.get(); err == nil {
+				t.Fatal("a token")
+			}
+			if n := m.cable.callCount(); n != before {
+				gaps = append(gaps, time.Since(last).Round(time.Second))
+				last, before = time.Now(), n
+			}
+		}
+		want := []time.Duration{0, 5, 10, 20, 40, 60, 60, 60}
+		for i := range want {
+			want[i] *= time.Second
+		}
+		if !slices.Equal(gaps, want[:len(gaps)]) || len(gaps) < 7 {
+			t.Errorf("time between calls: %v, want %v", gaps, want)
+		}
+	})
+	inBubble(t, "a Cable that hangs costs nothing after the first", reusing, func(t *testing.T, m *reuseMount) {
+		first := m.token()
+		m.cable.set(time.Hour, nil, 0)
+		time.Sleep(31 * time.Minute)
+		var slow int
+		for range 100 { // over a quarter of an hour
+			start := time.Now()
+			if got := m.token(); got != first {
+				t.Fatal("another token")
+			}
+			if time.Since(start) > patience {
+				slow++
+			}
+			time.Sleep(10 * time.Second)
+		}
+		if slow > 1 {
+			t.Errorf("%d readers waited for longer than %s", slow, patience)
+		}
+	})
+	inBubble(t, "a write gives the fallback up", reusing, func(t *testing.T, m *reuseMount) {
+		m.token()
+		m.cable.set(0, down[0], 0)
+		time.Sleep(31 * time.Minute)
+		m.token()
+		m.write("config", map[string]any{"request_timeout": 10})
+		if resp, err := m.get(); err == nil {
+			t.Error(resp.Data)
+		}
+	})
+	inBubble(t, "storage that cannot say that the role is enabled", reusing, func(t *testing.T, m *reuseMount) {
+		m.token()
+		m.cable.set(0, down[0], 0)
+		time.Sleep(31 * time.Minute)
+		m.token()
+		_, _ = m.on(&lateStorage{Storage: m.storage}, logical.UpdateOperation, "roles/ci", map[string]any{"disabled": true})
+		if resp, err := m.get(); err == nil {
+			t.Error(resp.Data)
+		}
+	})
+}
+
+// TestReuseSettings pins what a role may have.
+func TestReuseSettings(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	m.write("roles/ci", reusing)
+	if got := m.read("roles/ci")["reuse_for"]; got != int64(1800) {
+		t.Errorf("reuse_for %v", got)
+	}
+	for _, data := range []map[string]any{{"reuse_for": 1801}, {"ttl": 3599}, {"ttl": 0}, {"reuse_for": -1}, {"reuse_for": "x"}, {"reuse_for": int64(1 << 40)}} {
+		m.refused(400, logical.UpdateOperation, "roles/ci", data, "reuse_for")
+	}
+	m.refused(400, logical.UpdateOperation, "roles/new", map[string]any{"scopes": "a:b", "reuse_for": "5m"}, "reuse_for of 300s needs a ttl")
+	m.write("roles/ci", map[string]any{"ttl": 600, "reuse_for": 300})
+	m.write("roles/ci", map[string]any{"ttl": 0, "reuse_for": 0})
+}
+
+// TestReuseRace: many readers, writers and invalidations at once; every token
+// was minted for the role as it was at some time during its read.
+func TestReuseRace(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/ci", map[string]any{"ttl": "1h", "reuse_for": "30m"})
+	m.sim.SetFault(cabletest.Fault{Delay: time.Millisecond})
+	var version sync.Map // scope -> when it was replaced
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	wg.Go(func() {
+		defer close(stop)
+		last := ""
+		for i := range 60 {
+			scope := fmt.Sprintf("v:%d", i)
+			m.write("roles/ci", map[string]any{"scopes": scope})
+			version.Store(last, time.Now())
+			last = scope
+			time.Sleep(2 * time.Millisecond)
+			if i%7 == 0 {
+				m.b.InvalidateKey(t.Context(), "config")
+			}
+		}
+	})
+	for range 16 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				start := time.Now()
+				resp, err := m.request(logical.ReadOperation, "creds/ci", nil)
+				if err != nil || resp.IsError() {
+					t.Errorf("%v %v", resp, err)
+					return
+				}
+				scope := resp.Data["scopes"].([]string)[0]
+				if replaced, ok := version.Load(scope); ok && replaced.(time.Time).Before(start) {
+					t.Errorf("a token of %s, which was replaced %s before the read", scope, start.Sub(replaced.(time.Time)))
+				}
+			}
+		})
+	}
+	wg.Wait()
+}

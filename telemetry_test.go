@@ -1,0 +1,386 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cablesecrets
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// TestOutcomes ends a request for a token in each way that there is, and wants
+// the same word in the log, in metrics, in status and in an event.
+func TestOutcomes(t *testing.T) {
+	t.Parallel()
+	const warn, fail, debug = "warn", "error", "debug"
+	for _, tt := range []struct {
+		outcome     outcome
+		fault       cabletest.Fault
+		before      func(m *testMount) // besides the fault
+		level, log  string
+		cable       int    // its status
+		event       string // "" for none
+		undelivered bool
+
+		notCalled bool // Cable
+		noFailure bool
+	}{
+		{outcome: outcomeMinted, noFailure: true, level: debug, log: "token minted", event: eventCredsCreate},
+		{
+			outcome: outcomeInvalidRequest, notCalled: true, noFailure: true, level: debug, log: "token request refused",
+			before: func(m *testMount) { m.write("roles/ci", map[string]any{"disabled": true}) },
+		},
+		{outcome: outcomeKeyRejected, fault: cabletest.Fault{Status: 401}, level: warn, log: "token request failed", cable: 401, event: eventCredsCreateFail},
+		{outcome: outcomeRejectedByCable, fault: cabletest.Fault{Status: 403}, level: warn, log: "token request failed", cable: 403, event: eventCredsCreateFail},
+		{outcome: outcomeRateLimited, fault: cabletest.Fault{Status: 429}, level: warn, log: "token request failed", cable: 429, event: eventCredsCreateFail},
+		{
+			outcome: outcomePaused, notCalled: true, fault: cabletest.Fault{Status: 429}, level: debug, log: "token request failed", event: eventCredsCreateFail,
+			before: func(m *testMount) { m.refused(429, logical.ReadOperation, "creds/ci", nil) },
+		},
+		{outcome: outcomeCableError, fault: cabletest.Fault{Status: 503}, level: warn, log: undeliveredPhrase, cable: 503, event: eventCredsCreateFail, undelivered: true},
+		{outcome: outcomeCableError, fault: cabletest.Fault{Status: 500}, level: warn, log: undeliveredPhrase, cable: 500, event: eventCredsCreateFail, undelivered: true},
+		{outcome: outcomeCableError, fault: cabletest.Fault{Status: 408}, level: warn, log: undeliveredPhrase, cable: 408, event: eventCredsCreateFail, undelivered: true},
+		{outcome: outcomeUnreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: "token request failed", event: eventCredsCreateFail},
+		{outcome: outcomeUnreachable, fault: cabletest.Fault{Reset: cabletest.ResetAfter}, level: warn, log: undeliveredPhrase, event: eventCredsCreateFail, undelivered: true},
+		{outcome: outcomeTimedOut, fault: cabletest.Fault{Delay: time.Minute}, level: warn, log: undeliveredPhrase, event: eventCredsCreateFail, undelivered: true},
+		{outcome: outcomeInvalidResponse, fault: cabletest.Fault{Body: "<html>"}, level: fail, log: "Cable's response was refused and its token dropped", cable: 200, event: eventCredsCreateFail, undelivered: true},
+		{
+			outcome: outcomeGrantMismatch, fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}},
+			level: fail, log: "Cable's response was refused and its token dropped", cable: 200, event: eventGrantMismatch, undelivered: true,
+		},
+		{
+			outcome: outcomeVaultError, notCalled: true, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
+			level: fail, log: "token request failed", event: eventCredsCreateFail,
+		},
+	} {
+		t.Run(string(tt.outcome), func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.write("config", map[string]any{"request_timeout": 1})
+			m.sim.SetFault(tt.fault)
+			if tt.before != nil {
+				tt.before(m)
+			}
+			before, logged := m.figures(), len(m.log.String())
+			_, _ = m.request(logical.ReadOperation, "creds/ci", nil)
+
+			line := m.logLine(m.log.String()[logged:], tt.log)
+			if line["outcome"] != string(tt.outcome) || line["@level"] != tt.level || line["role"] != "ci" || line["request_id"] != "req-1" || line["mount"] != "cable/" {
+				t.Errorf("the line in the log: %v", line)
+			}
+			if _, err := time.ParseDuration(line["duration"].(string)); err != nil {
+				t.Errorf("duration: %v", err)
+			}
+			if got, _ := line["cable_status"].(float64); tt.event != eventCredsCreate && int(got) != tt.cable {
+				t.Errorf("cable_status in the log: %v, want %d", line["cable_status"], tt.cable)
+			}
+			if _, got := line["undelivered_until"]; got != tt.undelivered {
+				t.Errorf("undelivered_until in the log: %v", line)
+			}
+
+			after := m.figures()
+			moved := func(series string) float64 { return after[series] - before[series] }
+			if n := moved(`vault_cable_token_requests_total{outcome="` + string(tt.outcome) + `",role="ci"}`); n != 1 {
+				t.Errorf("token_requests_total moved by %v", n)
+			}
+			if n := moved("vault_cable_undelivered_tokens_total"); (n == 1) != tt.undelivered || n > 1 {
+				t.Errorf("undelivered_tokens_total moved by %v", n)
+			}
+			if n := moved("vault_cable_token_request_duration_seconds_count"); (n == 1) == tt.notCalled {
+				t.Errorf("token_request_duration_seconds moved by %v", n)
+			}
+
+			status := m.read("status")
+			if n := status["token_requests"].(map[string]any)[string(tt.outcome)]; n != int64(1) {
+				t.Errorf("status counts %v: %v", n, status["token_requests"])
+			}
+			// What is held is the echo of the 429 before it.
+			if want := tt.outcome; tt.noFailure {
+				if status["last_failure_at"] != "" {
+					t.Errorf("a failure in status: %v", status)
+				}
+			} else if want == outcomePaused {
+				if status["last_failure_outcome"] != string(outcomeRateLimited) {
+					t.Errorf("the last failure in status: %v", status)
+				}
+			} else if status["last_failure_outcome"] != string(tt.outcome) || status["last_failure_cable_status"] != tt.cable ||
+				status["last_failure_role"] != "ci" || status["last_failure_at"] == "" {
+				t.Errorf("the last failure in status: %v", status)
+			}
+			if minted := tt.outcome == outcomeMinted; minted != (status["last_mint_at"] != "") || minted != (status["last_mint_role"] == "ci") {
+				t.Errorf("the last mint in status: %v", status)
+			}
+
+			if tt.outcome == outcomeGrantMismatch && (fmt.Sprint(line["granted_scopes"]) != "[everything:write]" || line["granted_organization"] != cabletest.DefaultOrganizationID || line["expires_at"] == nil) {
+				t.Errorf("what was granted, in the log: %v", line)
+			}
+			if tt.event == "" {
+				m.b.Cleanup(t.Context()) // sends what waits
+				for _, e := range m.sentEvents() {
+					if strings.HasPrefix(e["type"], "cable/creds") {
+						t.Errorf("an event: %v", e)
+					}
+				}
+				return
+			}
+			event := m.waitForEvent(tt.event, func(e map[string]string) bool {
+				return tt.event == eventCredsCreate || e["outcome"] == string(tt.outcome)
+			})
+			if event["path"] != "creds/ci" || event["data_path"] != "roles/ci" || event["operation"] != "read" || event["modified"] != "false" || event["role"] != "ci" {
+				t.Errorf("the event: %v", event)
+			}
+			if _, got := event["undelivered_until"]; got != tt.undelivered {
+				t.Errorf("undelivered_until in the event: %v", event)
+			}
+		})
+	}
+	t.Run("canceled", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, ID: "req-1"})
+		if line := m.logLine(m.log.String(), "token request failed"); line["outcome"] != "canceled" || line["@level"] != "debug" {
+			t.Errorf("the line in the log: %v", line)
+		}
+		if status := m.read("status"); status["last_failure_at"] != "" {
+			t.Errorf("who leaves is no failure: %v", status)
+		}
+	})
+	t.Run("canceled after sending", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.sim.SetFault(cabletest.Fault{Delay: time.Minute})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, ID: "req-1"})
+		}()
+		m.waitUntil(func() bool { return m.sim.CallCount() > 0 })
+		cancel()
+		<-done
+		line := m.logLine(m.log.String(), undeliveredPhrase)
+		if line["outcome"] != "canceled" || line["@level"] != "warn" || line["undelivered_until"] == nil || line["requested_scopes"] == nil {
+			t.Errorf("the line in the log: %v", line)
+		}
+		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
+			t.Errorf("undelivered_tokens_total %v", n)
+		}
+	})
+	t.Run("a longer life than was asked for", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		life := 200 * time.Hour
+		m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Lifetime: &life}})
+		m.read("creds/ci")
+		line := m.logLine(m.log.String(), "longer lifetime than requested")
+		expiry, err := time.Parse(time.RFC3339, fmt.Sprint(line["expires_at"]))
+		if line["@level"] != "warn" || line["outcome"] != "minted" || line["requested_seconds"] != 3600. || err != nil || time.Until(expiry) < 199*time.Hour {
+			t.Errorf("the line in the log: %v", line)
+		}
+	})
+	t.Run("a failure, then a mint", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.sim.SetFault(cabletest.Fault{Status: 401, Times: 1})
+		_, _ = m.request(logical.ReadOperation, "creds/ci", nil)
+		m.read("creds/ci")
+		if status := m.read("status"); status["last_failure_outcome"] != "key_rejected" || status["last_mint_role"] != "ci" {
+			t.Errorf("status: %v", status)
+		}
+	})
+}
+
+// logLine returns the fields of the last line that says text.
+func (m *testMount) logLine(log, text string) (fields map[string]any) {
+	m.Helper()
+	for line := range strings.Lines(log) {
+		if strings.Contains(line, text) {
+			fields = nil
+			if err := json.Unmarshal([]byte(line), &fields); err != nil {
+				m.Fatal(err)
+			}
+		}
+	}
+	if fields == nil {
+		m.Fatalf("no line says %q:\n%s", text, log)
+	}
+	return fields
+}
+
+// TestClassify: an error has one outcome and one status, however it is wrapped.
+func TestClassify(t *testing.T) {
+	t.Parallel()
+	token := &cable.Token{Expiry: time.Now().Add(time.Hour).Unix()}
+	role, config := &tokenReport{role: "ci"}, &liveConfig{configEntry: newConfigEntry()}
+	call := func(e *cable.Error) error { return callFailure(e, role, config) }
+	for _, tt := range []struct {
+		err    error
+		want   outcome
+		status int
+	}{
+		{refusal("no"), outcomeInvalidRequest, 400},
+		{fmt.Errorf("verifying: %w", refusal("no")), outcomeInvalidRequest, 400},
+		{errors.New("storage"), outcomeVaultError, 500},
+		{fmt.Errorf("reading: %w", context.Canceled), outcomeCanceled, 502},
+		{status.Error(codes.Canceled, "context canceled"), outcomeCanceled, 502},
+		{fmt.Errorf("reading: %w", context.DeadlineExceeded), outcomeTimedOut, 504},
+		{errBudget, outcomeTimedOut, 504},
+		{refuseToken(&mismatch{"no"}, token), outcomeGrantMismatch, 502},
+		{refuseToken(refusal("disabled"), token), outcomeInvalidRequest, 400},
+		{refuseToken(errors.New("storage"), token), outcomeVaultError, 500},
+		{call(&cable.Error{Kind: cable.Canceled}), outcomeCanceled, 502},
+		{call(&cable.Error{Kind: cable.Paused}), outcomePaused, 429},
+		{call(&cable.Error{Kind: cable.Unreachable}), outcomeUnreachable, 502},
+		{call(&cable.Error{Kind: cable.TimedOut}), outcomeTimedOut, 504},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 401}), outcomeKeyRejected, 400},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 429}), outcomeRateLimited, 429},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 418}), outcomeRejectedByCable, 400},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 408}), outcomeCableError, 502},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 599}), outcomeCableError, 502},
+		{call(&cable.Error{Kind: cable.InvalidResponse, StatusCode: 302}), outcomeInvalidResponse, 502},
+	} {
+		f := classify(tt.err)
+		if f.outcome != tt.want {
+			t.Errorf("%v: outcome %s, want %s", tt.err, f.outcome, tt.want)
+		}
+		if code, _ := statusOf(f.respond()); code != tt.status {
+			t.Errorf("%v: status %d, want %d", tt.err, code, tt.status)
+		}
+	}
+	if classify(nil) != nil {
+		t.Error("a failure without an error")
+	}
+}
+
+// TestLogIsLivable: what can come a hundred times a second from callers alone,
+// or as the echo of one answer, is below the level that operators run with.
+func TestLogIsLivable(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	logged := len(m.log.String())
+	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	long := strings.Repeat("n", 1<<16)
+	for range 50 {
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/a..b", nil, `must not contain ".."`)
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/"+long, nil, "at most 128 are allowed")
+		m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil)
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/none", nil)
+		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", map[string]any{"ttl": "1s"})
+	}
+	loud := 0
+	for line := range strings.Lines(m.log.String()[logged:]) {
+		if !strings.Contains(line, `"@level":"debug"`) && !strings.Contains(line, `"@level":"trace"`) {
+			loud++
+		}
+	}
+	if loud != 1 || strings.Contains(m.log.String(), long) {
+		t.Errorf("%d lines above debug in the log, want one of the 429:\n%.10000s", loud, m.log)
+	}
+	if status := fmt.Sprint(m.read("status")); strings.Contains(status, long) || strings.Contains(status, "a..b") {
+		t.Errorf("status holds what is no role's name: %.1000s", status)
+	}
+}
+
+// TestLogIsDocumented: each line that the engine writes is in the table of
+// docs/reference.md, which operators search their logs by.
+func TestLogIsDocumented(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("docs/reference.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := map[string]bool{"Cable's response was refused and its token dropped": true}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		source, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`(?:\.(?:Debug|Info|Warn|Error)\(|[pP]hrase = |level, |hclog\.\w+, )"([^"]+)"`).FindAllStringSubmatch(string(source), -1) {
+			lines[m[1]] = true
+		}
+	}
+	if len(lines) < 14 {
+		t.Errorf("only %d lines were found: %v", len(lines), lines)
+	}
+	for line := range lines {
+		if line, _, _ = strings.Cut(line, "; the request failed"); !strings.Contains(string(page), "`"+line) {
+			t.Errorf("docs/reference.md does not know the line %q", line)
+		}
+	}
+}
+
+// TestLongerGrantIsLoggedOnce: a Cable that ignores the requested lifetime does
+// so each time; the log says so once per role and minute, each response says it.
+func TestLongerGrantIsLoggedOnce(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/other", map[string]any{"scopes": "person:read"})
+	m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(20 * time.Hour)}})
+	for range 3 {
+		for _, role := range []string{"ci", "other"} {
+			m.wantWarning(m.ok(logical.ReadOperation, "creds/"+role, nil).Warnings, "instead of the requested 3600s")
+		}
+	}
+	if n := strings.Count(m.log.String(), "longer lifetime than requested"); n != 2 {
+		t.Errorf("%d lines, want one for each role", n)
+	}
+}
+
+// TestRefusedTokenByEitherClock: a token that is refused counts as undelivered
+// if Cable's clock or the local one says that it is still valid.
+func TestRefusedTokenByEitherClock(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		skew, lifetime time.Duration // of Cable's clock; from Cable's clock
+		undelivered    bool
+	}{
+		"expired by both":                    {0, -time.Hour, false},
+		"Cable is ahead, valid by ours":      {5 * time.Hour, -time.Hour, true},
+		"Cable is behind, valid by its own":  {-5 * time.Hour, time.Hour, true},
+		"Cable is behind, expired by both":   {-5 * time.Hour, -time.Hour, false},
+		"both agree that it is valid":        {0, time.Hour, true},
+		"Cable is far ahead, expired by all": {time.Hour, -2 * time.Hour, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.sim.SetFault(cabletest.Fault{ClockSkew: tt.skew, Grant: &cabletest.Grant{Lifetime: &tt.lifetime, Scopes: &[]string{"everything:write"}}})
+			resp, err := m.request(logical.ReadOperation, "creds/ci", nil)
+			_, failure := statusOf(resp, err)
+			if failure == nil {
+				t.Fatal("a token was returned")
+			}
+			if got := strings.Contains(failure.Error(), "was not delivered, valid until"); got != tt.undelivered {
+				t.Errorf("%v", failure)
+			}
+			if n := m.figures()["vault_cable_undelivered_tokens_total"]; (n == 1) != tt.undelivered {
+				t.Errorf("undelivered_tokens_total %v", n)
+			}
+		})
+	}
+}
