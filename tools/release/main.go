@@ -83,11 +83,12 @@ func notes(version string) (string, error) {
 	}
 	for section := range strings.SplitSeq("\n"+string(data), "\n## ") {
 		heading, text, _ := strings.Cut(section, "\n")
-		if name, _, _ := strings.Cut(heading, " "); name == version {
+		// A heading is `## [1.2.3] - date` or `## v1.2.3`.
+		if name, _, _ := strings.Cut(heading, " "); "v"+strings.TrimPrefix(strings.Trim(name, "[]"), "v") == version {
 			return strings.TrimSpace(text) + "\n", nil
 		}
 	}
-	return "", fmt.Errorf("CHANGELOG.md has no section `## %s`", version)
+	return "", fmt.Errorf("CHANGELOG.md has no section `## [%s]`", strings.TrimPrefix(version, "v"))
 }
 
 // buildRelease builds everything into dist/.

@@ -84,7 +84,7 @@ var built = sync.OnceValues(func() (string, error) {
 			return "", err
 		}
 		if file == "CHANGELOG.md" {
-			data = append(data, "\n## "+testTag+"\n\nA test.\n"...)
+			data = append(data, "\n## ["+testVersion+"] - 2020-02-02\n\nA test.\n"...)
 		}
 		if err := os.MkdirAll(filepath.Join(dir, filepath.Dir(file)), 0o755); err != nil {
 			return "", err

@@ -116,11 +116,11 @@ func TestDependabot(t *testing.T) {
 func TestChangelog(t *testing.T) {
 	t.Parallel()
 	heading := regexp.MustCompile(`(?m)^## (.*)$`).FindStringSubmatch(read(t, filepath.Join(root, "CHANGELOG.md")))
-	if heading == nil || !regexp.MustCompile(`^(Unreleased( \(v\d+\.\d+\.\d+\))?|v\d+\.\d+\.\d+(-[0-9a-z.]+)?( .*)?)$`).MatchString(heading[1]) {
+	if heading == nil || !regexp.MustCompile(`^(\[?Unreleased\]?( .*)?|\[?v?\d+\.\d+\.\d+(-[0-9a-z.]+)?\]?( .*)?)$`).MatchString(heading[1]) {
 		t.Fatalf("CHANGELOG.md: newest section %q", heading)
 	}
 	tag, err := output(root, nil, "git", "describe", "--tags", "--exact-match", "--match", "v*")
-	if err == nil && !strings.HasPrefix(heading[1]+" ", strings.TrimSpace(tag)+" ") {
+	if name, _, _ := strings.Cut(heading[1], " "); err == nil && "v"+strings.TrimPrefix(strings.Trim(name, "[]"), "v") != strings.TrimSpace(tag) {
 		t.Errorf("HEAD is %s, the newest section of CHANGELOG.md is %q", strings.TrimSpace(tag), heading[1])
 	}
 }
