@@ -40,7 +40,7 @@ test: ## Run the unit tests and the end-to-end tests on a real Vault
 	go test -shuffle=on -p 1 ./...
 
 .PHONY: check
-check: tidy lint shellcheck cross ## Run what must be green before a change lands
+check: tidy lint shellcheck cross actionlint release-test ## Run what must be green before a change lands
 	@$(MAKE) -s servers
 	go test -shuffle=on -p 1 -race ./...
 
@@ -79,3 +79,43 @@ fuzz: ## Run each fuzz target for FUZZTIME (30s)
 bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
 	@go build -o .cache/ ./internal/bench
 	@.cache/bench $(BENCH)
+
+# Releases: docs/releasing.md. A tag is compiled by the Go that is pinned, which Go
+# fetches if another one is installed; a snapshot by the Go that is there.
+RELEASE_GO ?= $(if $(VERSION),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
+
+# The folder with the tools that tools/NAME pins, built once: $(call tools,NAME).
+tools = $(CURDIR)/.cache/tools/$(1)-$(shell cat tools/$(1)/go.mod tools/$(1)/go.sum | cksum | cut -d' ' -f1)-$(shell GOTOOLCHAIN=$(GOTOOLCHAIN) go env GOVERSION)
+with = $(MAKE) -s $(foreach t,$(1),$(call tools,$(t))) && PATH="$(subst $() ,:,$(foreach t,$(1),$(call tools,$(t)))):$$PATH"
+
+$(CURDIR)/.cache/tools/%:
+	@echo 'building the tools that tools/$(firstword $(subst -, ,$*)) pins, once (some minutes)' >&2
+	@rm -rf $@.part && mkdir -p $@.part
+	CGO_ENABLED=0 GOFLAGS='-mod=readonly -buildvcs=false' go -C tools/$(firstword $(subst -, ,$*)) build -trimpath -ldflags '-s -w' -o $@.part/ tool
+	@mv $@.part $@
+
+.PHONY: release
+release: export GOTOOLCHAIN = $(RELEASE_GO)
+release: ## Build the release of HEAD's tag, or a snapshot, into dist/
+	$(call with,release) go -C tools/release run . build $(if $(PLATFORMS),-platforms $(PLATFORMS))
+
+.PHONY: release-verify
+release-verify: ## Build VERSION again and compare with the files in FROM
+	@scripts/release-verify '$(VERSION)' '$(FROM)'
+
+.PHONY: release-test
+release-test: $(GOLANGCI) ## Test the release tools; RELEASE_TEST=all for all platforms
+	cd tools/release && $(CURDIR)/$(GOLANGCI) run ./...
+	$(call with,release cosign) go -C tools/release test -count=1 -timeout 60m ./...
+
+.PHONY: release-tools
+release-tools: # Print the folders of the tools that build and sign a release
+	@$(call with,release cosign) printf '%s\n' $(call tools,release) $(call tools,cosign)
+
+.PHONY: actionlint
+actionlint: ## Check the workflows
+	$(call with,ci) actionlint
+
+.PHONY: vulncheck
+vulncheck: ## Look for known vulnerabilities in what is linked
+	$(call with,ci) govulncheck ./cmd/vault-plugin-secrets-cable

@@ -5,12 +5,16 @@
 package version
 
 import (
+	"regexp"
 	"runtime/debug"
-	"strings"
 )
 
-// release is the version that this source is, or will become.
-const release = "v0.1.0"
+// module is this module's path.
+const module = "github.com/cablesecrets/vault-plugin-secrets-cable"
+
+// development is the version of a build that is no release. A release's version
+// is its tag, and no file repeats it.
+const development = "v0.0.0-dev"
 
 // stamped and commit are set at build, with
 // -ldflags "-X …/vault-plugin-secrets-cable/internal/version.stamped=v1.2.3 -X ….commit=…".
@@ -18,17 +22,26 @@ var stamped, commit string
 
 // String is the engine's version: canonical semantic version with a leading
 // v, as Vault wants it for a plugin's registration. It is what the build set,
-// else the module version that `go install …@v1.2.3` records, else the coming
-// release marked as a development build.
+// else the module version that `go install …@v1.2.3` records, else that of a
+// development build.
 func String() string {
-	if stamped != "" {
+	info, _ := debug.ReadBuildInfo()
+	return version(stamped, info)
+}
+
+// pseudo matches the versions that the Go tool makes up for a commit without a
+// tag (v0.1.1-0.20261125031400-54458d99f6f7), and for a changed work tree.
+var pseudo = regexp.MustCompile(`[-.]\d{14}-[0-9a-f]{12}|\+dirty$`)
+
+func version(stamped string, info *debug.BuildInfo) string {
+	switch {
+	case stamped != "":
 		return stamped
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Path == "github.com/cablesecrets/vault-plugin-secrets-cable" &&
-		strings.HasPrefix(info.Main.Version, "v") && !strings.Contains(info.Main.Version, "-0.") && !strings.Contains(info.Main.Version, "+") {
+	case info != nil && info.Main.Path == module && len(info.Main.Version) > 1 && info.Main.Version[0] == 'v' && !pseudo.MatchString(info.Main.Version):
 		return info.Main.Version
+	default:
+		return development
 	}
-	return release + "-dev"
 }
 
 // Commit is the commit that the build set, or that the Go tool recorded, or

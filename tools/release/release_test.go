@@ -1,0 +1,551 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"archive/tar"
+	"archive/zip"
+	"bytes"
+	"debug/buildinfo"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	cdx "github.com/CycloneDX/cyclonedx-go"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+)
+
+// The tests release this tree as a version that will never be.
+const (
+	testTag     = "v9.9.9"
+	testVersion = "9.9.9"
+	testCommit  = "2020-02-02T02:02:02Z"
+)
+
+// platforms are built by the tests: this machine's, or all with
+// RELEASE_TEST=all, each then compiled twice from nothing.
+var everything = os.Getenv("RELEASE_TEST") == "all"
+
+func TestMain(m *testing.M) { os.Exit(runTests(m)) }
+
+func runTests(m *testing.M) int {
+	for _, tool := range []string{"goreleaser", "cyclonedx-gomod", "cosign", "crane"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			fmt.Fprintln(os.Stderr, tool, "is not on PATH: run `make release-test`")
+			return 1
+		}
+	}
+	var err error
+	if testDir, err = os.MkdirTemp("", "release-"); err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(testDir)
+	if root, err = filepath.Abs("../.."); err != nil {
+		panic(err)
+	}
+	return m.Run()
+}
+
+var testDir, root string
+
+// built is a clone of this tree, as it is and not as it was committed, in which
+// the release is built.
+var built = sync.OnceValues(func() (string, error) {
+	dir := filepath.Join(testDir, "first")
+	files, err := output(root, nil, "git", "ls-files", "-co", "--exclude-standard")
+	if err != nil {
+		return "", err
+	}
+	for file := range strings.Lines(files) {
+		file = strings.TrimSpace(file)
+		info, err := os.Stat(filepath.Join(root, file))
+		if err != nil || info.IsDir() {
+			continue // deleted, or a link to a folder
+		}
+		data, err := os.ReadFile(filepath.Join(root, file))
+		if err != nil {
+			return "", err
+		}
+		if file == "CHANGELOG.md" {
+			data = append(data, "\n## ["+testVersion+"] - 2020-02-02\n\nA test.\n"...)
+		}
+		if err := os.MkdirAll(filepath.Join(dir, filepath.Dir(file)), 0o755); err != nil {
+			return "", err
+		}
+		if err := os.WriteFile(filepath.Join(dir, file), data, info.Mode()); err != nil {
+			return "", err
+		}
+	}
+	env := []string{
+		"GIT_AUTHOR_DATE=" + testCommit, "GIT_COMMITTER_DATE=" + testCommit, "GIT_CONFIG_GLOBAL=/dev/null",
+		"GIT_AUTHOR_NAME=t", "GIT_AUTHOR_EMAIL=t@example.com", "GIT_COMMITTER_NAME=t", "GIT_COMMITTER_EMAIL=t@example.com",
+	}
+	for _, args := range [][]string{{"init", "-q"}, {"add", "-A"}, {"commit", "-qm", "test"}, {"tag", testTag}} {
+		if _, err := output(dir, env, "git", args...); err != nil {
+			return "", err
+		}
+	}
+	if _, err := output(testDir, nil, "go", "build", "-C", filepath.Join(root, "tools/release"), "-o", filepath.Join(testDir, "release"), "."); err != nil {
+		return "", err
+	}
+	_, err = output(dir, nil, filepath.Join(testDir, "release"), buildArgs()...)
+	return dir, err
+})
+
+func buildArgs() []string {
+	if everything {
+		return []string{"build"}
+	}
+	return []string{"build", "-platforms", runtime.GOOS + "/" + runtime.GOARCH}
+}
+
+// dist returns the folder of the release, and a path in it.
+func dist(t *testing.T, suffix string) string {
+	t.Helper()
+	dir, err := built()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, "dist", project+"_"+testVersion+"_"+suffix)
+}
+
+func output(dir string, env []string, name string, args ...string) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd := exec.Command(name, args...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, &stdout, &stderr
+	cmd.Env = append(os.Environ(), env...)
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("%s %q: %w\n%s%s", name, args, err, &stdout, &stderr)
+	}
+	return stdout.String(), nil
+}
+
+// sums reads a file of sums, and checks that each is the file's.
+func sums(t *testing.T, path string) map[string]string {
+	t.Helper()
+	m := map[string]string{}
+	for line := range strings.Lines(read(t, path)) {
+		sum, file, ok := strings.Cut(strings.TrimSpace(line), "  ")
+		if !ok || len(sum) != 64 {
+			t.Fatalf("%s: line %q", path, line)
+		}
+		m[file] = sum
+	}
+	return m
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+// TestReproducible builds the same tag a second time: in a folder of another
+// name, from files of another age, for a user with another home, mask, language,
+// time zone and flags.
+func TestReproducible(t *testing.T) {
+	t.Parallel()
+	sumsFile := dist(t, "SHA256SUMS")
+	first, _ := built()
+	second := filepath.Join(testDir, "a second folder", "of another name")
+	if _, err := output(testDir, nil, "git", "clone", "-q", first, second); err != nil {
+		t.Fatal(err)
+	}
+	old := time.Now().Add(-20 * 365 * 24 * time.Hour)
+	if err := filepath.WalkDir(second, func(path string, _ os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Chtimes(path, old, old)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	caches, err := output(root, nil, "go", "env", "GOMODCACHE", "GOCACHE")
+	if err != nil {
+		t.Fatal(err)
+	}
+	mod, cache, _ := strings.Cut(strings.TrimSpace(caches), "\n")
+	if everything {
+		cache = filepath.Join(testDir, "cache")
+	}
+	goenv := filepath.Join(t.TempDir(), "env")
+	if err := os.WriteFile(goenv, []byte("GOEXPERIMENT=arenas\nGOARM64=v9.0\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	env := []string{
+		"GOENV=" + goenv, "HOME=" + t.TempDir(), "TMPDIR=" + t.TempDir(), "USER=somebody", "LC_ALL=de_DE.UTF-8", "TZ=Asia/Tokyo",
+		"GOMODCACHE=" + mod, "GOCACHE=" + cache, "CGO_ENABLED=1", "GOAMD64=v3", "GOARM=7", "GOOS=plan9", "GODEBUG=asyncpreemptoff=1",
+		"GOFLAGS=-tags=other -buildvcs=true -ldflags=-X=main.a=b", "GORELEASER_CURRENT_TAG=v1.1.1",
+	}
+	if _, err := output(second, env, "bash", append([]string{"-c", `umask 077 && exec "$0" "$@"`, filepath.Join(testDir, "release")}, buildArgs()...)...); err != nil {
+		t.Fatal(err)
+	}
+	files := sums(t, sumsFile)
+	if again := filepath.Join(second, "dist", filepath.Base(sumsFile)); read(t, again) != read(t, sumsFile) {
+		t.Errorf("the sums differ:\n%s\n%s", read(t, sumsFile), read(t, again))
+	}
+	for file, sum := range files {
+		for _, dir := range []string{first, second} {
+			if got, err := sha256File(filepath.Join(dir, "dist", file)); err != nil || got != sum {
+				t.Errorf("%s in %s has sum %s (%v), want %s", file, dir, got, err, sum)
+			}
+		}
+	}
+	t.Logf("%d files are the same", len(files))
+}
+
+// TestFiles reads what a downloader gets: each archive, its binary, its SBOM,
+// the sums, and the version in all of them.
+func TestFiles(t *testing.T) {
+	t.Parallel()
+	all := sums(t, dist(t, "SHA256SUMS"))
+	plugins := sums(t, dist(t, "PLUGIN_SHA256SUMS"))
+	want := []string{project + "_" + testVersion + "_PLUGIN_SHA256SUMS", project + "_" + testVersion + "_oci.tar"}
+	for path, sum := range plugins {
+		stem, binary := filepath.Split(path)
+		stem = strings.TrimSuffix(stem, "/")
+		want = append(want, stem+".zip", stem+".cdx.json")
+		platform := strings.TrimPrefix(stem, project+"_"+testVersion+"_")
+		if binary != project+strings.Repeat(".exe", strings.Count(platform, "windows_")) {
+			t.Errorf("binary %s in %s", binary, stem)
+		}
+		zipPath := dist(t, platform+".zip")
+		archive, err := zip.OpenReader(zipPath)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer archive.Close()
+		modes := map[string]string{}
+		for _, f := range archive.File {
+			modes[f.Name] = f.Mode().String()
+			if got := f.Modified.UTC().Format(time.RFC3339); got != testCommit {
+				t.Errorf("%s: %s has time %s, want that of the commit, %s", stem, f.Name, got, testCommit)
+			}
+		}
+		if got, want := fmt.Sprint(modes), fmt.Sprint(map[string]string{binary: "-rwxr-xr-x", "LICENSE": "-rw-r--r--", "README.md": "-rw-r--r--", licensesFile: "-rw-r--r--"}); got != want {
+			t.Errorf("%s contains %s, want %s", stem, got, want)
+		}
+		f, err := archive.Open(binary)
+		if err != nil {
+			t.Fatal(err)
+		}
+		extracted := filepath.Join(t.TempDir(), binary)
+		copyTo(t, extracted, f, 0o755)
+		if got, err := sha256File(extracted); err != nil || got != sum {
+			t.Errorf("%s: the binary has sum %s (%v), want %s", stem, got, err, sum)
+		}
+		checkBinary(t, extracted, platform)
+		checkSBOM(t, dist(t, platform+".cdx.json"), extracted, sum)
+	}
+	slices.Sort(want)
+	got := make([]string, 0, len(all))
+	for file := range all {
+		got = append(got, file)
+	}
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("SHA256SUMS lists %q, want %q", got, want)
+	}
+	t.Logf("%d platforms", len(plugins))
+}
+
+func copyTo(t *testing.T, path string, r io.ReadCloser, mode os.FileMode) {
+	t.Helper()
+	defer r.Close()
+	data, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, data, mode); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func checkBinary(t *testing.T, path, platform string) {
+	t.Helper()
+	info, err := buildinfo.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings := map[string]string{}
+	for _, s := range info.Settings {
+		settings[s.Key] = s.Value
+		if strings.HasPrefix(s.Key, "vcs") {
+			t.Errorf("%s: build setting %s=%s", platform, s.Key, s.Value)
+		}
+	}
+	if settings["GOOS"]+"_"+settings["GOARCH"] != platform || settings["CGO_ENABLED"] != "0" || settings["-trimpath"] != "true" || settings["-tags"] != "" {
+		t.Errorf("%s: build settings %v", platform, settings)
+	}
+	if strings.Contains(read(t, path), testDir) || strings.Contains(read(t, path), root) {
+		t.Errorf("%s: the binary contains a path of this machine", platform)
+	}
+	if platform != runtime.GOOS+"_"+runtime.GOARCH {
+		return
+	}
+	first, _ := built()
+	commit, err := output(first, nil, "git", "rev-parse", "HEAD")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// RunningVersion and the User-Agent are this version: e2e tests that.
+	got, err := output("", nil, path, "-version")
+	if want := fmt.Sprintf("%s %s, commit %s, %s\n", project, testTag, commit[:12], info.GoVersion); err != nil || got != want {
+		t.Errorf("-version: %q (%v), want %q", got, err, want)
+	}
+}
+
+// checkSBOM compares an SBOM with the binary: the same modules, each with its
+// version and an allowed license, and nothing that differs from build to build.
+func checkSBOM(t *testing.T, path, binary, sum string) {
+	t.Helper()
+	var bom cdx.BOM
+	if err := cdx.NewBOMDecoder(strings.NewReader(read(t, path)), cdx.BOMFileFormatJSON).Decode(&bom); err != nil {
+		t.Fatal(err)
+	}
+	main := bom.Metadata.Component
+	if main.Name != module || main.Version != testTag || (*main.Hashes)[0].Value != sum || (*main.Licenses)[0].License.ID != "MPL-2.0" {
+		t.Errorf("%s: main component %+v", path, main)
+	}
+	if bom.SerialNumber != "" || bom.Metadata.Timestamp != "" {
+		t.Errorf("%s: serial number %q, timestamp %q", path, bom.SerialNumber, bom.Metadata.Timestamp)
+	}
+	info, err := buildinfo.ReadFile(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"std@" + info.GoVersion}
+	for _, dep := range info.Deps {
+		want = append(want, dep.Path+"@"+dep.Version)
+	}
+	var got []string
+	for _, c := range *bom.Components {
+		got = append(got, c.Name+"@"+c.Version)
+		if c.Licenses == nil {
+			t.Errorf("%s: %s has no license", path, c.Name)
+			continue
+		}
+		for _, l := range *c.Licenses {
+			if !slices.Contains(allowed, l.License.ID) {
+				t.Errorf("%s: %s is under %s", path, c.Name, l.License.ID)
+			}
+		}
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("%s: components %q, want %q", path, got, want)
+	}
+}
+
+// TestLicenses: each text is in the file, and a license that is not allowed
+// stops the release.
+func TestLicenses(t *testing.T) {
+	dir, err := built()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := read(t, filepath.Join(dir, ".cache/release", licensesFile))
+	for _, want := range []string{
+		"Go standard library go1.", "github.com/hashicorp/vault/sdk v", ": MPL-2.0", "github.com/hashicorp/go-hclog v", ": MIT",
+		"Mozilla Public License", "Apache License", "The Prometheus Authors", // the last is from a NOTICE
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%s does not contain %q", licensesFile, want)
+		}
+	}
+	before := allowed
+	t.Cleanup(func() { allowed = before; os.Unsetenv("GOOS") })
+	allowed = slices.DeleteFunc(slices.Clone(allowed), func(id string) bool { return id == "ISC" })
+	t.Chdir(dir)
+	_, err = collectLicenses(t.Context(), []string{"linux"})
+	if err == nil || !strings.Contains(err.Error(), "is under ISC, which tools/release/licenses.go does not allow") {
+		t.Errorf("without ISC in the list: %v", err)
+	}
+	t.Log(err)
+}
+
+// TestImage builds the image from binaries of a few bytes, serves it from a
+// registry on loopback, and takes the binaries out again as OpenBao does: from
+// the image for a platform, the file of the plugin's name in its root.
+func TestImage(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	for _, file := range []string{"LICENSE", ".cache/release/" + licensesFile, "dist/amd64", "dist/arm", "dist/windows"} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte("content of "+file), 0o640)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := &release{commit: strings.Repeat("c0ffee", 7)[:40], version: testVersion, date: time.Unix(1600000000, 0).UTC()}
+	for _, b := range []binary{{"linux", "amd64", "dist/amd64", ""}, {"linux", "arm", "dist/arm", ""}, {"windows", "amd64", "dist/windows", ""}} {
+		var err error
+		if b.sha256, err = sha256File(b.path); err != nil {
+			t.Fatal(err)
+		}
+		r.binaries = append(r.binaries, b)
+	}
+	if err := r.writeImage(); err != nil {
+		t.Fatal(err)
+	}
+	ref := push(t, "dist/"+project+"_"+testVersion+"_oci")
+	index, err := remote.Index(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest, err := index.IndexManifest()
+	if err != nil || len(manifest.Manifests) != 2 {
+		t.Fatalf("index: %+v, %v", manifest, err)
+	}
+	for _, b := range r.binaries[:2] {
+		image, err := remote.Image(ref, remote.WithPlatform(v1.Platform{OS: "linux", Architecture: b.goarch}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files := extract(t, image)
+		if got, want := files[project], read(t, b.path); got != want || len(files) != 3 || files["LICENSE"] == "" || files[licensesFile] == "" {
+			t.Errorf("%s: files %q", b.goarch, files)
+		}
+		config, err := image.ConfigFile()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := image.Manifest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if config.Config.User != "65532:65532" || !slices.Equal(config.Config.Entrypoint, []string{"/" + project}) || !config.Created.Equal(r.date) || config.Architecture != b.goarch {
+			t.Errorf("%s: config %+v", b.goarch, config)
+		}
+		digest, err := image.Digest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		stated := []string{config.Config.Labels[sumLabel], m.Annotations[sumLabel]}
+		for _, d := range manifest.Manifests {
+			if d.Digest == digest {
+				stated = append(stated, d.Annotations[sumLabel])
+			}
+		}
+		if !slices.Equal(stated, []string{b.sha256, b.sha256, b.sha256}) {
+			t.Errorf("%s: sums %q in config, manifest and index, want %s", b.goarch, stated, b.sha256)
+		}
+	}
+	// The file is the folder: what a registry serves can be compared with either.
+	f, err := os.Open("dist/" + project + "_" + testVersion + "_oci.tar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	files := untar(t, f)
+	if got, want := files["index.json"], read(t, "dist/"+project+"_"+testVersion+"_oci/index.json"); got != want || files["oci-layout"] == "" || len(files) != 2+1+2*3 {
+		t.Errorf("the tar has %d files, index %q, want %q", len(files), got, want)
+	}
+}
+
+// TestReleasedImage takes the binary of this release out of its image.
+func TestReleasedImage(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		t.Skip("the image is for Linux")
+	}
+	image, err := remote.Image(push(t, dist(t, "oci")), remote.WithPlatform(v1.Platform{OS: "linux", Architecture: runtime.GOARCH}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), project)
+	if err := os.WriteFile(path, []byte(extract(t, image)[project]), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	want := sums(t, dist(t, "PLUGIN_SHA256SUMS"))[fmt.Sprintf("%s_%s_linux_%s/%[1]s", project, testVersion, runtime.GOARCH)]
+	if got, err := sha256File(path); err != nil || got != want {
+		t.Errorf("the binary in the image has sum %s (%v), want %s", got, err, want)
+	}
+}
+
+// push pushes a layout to a registry of its own on loopback, as
+// `crane push DIR REF` does.
+func push(t *testing.T, dir string) name.Reference {
+	t.Helper()
+	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(server.Close)
+	ref, err := name.ParseReference(strings.TrimPrefix(server.URL, "http://") + "/" + project + ":" + testTag)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := output("", nil, "crane", "push", dir, ref.String()); err != nil {
+		t.Fatal(out, err)
+	}
+	index, err := layout.ImageIndexFromPath(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := index.IndexManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err := remote.Head(ref); err != nil || d.Digest != m.Manifests[0].Digest {
+		t.Fatalf("the registry serves %+v (%v), want the digest of index.json, %s", d, err, m.Manifests[0].Digest)
+	}
+	return ref
+}
+
+func extract(t *testing.T, image v1.Image) map[string]string {
+	t.Helper()
+	r := mutate.Extract(image)
+	defer r.Close()
+	return untar(t, r)
+}
+
+func untar(t *testing.T, r io.Reader) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	for r := tar.NewReader(r); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return files
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[h.Name] = string(data)
+	}
+}
+
+// TestNotes: a version without a section in CHANGELOG.md is not released.
+func TestNotes(t *testing.T) {
+	dir, err := built()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	if got, err := notes(testTag); err != nil || got != "A test.\n" {
+		t.Errorf("notes of %s: %q, %v", testTag, got, err)
+	}
+	if got, err := notes("v9.9"); err == nil {
+		t.Errorf("notes of v9.9: %q", got)
+	}
+}

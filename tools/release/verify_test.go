@@ -1,0 +1,177 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"io"
+	"log"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/registry"
+)
+
+// A block is a block of commands in docs/verify.md.
+type block struct{ kind, text string }
+
+func blocks(t *testing.T) []block {
+	t.Helper()
+	var all []block
+	for _, m := range regexp.MustCompile("(?ms)^```(\\S+ ?\\S*)\n(.*?)^```$").FindAllStringSubmatch(read(t, filepath.Join(root, "docs/verify.md")), -1) {
+		all = append(all, block{m[1], strings.ReplaceAll(m[2], "0.1.0", testVersion)})
+	}
+	return all
+}
+
+// TestVerify runs the commands of docs/verify.md on this release, with a
+// throw-away key and a registry on loopback: all but those that need a network.
+// Then each must refuse each of the files that it reads with one byte changed.
+func TestVerify(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS+"/"+runtime.GOARCH != "linux/amd64" {
+		t.Skip("the page is on linux_amd64")
+	}
+	for _, tool := range []string{"jq", "unzip", "openssl", "sha256sum"} {
+		if _, err := exec.LookPath(tool); err != nil && os.Getenv("E2E") != "require" {
+			t.Skip(tool, "is not installed")
+		}
+	}
+	env := []string{"COSIGN_PASSWORD=", "HOME=" + t.TempDir(), "version=" + testVersion, "name=" + project + "_" + testVersion}
+	image := func() string {
+		server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+		t.Cleanup(server.Close)
+		return "IMAGE=" + strings.TrimPrefix(server.URL, "http://") + "/" + project
+	}
+	pristine := t.TempDir()
+	files, err := filepath.Glob(dist(t, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if info, err := os.Stat(file); err == nil && !info.IsDir() {
+			copyFile(t, file, filepath.Join(pristine, filepath.Base(file)))
+		}
+	}
+	run := func(dir, image, text string) error {
+		_, err := output(dir, append(env, image), "bash", "-euo", "pipefail", "-c", text)
+		return err
+	}
+	const sumsFile, plugins, archive = "${name}_SHA256SUMS", "${name}_PLUGIN_SHA256SUMS", "${name}_linux_amd64.zip"
+	// By what a block contains: the files that it must refuse.
+	refused := map[string][]string{
+		"sha256sum --ignore-missing -c \"${name}_SHA256SUMS\"\n": {archive, "${name}_linux_amd64.cdx.json", "${name}_oci.tar", plugins},
+		"unzip -qo":                           {archive, plugins},
+		"cosign verify-blob --key cosign.pub": {sumsFile, archive, "${name}_SHA256SUMS.own.sigstore.json", "cosign.pub"},
+		"openssl dgst":                        {sumsFile, archive, "${name}_SHA256SUMS.own.sigstore.json", "cosign.pub"},
+		"crane push":                          {"${name}_oci.tar"},
+	}
+	ran, loopback := 0, image()
+	for _, b := range blocks(t) {
+		if b.kind != "sh" {
+			continue
+		}
+		ran++
+		if err := run(pristine, loopback, b.text); err != nil {
+			t.Fatalf("%s\n%v", b.text, err)
+		}
+		for contains, files := range refused {
+			if !strings.Contains(b.text, contains) {
+				continue
+			}
+			for _, file := range files {
+				file = strings.ReplaceAll(file, "${name}", project+"_"+testVersion)
+				changed := t.TempDir()
+				for _, f := range entries(t, pristine) {
+					copyFile(t, filepath.Join(pristine, f), filepath.Join(changed, f))
+				}
+				changeByte(t, filepath.Join(changed, file))
+				if err := run(changed, image(), b.text); err == nil {
+					t.Errorf("with a byte changed in %s, this says nothing:\n%s", file, b.text)
+				}
+			}
+		}
+	}
+	if ran < 9 {
+		t.Errorf("%d blocks were run", ran)
+	}
+	// What was signed is the digest: another image at the same place is refused.
+	other := `cp -r layout other && sed -i 's/"schemaVersion": 2/"schemaVersion":  2/' other/index.json && crane push --index other "$IMAGE:other"` +
+		` && ! cosign verify --key cosign.pub --insecure-ignore-tlog "$IMAGE@$(crane digest "$IMAGE:other")"`
+	if err := run(pristine, loopback, other); err != nil {
+		t.Error(err)
+	}
+	// And one key is not another.
+	if err := run(pristine, loopback, `mkdir k && cd k && cosign generate-key-pair && ! cosign verify-blob --key cosign.pub --insecure-ignore-tlog --bundle "../${name}_SHA256SUMS.own.sigstore.json" "../${name}_SHA256SUMS"`); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestVerifyFlags: cosign has each flag of the commands that need a network and
+// cannot be run here.
+func TestVerifyFlags(t *testing.T) {
+	t.Parallel()
+	checked := 0
+	texts := []string{read(t, filepath.Join(root, ".github/workflows/release.yml"))}
+	for _, b := range blocks(t) {
+		texts = append(texts, b.text)
+	}
+	for _, text := range texts {
+		text = strings.ReplaceAll(text, "\\\n", " ")
+		for _, m := range regexp.MustCompile(`(?m)\b(cosign|crane) ((?:trusted-root |auth )?[a-z-]+) (.*)$`).FindAllStringSubmatch(text, -1) {
+			help, err := exec.Command(m[1], append(strings.Fields(m[2]), "--help")...).CombinedOutput()
+			if err != nil {
+				t.Errorf("%s: %v", m[0], err)
+			}
+			arguments, _, _ := strings.Cut(m[3], "$(")
+			for _, flag := range regexp.MustCompile(` (--[a-z-]+)`).FindAllStringSubmatch(" "+arguments, -1) {
+				checked++
+				if !regexp.MustCompile(regexp.QuoteMeta(flag[1]) + `\b`).Match(help) {
+					t.Errorf("%s %s has no flag %s", m[1], m[2], flag[1])
+				}
+			}
+		}
+	}
+	if checked < 30 {
+		t.Errorf("%d flags were checked", checked)
+	}
+}
+
+func entries(t *testing.T, dir string) []string {
+	t.Helper()
+	all, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range all {
+		if !e.IsDir() {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	if err := os.WriteFile(to, []byte(read(t, from)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// changeByte flips a bit in the middle of a file.
+func changeByte(t *testing.T, path string) {
+	t.Helper()
+	data := slices.Clone([]byte(read(t, path)))
+	data[len(data)/2] ^= 1
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
