@@ -10,12 +10,14 @@ VERSION ?= $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
 COMMIT  ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 PKG     := github.com/cablesecrets/vault-plugin-secrets-cable
 LDFLAGS := -s -w -X $(PKG)/internal/version.stamped=$(VERSION) -X $(PKG)/internal/version.commit=$(COMMIT)
-GOLANGCI = .cache/golangci-lint-$(shell cat tools/lint/go.mod tools/lint/go.sum | cksum | cut -d' ' -f1)
 FUZZTIME ?= 30s
+
+# The programs that tools/NAME pins, for the command that follows: $(call with,NAME...).
+with = set -e; $(foreach t,$(1),dir=$$(scripts/tool $t); PATH=$$dir:$$PATH;)
 
 .PHONY: help
 help: ## Print the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 .PHONY: build
 build: ## Build the plugin into bin/, which Vault takes as -dev-plugin-dir
@@ -44,6 +46,11 @@ check: tidy lint shellcheck cross actionlint release-test ## Run what must be gr
 	@$(MAKE) -s servers
 	go test -shuffle=on -p 1 -race ./...
 
+.PHONY: examples
+examples: ## Run the examples, with the consumers whose build takes minutes
+	@$(MAKE) -s servers
+	EXAMPLES=all go test -count=1 -timeout 60m -run '^TestExample' ./e2e
+
 # What the end-to-end tests run beside the plugin, built before go test's clock runs.
 .PHONY: servers
 servers:
@@ -51,12 +58,8 @@ servers:
 	@scripts/prometheus --path >/dev/null
 
 .PHONY: lint
-lint: $(GOLANGCI) ## Run the linters that .golangci.yml names
-	$(GOLANGCI) run ./...
-
-$(GOLANGCI):
-	@mkdir -p .cache
-	cd tools/lint && GOFLAGS=-mod=readonly go build -trimpath -ldflags '-s -w' -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+lint: ## Run the linters that .golangci.yml names
+	$(call with,lint) golangci-lint run ./...
 
 CROSS ?= darwin/amd64 darwin/arm64 freebsd/amd64 windows/amd64 linux/386
 .PHONY: cross
@@ -84,16 +87,6 @@ bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for 
 # fetches if another one is installed; a snapshot by the Go that is there.
 RELEASE_GO ?= $(if $(VERSION),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
 
-# The folder with the tools that tools/NAME pins, built once: $(call tools,NAME).
-tools = $(CURDIR)/.cache/tools/$(1)-$(shell cat tools/$(1)/go.mod tools/$(1)/go.sum | cksum | cut -d' ' -f1)-$(shell GOTOOLCHAIN=$(GOTOOLCHAIN) go env GOVERSION)
-with = $(MAKE) -s $(foreach t,$(1),$(call tools,$(t))) && PATH="$(subst $() ,:,$(foreach t,$(1),$(call tools,$(t)))):$$PATH"
-
-$(CURDIR)/.cache/tools/%:
-	@echo 'building the tools that tools/$(firstword $(subst -, ,$*)) pins, once (some minutes)' >&2
-	@rm -rf $@.part && mkdir -p $@.part
-	CGO_ENABLED=0 GOFLAGS='-mod=readonly -buildvcs=false' go -C tools/$(firstword $(subst -, ,$*)) build -trimpath -ldflags '-s -w' -o $@.part/ tool
-	@mv $@.part $@
-
 .PHONY: release
 release: export GOTOOLCHAIN = $(RELEASE_GO)
 release: ## Build the release of HEAD's tag, or a snapshot, into dist/
@@ -104,13 +97,9 @@ release-verify: ## Build VERSION again and compare with the files in FROM
 	@scripts/release-verify '$(VERSION)' '$(FROM)'
 
 .PHONY: release-test
-release-test: $(GOLANGCI) ## Test the release tools; RELEASE_TEST=all for all platforms
-	cd tools/release && $(CURDIR)/$(GOLANGCI) run ./...
+release-test: ## Test the release tools; RELEASE_TEST=all for all platforms
+	$(call with,lint) cd tools/release; golangci-lint run ./...
 	$(call with,release cosign) go -C tools/release test -count=1 -timeout 60m ./...
-
-.PHONY: release-tools
-release-tools: # Print the folders of the tools that build and sign a release
-	@$(call with,release cosign) printf '%s\n' $(call tools,release) $(call tools,cosign)
 
 .PHONY: actionlint
 actionlint: ## Check the workflows

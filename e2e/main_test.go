@@ -139,6 +139,32 @@ func run(name string, args ...string) (string, error) {
 	return string(out), nil
 }
 
+// findTool returns the folder with the programs that tools/NAME pins, which
+// scripts/tool builds once.
+func findTool(name string) (dir string, err error) {
+	out, err := run("../scripts/tool", name)
+	return strings.TrimSpace(out), err
+}
+
+// needTool is findTool for a test that cannot do without.
+func needTool(t testing.TB, name string) (dir string) {
+	t.Helper()
+	dir, err := findTool(name)
+	if err != nil {
+		skipUnlessRequired(t, err)
+	}
+	return dir
+}
+
+// needExamples skips a test of an example whose consumer takes minutes to build
+// or has to be installed. `make examples` runs them all.
+func needExamples(t testing.TB) {
+	t.Helper()
+	if os.Getenv("EXAMPLES") != "all" {
+		t.Skip("its consumer takes minutes to build, or has to be installed: make examples runs it")
+	}
+}
+
 // skipUnlessRequired skips a test whose prerequisite is missing, for the reason
 // in err, or fails it where the prerequisites are required.
 func skipUnlessRequired(t testing.TB, err error) {

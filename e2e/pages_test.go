@@ -71,7 +71,7 @@ func blocksOf(t *testing.T, page string) (found []block) {
 // pages returns the Markdown files of the repository.
 func pages(t *testing.T) (names []string) {
 	t.Helper()
-	for _, pattern := range []string{"*.md", "docs/*.md", ".github/*.md", ".github/*/*.md", "examples/*.md", "examples/*/*.md"} {
+	for _, pattern := range []string{"*.md", "docs/*.md", ".github/*.md", ".github/*/*.md", "examples/*.md", "examples/*/*.md", "examples/*/*/*.md"} {
 		found, err := filepath.Glob(filepath.Join("..", pattern))
 		if err != nil {
 			t.Fatal(err)

@@ -18,15 +18,13 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// findJQ is where jq is: on PATH, else built once from the version that
-// tools/jq pins.
+// findJQ is where jq is: on PATH, else the one that tools/jq pins.
 var findJQ = sync.OnceValues(func() (string, error) {
 	if path, err := exec.LookPath("jq"); err == nil {
 		return path, nil
 	}
-	path := filepath.Join(suite.dir, "jq")
-	_, err := run("go", "build", "-C", "../tools/jq", "-o", path, "github.com/itchyny/gojq/cmd/gojq")
-	return path, err
+	dir, err := findTool("jq")
+	return filepath.Join(dir, "gojq"), err
 })
 
 // runbook is a server with a stand-in for Cable, and somebody who follows the
