@@ -133,7 +133,10 @@ func buildRelease(ctx context.Context, platforms string) error {
 	if err := r.writeImage(); err != nil {
 		return err
 	}
-	return r.writeSums()
+	if err := r.writeSums(); err != nil {
+		return err
+	}
+	return r.removeOthers()
 }
 
 // headCommit returns a release of the commit that is checked out.
