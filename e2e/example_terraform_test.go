@@ -42,11 +42,11 @@ func withTerraform(t *testing.T, test func(t *testing.T, program, cliConfig stri
 	// A mirror in which the provider is of the version that the modules ask for.
 	mirror := t.TempDir()
 	for _, host := range []string{"registry.terraform.io", "registry.opentofu.org"} {
-		dir := filepath.Join(mirror, host, "hashicorp/vault/5.9.0", runtime.GOOS+"_"+runtime.GOARCH)
+		dir := filepath.Join(mirror, host, "hashicorp/vault/5.10.0", runtime.GOOS+"_"+runtime.GOARCH)
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.Symlink(provider, filepath.Join(dir, "terraform-provider-vault_v5.9.0")); err != nil {
+		if err := os.Symlink(provider, filepath.Join(dir, "terraform-provider-vault_v5.10.0")); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -74,6 +74,7 @@ func newTerraform(t *testing.T, v *vaultServer, sim *cabletest.Server, module, p
 		t.Fatal(err)
 	}
 	p.env = append(p.env, "TF_CLI_CONFIG_FILE="+cliConfig, "TF_IN_AUTOMATION=1", "TF_CLI_ARGS=-no-color", "CHECKPOINT_DISABLE=1")
+	p.run("terraform fmt -check -diff")
 	return p
 }
 
@@ -282,7 +283,7 @@ func TestExampleTerraformPlatform(t *testing.T) {
 			"Write the key/1": {
 				before: func() {
 					// A plan sends nothing.
-					if out := p.run("export TF_VAR_write_refresh_key=true TF_VAR_refresh_key=$(cat refresh-key.txt); terraform init; terraform validate; terraform fmt -check -diff; terraform plan -out=plan"); !strings.Contains(out, "8 to add") {
+					if out := p.run("export TF_VAR_write_refresh_key=true TF_VAR_refresh_key=$(cat refresh-key.txt); terraform init; terraform validate; terraform plan -out=plan"); !strings.Contains(out, "8 to add") {
 						t.Errorf("the first plan: %s", out)
 					}
 					if sim.CallCount() != 0 || v.do(t, "GET", "sys/mounts/cable", nil).status == 200 {
@@ -439,14 +440,14 @@ func TestExampleTerraformApp(t *testing.T) {
 
 		// While Cable is down.
 		m.sim.SetFault(cabletest.Fault{Status: 500})
-		for retries, want := range map[string]int{"": 3, "export VAULT_MAX_RETRIES=0; ": 1} {
+		for retries, want := range map[string]int{"true": 3, "export VAULT_MAX_RETRIES=0": 1} {
 			n := calls(func() {
-				if out, err := p.try(retries + "terraform plan"); err == nil || !strings.Contains(out, "cable responded 500") {
+				if out, err := p.try(retries + "; terraform plan"); err == nil || !strings.Contains(out, "cable responded 500") {
 					t.Errorf("while Cable is down: %v %s", err, out)
 				}
 			})
 			if n != want {
-				t.Errorf("%swhile Cable is down a plan made %d API calls, want %d", retries, n, want)
+				t.Errorf("%s; while Cable is down a plan made %d API calls, want %d", retries, n, want)
 			}
 		}
 		m.sim.ClearFaults()

@@ -7,7 +7,7 @@ terraform {
   required_providers {
     vault = {
       source  = "hashicorp/vault"
-      version = "~> 5.9"
+      version = ">= 5.10"
     }
   }
 }
