@@ -251,6 +251,7 @@ func TestRunbook(t *testing.T) {
 			},
 		},
 		"Pinned versions/1": {
+			skip: suite.product.Lacks(vaulttest.PinnedVersions),
 			before: func() {
 				r.run(`vault write sys/plugins/pins/secret/` + pluginName + ` version="$previous"`)
 				if out := r.run("vault read sys/plugins/pins/secret/" + pluginName); !strings.Contains(out, pluginVersion) {
@@ -264,6 +265,7 @@ func TestRunbook(t *testing.T) {
 			after: func(string) { runs(nextVersion) },
 		},
 		"Pinned versions/2": {
+			skip: suite.product.Lacks(vaulttest.PinnedVersions),
 			want: []string{`(?m)` + regexp.QuoteMeta(pluginVersion) + `$`},
 			after: func(string) {
 				runs(pluginVersion)
@@ -675,6 +677,10 @@ func TestFailedReload(t *testing.T) {
 	r.untilActive()
 	r.run("vault write cable/roles/reports scopes=person:read")
 
+	if reason := suite.product.Lacks(vaulttest.PinnedVersions); reason != "" {
+		t.Run("with a pin", func(t *testing.T) { t.Skip(reason) })
+		return
+	}
 	r.run("vault write sys/plugins/pins/secret/" + pluginName + ` version="$version"`)
 	if out, err := r.try("vault plugin reload -plugin=" + pluginName + " -scope=global"); err == nil {
 		t.Errorf("the reload succeeds:\n%s", out)

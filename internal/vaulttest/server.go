@@ -86,7 +86,7 @@ func Start(ctx context.Context, c Config) (s *Server, err error) {
 		}
 	}
 	s = &Server{Root: rand.Text(), Log: filepath.Join(c.Dir, "vault.log")}
-	if s.Product, s.Version, err = identify(ctx, c.Binary); err != nil {
+	if s.Product, s.Version, err = Identify(ctx, c.Binary); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
