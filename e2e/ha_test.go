@@ -575,12 +575,12 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 		}
 		put(leader, "sys/mounts/"+c.path+"/tune", map[string]any{"plugin_version": nextVersion})
 		put(leader, "sys/plugins/reload/backend", map[string]any{"mounts": []string{c.path + "/"}})
-		return nil
+		return func() {
+			c.waitForAll(t, "runs "+nextVersion, func(v *vaultServer) bool {
+				return v.do(t, "GET", "sys/mounts/"+c.path, nil).Data["running_plugin_version"] == nextVersion
+			})
+		}
 	})
-	a := c.node(c.leader(t)).ok(t, "GET", "sys/mounts/"+c.path, nil)
-	if a.Data["running_plugin_version"] != nextVersion {
-		t.Errorf("after the upgrade: %s", a)
-	}
 	calls := c.sim.Calls()
 	if got := calls[len(calls)-1].UserAgent; !strings.HasSuffix(got, strings.TrimPrefix(nextVersion, "v")) {
 		t.Errorf("after the upgrade: User-Agent %q, want that of %s", got, nextVersion)
@@ -594,7 +594,7 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 		t.Errorf("%d tokens were handed out without a lease", n)
 	}
 	for _, s := range samples {
-		if s.status == 200 {
+		if s.status == 200 || suite.product.Unaware(s.status, s.text) {
 			continue
 		}
 		i := slices.IndexFunc(changes, func(ch change) bool { return s.overlaps(ch.from, ch.to) })

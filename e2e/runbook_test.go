@@ -112,12 +112,17 @@ func (r *runbook) sealAndUnseal() {
 	r.untilActive()
 }
 
-// untilActive waits until the server serves requests.
+// untilActive waits until the server is active, and serves requests: a standby
+// of OpenBao serves reads, too.
 func (r *runbook) untilActive() {
 	r.t.Helper()
 	waitFor(r.t, 30*time.Second, "the server is active", func() bool {
-		a, err := r.v.call(request{method: "GET", path: "auth/token/lookup-self", token: r.v.root})
-		return err == nil && a.status == 200
+		for _, path := range []string{"sys/health", "auth/token/lookup-self"} {
+			if a, err := r.v.call(request{method: "GET", path: path, token: r.v.root}); err != nil || a.status != 200 {
+				return false
+			}
+		}
+		return true
 	})
 }
 

@@ -89,3 +89,17 @@ func TestStart(t *testing.T) {
 		})
 	}
 }
+
+// TestProduct: what a server lacks has a reason, and a 404 is excused only if it
+// comes from a standby that does not yet know the mount.
+func TestProduct(t *testing.T) {
+	for _, f := range []Feature{MemoryLock, PinnedVersions} {
+		if Vault.Lacks(f) != "" || !strings.HasPrefix(OpenBao.Lacks(f), "OpenBao ") {
+			t.Errorf("feature %d: Vault lacks it: %q, OpenBao: %q", f, Vault.Lacks(f), OpenBao.Lacks(f))
+		}
+	}
+	const unknown = `{"errors":["no handler for route \"cable/config\". route entry not found."]}`
+	if !OpenBao.Unaware(404, unknown) || OpenBao.Unaware(404, `{"errors":[]}`) || OpenBao.Unaware(500, unknown) || Vault.Unaware(404, unknown) {
+		t.Error("only a 404 of OpenBao for an unknown mount is that of a standby")
+	}
+}
