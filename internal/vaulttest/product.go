@@ -28,8 +28,8 @@ const (
 	OpenBao Product = "OpenBao"
 )
 
-// versionLine is what `vault version` prints.
-var versionLine = regexp.MustCompile(`^(Vault|OpenBao) v(\S+)`)
+// versionLine is what `vault version` prints, such as "Vault v1.21.2, built …".
+var versionLine = regexp.MustCompile(`^(Vault|OpenBao) v([^\s,]+)`)
 
 // Identify asks a binary which server it is.
 func Identify(ctx context.Context, binary string) (product Product, version string, err error) {

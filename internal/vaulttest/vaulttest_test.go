@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 // OpenBao, it enables no audit device unless its configuration allows that.
 func fakeServer(fake []string) {
 	if os.Args[1] == "version" {
-		fmt.Printf("%s v2.5.0 (abc), built 2026-01-01T00:00:00Z\n", fake[0])
+		fmt.Printf("%s v2.5.0, built 2026-01-01T00:00:00Z\n", fake[0])
 		return
 	}
 	config, addr := "", ""
