@@ -377,6 +377,7 @@ func (b *backend) leased(role string, m *mintedToken) *logical.Response {
 			"expires_at":        m.expiresAt(),
 			"organization_id":   m.OrganizationID,
 			"organization_name": m.OrganizationName,
+			"scope":             strings.Join(m.scopes, " "),
 			"scopes":            m.scopes,
 		},
 		leaseData(role, m, time.Now().Add(lease)),

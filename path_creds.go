@@ -67,7 +67,8 @@ func credsResponseFields() map[string]*framework.FieldSchema {
 		"expires_at":        {Type: framework.TypeString, Description: "The same in RFC 3339, UTC.", Required: true},
 		"organization_id":   {Type: framework.TypeString, Description: "The organization that the token is for.", Required: true},
 		"organization_name": {Type: framework.TypeString, Description: "The organization's name at Cable.", Required: true},
-		"scopes":            {Type: framework.TypeCommaStringSlice, Description: "The scopes that Cable granted.", Required: true},
+		"scope":             {Type: framework.TypeString, Description: "The scopes that Cable granted, separated by spaces.", Required: true},
+		"scopes":            {Type: framework.TypeCommaStringSlice, Description: "The same as a list.", Required: true},
 	}
 }
 

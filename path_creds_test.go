@@ -37,7 +37,7 @@ func TestCredsRead(t *testing.T) {
 		want := map[string]any{
 			"token": minted[0].Token, "expiry": minted[0].Expiry.Unix(), "expires_at": minted[0].Expiry.UTC().Format(time.RFC3339),
 			"organization_id": cabletest.DefaultOrganizationID, "organization_name": cabletest.DefaultOrganizationName,
-			"scopes": []string{"person:read", "transactions:read"},
+			"scope": "person:read transactions:read", "scopes": []string{"person:read", "transactions:read"},
 		}
 		if diff := cmp.Diff(want, resp.Data); diff != "" {
 			t.Error(diff)

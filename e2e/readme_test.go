@@ -25,9 +25,9 @@ func TestReadme(t *testing.T) {
 	t.Parallel()
 	r := newRunbook(t)
 	r.runPage("README.md", map[string]step{
-		"Install/1": {before: func() { r.hasBinary(suite.plugin) }},
-		"Install/2": {want: []string{"Success! Registered plugin", "Success! Enabled", "Success! Tuned"}},
-		"Install/3": {
+		"Install/2": {before: func() { r.hasBinary(suite.plugin) }},
+		"Install/3": {want: []string{"Success! Registered plugin", "Success! Enabled", "Success! Tuned"}},
+		"Install/4": {
 			before: func() { r.write("refresh-key.txt", r.cable.RefreshKey()+"\n") },
 			want:   []string{"Cable minted a token with these settings"},
 			after: func(string) {

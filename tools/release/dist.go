@@ -151,6 +151,24 @@ func (r *release) writeSums() error {
 	return os.WriteFile(base+"SHA256SUMS", []byte(b.String()), 0o644)
 }
 
+// removeOthers removes what GoReleaser keeps in dist/ for itself, which is
+// different each time.
+func (r *release) removeOthers() error {
+	files, err := os.ReadDir("dist")
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		if strings.HasPrefix(file.Name(), project+"_"+r.version+"_") {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join("dist", file.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func sha256File(path string) (string, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {

@@ -74,8 +74,8 @@ func run(ctx context.Context, args []string) error {
 	}
 }
 
-// notes returns the section of CHANGELOG.md on a version. A release without one
-// is refused: operators read it before they upgrade.
+// notes returns the section of CHANGELOG.md on a version. The workflow releases
+// nothing without one: operators read it before they upgrade.
 func notes(version string) (string, error) {
 	data, err := os.ReadFile("CHANGELOG.md")
 	if err != nil {
@@ -99,7 +99,7 @@ func buildRelease(ctx context.Context, platforms string) error {
 	if snapshot {
 		args = append(args, "--snapshot")
 	} else if _, err := notes(strings.TrimSpace(string(tag))); err != nil {
-		return err
+		fmt.Fprintf(os.Stderr, "release: %v: the workflow will refuse this tag\n", err)
 	}
 	r, err := headCommit(ctx)
 	if err != nil {
@@ -133,7 +133,10 @@ func buildRelease(ctx context.Context, platforms string) error {
 	if err := r.writeImage(); err != nil {
 		return err
 	}
-	return r.writeSums()
+	if err := r.writeSums(); err != nil {
+		return err
+	}
+	return r.removeOthers()
 }
 
 // headCommit returns a release of the commit that is checked out.

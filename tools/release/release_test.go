@@ -267,6 +267,17 @@ func TestFiles(t *testing.T) {
 		t.Errorf("SHA256SUMS lists %q, want %q", got, want)
 	}
 	t.Logf("%d platforms", len(plugins))
+	// And nothing else, which would differ each time.
+	want = append(want, project+"_"+testVersion+"_SHA256SUMS", project+"_"+testVersion+"_oci")
+	inDist, err := os.ReadDir(filepath.Dir(dist(t, "")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range inDist {
+		if !slices.Contains(want, file.Name()) {
+			t.Errorf("dist/ contains %s", file.Name())
+		}
+	}
 }
 
 func copyTo(t *testing.T, path string, r io.ReadCloser, mode os.FileMode) {

@@ -19,13 +19,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 )
 
-// A block is a block of commands in docs/verify.md.
+// A block is a block of commands in a page.
 type block struct{ kind, text string }
 
-func blocks(t *testing.T) []block {
+func blocks(t *testing.T, page string) []block {
 	t.Helper()
 	var all []block
-	for _, m := range regexp.MustCompile("(?ms)^```(\\S+ ?\\S*)\n(.*?)^```$").FindAllStringSubmatch(read(t, filepath.Join(root, "docs/verify.md")), -1) {
+	for _, m := range regexp.MustCompile("(?ms)^```(\\S+ ?\\S*)\n(.*?)^```$").FindAllStringSubmatch(read(t, filepath.Join(root, page)), -1) {
 		all = append(all, block{m[1], strings.ReplaceAll(m[2], "0.1.0", testVersion)})
 	}
 	return all
@@ -74,7 +74,7 @@ func TestVerify(t *testing.T) {
 		"crane push":                          {"${name}_oci.tar"},
 	}
 	ran, loopback := 0, image()
-	for _, b := range blocks(t) {
+	for _, b := range blocks(t, "docs/verify.md") {
 		if b.kind != "sh" {
 			continue
 		}
@@ -114,13 +114,42 @@ func TestVerify(t *testing.T) {
 	}
 }
 
+// TestInstall: with the files of a release, the first block of the README's
+// section on installing leaves a binary that says its version. A changed byte
+// ends it.
+func TestInstall(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS+"/"+runtime.GOARCH != "linux/amd64" {
+		t.Skip("the README is on linux_amd64")
+	}
+	at := slices.IndexFunc(blocks(t, "README.md"), func(b block) bool { return strings.Contains(b.text, "unzip") })
+	if at < 0 {
+		t.Fatal("the README unpacks nothing")
+	}
+	text := blocks(t, "README.md")[at].text + `"./$name/` + project + `" -version`
+	files := []string{dist(t, "linux_amd64.zip"), dist(t, "SHA256SUMS"), dist(t, "PLUGIN_SHA256SUMS")}
+	for i, changed := range append([]string{""}, files[0], files[2]) {
+		dir := t.TempDir()
+		for _, file := range files {
+			copyFile(t, file, filepath.Join(dir, filepath.Base(file)))
+			if file == changed {
+				changeByte(t, filepath.Join(dir, filepath.Base(file)))
+			}
+		}
+		out, err := output(dir, nil, "bash", "-euo", "pipefail", "-c", text)
+		if said := strings.Contains(out, project+" v"+testVersion); said != (i == 0) || (err == nil) != said {
+			t.Errorf("with a byte changed in %q: %v\n%s", filepath.Base(changed), err, out)
+		}
+	}
+}
+
 // TestVerifyFlags: cosign has each flag of the commands that need a network and
 // cannot be run here.
 func TestVerifyFlags(t *testing.T) {
 	t.Parallel()
 	checked := 0
 	texts := []string{read(t, filepath.Join(root, ".github/workflows/release.yml"))}
-	for _, b := range blocks(t) {
+	for _, b := range blocks(t, "docs/verify.md") {
 		texts = append(texts, b.text)
 	}
 	for _, text := range texts {
