@@ -92,3 +92,7 @@ func (p Product) Lacks(f Feature) string {
 func (p Product) Unaware(status int, text string) bool {
 	return p == OpenBao && status == http.StatusNotFound && strings.Contains(text, "no handler for route")
 }
+
+// ReloadUnlocks reports whether a mount whose plugin did not start may take writes
+// after a reload, before a step-down: newer versions of OpenBao see to that.
+func (p Product) ReloadUnlocks() bool { return p == OpenBao }
