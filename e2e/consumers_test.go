@@ -160,15 +160,12 @@ template {
 // when stop is called.
 func (s *shell) start(t *testing.T, name string, args ...string) (stop func()) {
 	t.Helper()
-	binary, err := exec.LookPath(name)
-	if name == "vault" {
-		binary, err = suite.vault, nil
-	}
-	if err != nil {
-		t.Fatal(err)
+	binary, env := s.place(".bin/"+name), s.env
+	if name == "vault" { // Agent and Proxy, which log in by themselves
+		binary, env = suite.vault, slices.Concat(s.env, []string{"VAULT_TOKEN="})
 	}
 	cmd := exec.Command(binary, args...)
-	cmd.Dir, cmd.Env = s.dir, slices.Concat(s.env, []string{"VAULT_TOKEN="})
+	cmd.Dir, cmd.Env = s.dir, env
 	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
 	if err != nil {
 		t.Fatal(err)

@@ -150,39 +150,6 @@ func (p *pipeline) refusals(login string, others map[string]any) {
 	}
 }
 
-// smallest: the policy gives what the job needs, and nothing else; and without
-// each of its paths the job fails. needed are requests by their path.
-func (p *pipeline) smallest(needed map[string]request, refused []request) {
-	p.t.Helper()
-	policy := readFile(p.t, filepath.Join(p.files, "policy.hcl"))
-	check := func(name, text string) {
-		p.t.Helper()
-		for path, r := range needed {
-			p.m.ok(p.t, "PUT", "sys/policies/acl/"+name, map[string]any{"policy": text})
-			r.token = p.m.ok(p.t, "POST", "auth/token/create", map[string]any{"policies": []string{name}, "no_default_policy": true}).Auth.ClientToken
-			a, err := p.m.call(r)
-			if err != nil || (a.status == 403) == strings.Contains(text, `"`+path+`"`) {
-				p.t.Errorf("%s %s under %s: %v %v", r.method, r.path, text, a, err)
-			}
-		}
-	}
-	check("whole", policy)
-	for path := range needed {
-		without := regexp.MustCompile(`(?ms)^path "`+path+`" \{.*?^\}`).ReplaceAllString(policy, "")
-		if without == policy {
-			p.t.Errorf("the policy does not name %s", path)
-		}
-		check("part", without)
-	}
-	token := p.m.ok(p.t, "POST", "auth/token/create", map[string]any{"policies": []string{"whole"}, "no_default_policy": true}).Auth.ClientToken
-	for _, r := range refused {
-		r.token = token
-		if a, err := p.m.call(r); err != nil || a.status != 403 {
-			p.t.Errorf("%s %s %v under the policy: %v %v, want 403", r.method, r.path, r.body, a, err)
-		}
-	}
-}
-
 // ended reports whether a Vault token has been revoked.
 func (p *pipeline) ended(token string) bool {
 	p.t.Helper()
@@ -284,7 +251,7 @@ func TestExampleGitHubActions(t *testing.T) {
 		"repository": "example/other", "repository_id": "987654321", "ref": "refs/heads/feature", "environment": "test", "aud": "https://github.com/example",
 		"exp": time.Now().Add(-time.Hour).Unix(),
 	})
-	p.smallest(map[string]request{
+	m.smallest(t, filepath.Join(p.files, "policy.hcl"), map[string]request{
 		"cable/creds/ci":         {method: "GET", path: "cable/creds/ci?ttl=10m"},
 		"auth/token/revoke-self": {method: "POST", path: "auth/token/revoke-self"},
 	}, []request{
@@ -353,7 +320,7 @@ func TestExampleGitLab(t *testing.T) {
 	p.refusals("auth/jwt/login", map[string]any{
 		"project_id": "4343", "ref": "feature", "ref_type": "tag", "ref_protected": "false", "aud": "https://gitlab.com", "exp": time.Now().Add(-time.Hour).Unix(),
 	})
-	p.smallest(map[string]request{
+	m.smallest(t, filepath.Join(p.files, "policy.hcl"), map[string]request{
 		"cable/creds/ci":         {method: "PUT", path: "cable/creds/ci", body: map[string]any{"ttl": "10m"}},
 		"auth/token/revoke-self": {method: "PUT", path: "auth/token/revoke-self"},
 	}, []request{

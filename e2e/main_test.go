@@ -45,6 +45,7 @@ var suite struct {
 	vault string          // the server's binary
 
 	product vaulttest.Product // of that binary
+	version string
 
 	plugins string           // the folder with the plugin
 	plugin  vaulttest.Plugin // as these tests build it
@@ -112,7 +113,7 @@ func required() bool { return os.Getenv("E2E") == "require" }
 // findVault finds or builds the server, once.
 var findVault = sync.OnceValue(func() (err error) {
 	if suite.vault, err = vaulttest.Find(suite.ctx); err == nil {
-		suite.product, _, err = vaulttest.Identify(suite.ctx, suite.vault)
+		suite.product, suite.version, err = vaulttest.Identify(suite.ctx, suite.vault)
 	}
 	return err
 })
@@ -197,11 +198,14 @@ func needVault(t testing.TB) {
 	}
 }
 
+// lacks returns why the tests of a feature do not apply to the server, or "".
+func lacks(f vaulttest.Feature) string { return suite.product.Lacks(suite.version, f) }
+
 // needFeature skips a test, or part of one, that does not apply to the server.
 func needFeature(t testing.TB, f vaulttest.Feature) {
 	t.Helper()
 	needVault(t)
-	if reason := suite.product.Lacks(f); reason != "" {
+	if reason := lacks(f); reason != "" {
 		t.Skip(reason)
 	}
 }

@@ -26,12 +26,15 @@ import (
 // pageTests says which test runs the blocks of a page.
 // The test of docs/verify.md is in tools/release, with a release to verify.
 var pageTests = map[string]string{
-	"README.md":         "TestReadme",
-	"docs/consumers.md": "TestConsumers",
-	"docs/runbook.md":   "TestRunbook",
-	"docs/security.md":  "TestSecurityPage",
-	"docs/tutorial.md":  "TestTutorial",
-	"docs/verify.md":    "TestVerify",
+	"README.md":                          "TestReadme",
+	"docs/consumers.md":                  "TestConsumers",
+	"examples/consul-template/README.md": "TestExampleConsulTemplate",
+	"examples/vault-agent/README.md":     "TestExampleVaultAgent",
+	"examples/vault-proxy/README.md":     "TestExampleVaultProxy",
+	"docs/runbook.md":                    "TestRunbook",
+	"docs/security.md":                   "TestSecurityPage",
+	"docs/tutorial.md":                   "TestTutorial",
+	"docs/verify.md":                     "TestVerify",
 
 	"examples/github-actions/README.md":     "TestExampleGitHubActions",
 	"examples/terraform/app/README.md":      "TestExampleTerraformApp",
@@ -41,6 +44,10 @@ var pageTests = map[string]string{
 
 // notRun are the blocks that no page's test runs, with the reason.
 var notRun = map[string]string{
+	"examples/consul-template/README.md#Run/2":       "runs until it is ended: TestExampleConsulTemplate starts it",
+	"examples/vault-agent/README.md#Run/2":           "runs until it is ended: TestExampleVaultAgent starts it",
+	"examples/vault-agent/README.md#Run/3":           "runs until it is ended: TestExampleVaultAgentSupervisor starts it",
+	"examples/vault-proxy/README.md#Run/1":           "runs until it is ended: TestExampleVaultProxy starts it",
 	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
 	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
 	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestMlock runs it",

@@ -269,7 +269,7 @@ func TestRunbook(t *testing.T) {
 			},
 		},
 		"Pinned versions/1": {
-			skip: suite.product.Lacks(vaulttest.PinnedVersions),
+			skip: lacks(vaulttest.PinnedVersions),
 			before: func() {
 				r.run(`vault write sys/plugins/pins/secret/` + pluginName + ` version="$previous"`)
 				if out := r.run("vault read sys/plugins/pins/secret/" + pluginName); !strings.Contains(out, pluginVersion) {
@@ -283,7 +283,7 @@ func TestRunbook(t *testing.T) {
 			after: func(string) { runs(nextVersion) },
 		},
 		"Pinned versions/2": {
-			skip: suite.product.Lacks(vaulttest.PinnedVersions),
+			skip: lacks(vaulttest.PinnedVersions),
 			want: []string{`(?m)` + regexp.QuoteMeta(pluginVersion) + `$`},
 			after: func(string) {
 				runs(pluginVersion)
@@ -690,7 +690,7 @@ func TestFailedReload(t *testing.T) {
 	r.untilActive()
 	r.run("vault write cable/roles/reports scopes=person:read")
 
-	if reason := suite.product.Lacks(vaulttest.PinnedVersions); reason != "" {
+	if reason := lacks(vaulttest.PinnedVersions); reason != "" {
 		t.Run("with a pin", func(t *testing.T) { t.Skip(reason) })
 		return
 	}

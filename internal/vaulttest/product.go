@@ -69,15 +69,21 @@ type Feature int
 
 // The features that tests ask for.
 const (
-	MemoryLock     Feature = iota // the server locks its memory, and plugins theirs
-	PinnedVersions                // sys/plugins/pins
+	MemoryLock       Feature = iota // the server locks its memory, and plugins theirs
+	PinnedVersions                  // sys/plugins/pins
+	RenewalThreshold                // lease_renewal_threshold of its Agent
 )
 
-// Lacks returns why the tests of a feature do not apply to the server, or "".
-func (p Product) Lacks(f Feature) string {
+// Lacks returns why the tests of a feature do not apply to a version of the
+// server, or "".
+func (p Product) Lacks(version string, f Feature) string {
 	switch {
+	case p == Vault && f == RenewalThreshold && strings.HasPrefix(version, "1.16."):
+		return "Agent of Vault 1.16 ignores lease_renewal_threshold"
 	case p != OpenBao:
 		return ""
+	case f == RenewalThreshold:
+		return "OpenBao's Agent ignores lease_renewal_threshold"
 	case f == MemoryLock:
 		return "OpenBao locks no memory, and refuses disable_mlock = false"
 	case f == PinnedVersions:

@@ -93,10 +93,13 @@ func TestStart(t *testing.T) {
 // TestProduct: what a server lacks has a reason, and a 404 is excused only if it
 // comes from a standby that does not yet know the mount.
 func TestProduct(t *testing.T) {
-	for _, f := range []Feature{MemoryLock, PinnedVersions} {
-		if Vault.Lacks(f) != "" || !strings.HasPrefix(OpenBao.Lacks(f), "OpenBao ") {
-			t.Errorf("feature %d: Vault lacks it: %q, OpenBao: %q", f, Vault.Lacks(f), OpenBao.Lacks(f))
+	for _, f := range []Feature{MemoryLock, PinnedVersions, RenewalThreshold} {
+		if v, o := Vault.Lacks("1.21.1", f), OpenBao.Lacks("2.6.2", f); v != "" || !strings.HasPrefix(o, "OpenBao") {
+			t.Errorf("feature %d: Vault lacks it: %q, OpenBao: %q", f, v, o)
 		}
+	}
+	if Vault.Lacks("1.16.3", RenewalThreshold) == "" || Vault.Lacks("1.16.3", PinnedVersions) != "" {
+		t.Error("Vault 1.16 lacks a renewal threshold alone")
 	}
 	const unknown = `{"errors":["no handler for route \"cable/config\". route entry not found."]}`
 	if !OpenBao.Unaware(404, unknown) || OpenBao.Unaware(404, `{"errors":[]}`) || OpenBao.Unaware(500, unknown) || Vault.Unaware(404, unknown) {
