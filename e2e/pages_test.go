@@ -32,6 +32,11 @@ var pageTests = map[string]string{
 	"docs/security.md":  "TestSecurityPage",
 	"docs/tutorial.md":  "TestTutorial",
 	"docs/verify.md":    "TestVerify",
+
+	"examples/github-actions/README.md":     "TestExampleGitHubActions",
+	"examples/terraform/app/README.md":      "TestExampleTerraformApp",
+	"examples/terraform/platform/README.md": "TestExampleTerraformPlatform",
+	"examples/gitlab/README.md":             "TestExampleGitLab",
 }
 
 // notRun are the blocks that no page's test runs, with the reason.
