@@ -36,6 +36,7 @@ var pageTests = map[string]string{
 	"docs/tutorial.md":                   "TestTutorial",
 	"docs/verify.md":                     "TestVerify",
 
+	"examples/clients/README.md":            "TestExampleClients",
 	"examples/github-actions/README.md":     "TestExampleGitHubActions",
 	"examples/terraform/app/README.md":      "TestExampleTerraformApp",
 	"examples/terraform/platform/README.md": "TestExampleTerraformPlatform",
