@@ -26,25 +26,31 @@ import (
 // pageTests says which test runs the blocks of a page.
 // The test of docs/verify.md is in tools/release, with a release to verify.
 var pageTests = map[string]string{
-	"README.md":         "TestReadme",
-	"docs/consumers.md": "TestConsumers",
-	"docs/runbook.md":   "TestRunbook",
-	"docs/security.md":  "TestSecurityPage",
-	"docs/tutorial.md":  "TestTutorial",
-	"docs/verify.md":    "TestVerify",
+	"README.md":                                            "TestReadme",
+	"examples/kubernetes/README.md":                        "TestExampleKubernetes",
+	"examples/kubernetes/csi/README.md":                    "TestExampleKubernetes",
+	"examples/kubernetes/external-secrets/README.md":       "TestExampleKubernetes",
+	"examples/kubernetes/injector/README.md":               "TestExampleKubernetes",
+	"examples/kubernetes/vault-secrets-operator/README.md": "TestExampleKubernetes",
+	"docs/consumers.md":                                    "TestConsumers",
+	"docs/runbook.md":                                      "TestRunbook",
+	"docs/security.md":                                     "TestSecurityPage",
+	"docs/tutorial.md":                                     "TestTutorial",
+	"docs/verify.md":                                       "TestVerify",
 }
 
 // notRun are the blocks that no page's test runs, with the reason.
 var notRun = map[string]string{
-	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
-	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
-	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestMlock runs it",
-	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
-	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
-	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
-	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
-	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
-	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
+	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster: TestExampleKubernetes has one outside, whose block is the next",
+	"README.md#Install/1":                             "needs the files of a release: TestInstall runs it",
+	"README.md#Try it/1":                              "make demo starts servers of its own: TestDemo runs it",
+	"docs/runbook.md#Install/2":                       "needs root, and a server that runs as another user: TestMlock runs it",
+	"docs/design.md#History of optimisations/1":       "a profile of the benchmark, which takes minutes and the whole machine",
+	"docs/performance.md#How it was measured/1":       "the benchmark takes minutes and the whole machine",
+	"docs/releasing.md#Cut a release/1":               "makes a tag and pushes it",
+	"docs/tutorial.md#On a dev server of your own/1":  "runs until Ctrl-C: TestBuild runs it",
+	"docs/tutorial.md#On a dev server of your own/2":  "needs that server: TestBuild runs it",
+	"docs/tutorial.md#Start/1":                        "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
 }
 
 // block is a fenced block of a page: commands, a transcript, or HCL.
