@@ -227,7 +227,7 @@ func runUntilEnd(t *testing.T, env []string, name string, args ...string) (stop 
 			t.Errorf("the output of %s holds %s", filepath.Base(name), secret)
 		}
 		if t.Failed() {
-			t.Logf("%s: %s", filepath.Base(name), text[max(0, len(text)-8000):])
+			t.Logf("%s: %s", filepath.Base(name), text[max(0, len(text)-2000):])
 		}
 	}
 	t.Cleanup(stop)
