@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ecdsa"
 	"encoding/base64"
 	"encoding/json"
@@ -244,17 +245,23 @@ func TestExampleKubernetes(t *testing.T) {
 	t.Parallel()
 	k := newKubernetes(t)
 	k.setUp(t)
-	t.Run("auth", func(t *testing.T) { testKubernetesAuth(t, k.in(t)) })
-	for name, test := range map[string]func(*testing.T, *kubernetes){
-		"vault-secrets-operator": testOperator,
-		"external-secrets":       testExternalSecrets,
-		"csi":                    testCSI,
-		"injector":               testInjector,
+	for _, tt := range []struct {
+		folder string
+		test   func(*testing.T, *kubernetes)
+	}{
+		{"", testKubernetesAuth},
+		{"vault-secrets-operator", testOperator},
+		{"external-secrets", testExternalSecrets},
+		{"csi", testCSI},
+		{"injector", testInjector},
 	} {
-		t.Run(name, func(t *testing.T) {
-			test(t, k.in(t))
-			k.run("kubectl delete --ignore-not-found --wait=false -f " + name + " && vault policy write reports policy.hcl")
-			k.share(t, "0")
+		t.Run(cmp.Or(tt.folder, "auth"), func(t *testing.T) {
+			k := k.in(t)
+			tt.test(t, k)
+			if tt.folder != "" {
+				k.run("kubectl delete --ignore-not-found --wait=false -f " + tt.folder + " && vault policy write reports policy.hcl")
+				k.share(t, "0")
+			}
 		})
 	}
 }
@@ -301,7 +308,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 	k.applyCRDs(t, "operators", "github.com/hashicorp/vault-secrets-operator", "chart/crds")
 	binary := filepath.Join(needTool(t, "operators"), "vault-secrets-operator")
 	start := func() (stop func()) {
-		return runUntilEnd(t, k.env, binary, "--leader-elect=false", "--metrics-bind-address=0", "--health-probe-bind-address=0")
+		return k.consumer(t, binary, "--leader-elect=false", "--metrics-bind-address=0", "--health-probe-bind-address=0")
 	}
 	const restartedAt = `kubectl --namespace reports get deployment reports --output 'jsonpath={.spec.template.metadata.annotations.vso\.secrets\.hashicorp\.com/restartedAt}'`
 	stop := start()
@@ -378,7 +385,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 // testExternalSecrets runs examples/kubernetes/external-secrets.
 func testExternalSecrets(t *testing.T, k *kubernetes) {
 	k.applyCRDs(t, "external-secrets", "github.com/external-secrets/external-secrets", "deploy/crds/bundle.yaml")
-	stop := runUntilEnd(t, k.env, filepath.Join(needTool(t, "external-secrets"), "external-secrets"), "--metrics-addr=0")
+	stop := k.consumer(t, filepath.Join(needTool(t, "external-secrets"), "external-secrets"), "--metrics-addr=0")
 	defer stop()
 	before := k.m.sim.Stats().Minted
 	patch := func(kind, name, spec string) {
@@ -394,8 +401,10 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 			if data["scope"] != "person:read transactions:read" || !strings.HasPrefix(data["token"], "eyJ") {
 				t.Errorf("the Secret has the scopes %q and a token of %d bytes", data["scope"], len(data["token"]))
 			}
-			if n := k.m.sim.Stats().Minted - before; n != 1 {
+			if n := k.m.sim.Stats().Minted - before; n < 1 || n > 2 {
 				t.Errorf("%d tokens were minted", n)
+			} else {
+				t.Logf("%d tokens were minted at first", n)
 			}
 			// It refreshes by the interval, whatever the lease.
 			before = k.m.sim.Stats().Minted
@@ -531,7 +540,7 @@ func testInjector(t *testing.T, k *kubernetes) {
 	k.write("webhook.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})))
 	k.write("webhook.key", privateKey(t, cert.PrivateKey.(*ecdsa.PrivateKey)))
 	listen := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	runUntilEnd(t, k.env, filepath.Join(needTool(t, "operators"), "injector"), "-listen="+listen, "-vault-address="+k.m.addr,
+	k.consumer(t, filepath.Join(needTool(t, "operators"), "injector"), "-listen="+listen, "-vault-address="+k.m.addr,
 		"-cert="+k.place("webhook.crt"), "-key="+k.place("webhook.key"))
 	k.write("webhook.yaml", fmt.Sprintf(`
 apiVersion: admissionregistration.k8s.io/v1

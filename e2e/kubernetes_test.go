@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -46,7 +47,7 @@ func newKubernetes(t *testing.T) *kubernetes {
 	// etcd, and the API server with a self-signed certificate and one admin.
 	client, peer, port := freePort(t), freePort(t), freePort(t)
 	etcd := fmt.Sprintf("http://127.0.0.1:%d", client)
-	runUntilEnd(t, nil, filepath.Join(bin, "server"), "--data-dir="+file("etcd"), "--unsafe-no-fsync", "--log-level=warn",
+	runUntilEnd(t, os.Environ(), filepath.Join(bin, "server"), "--data-dir="+file("etcd"), "--unsafe-no-fsync", "--log-level=warn",
 		"--listen-client-urls="+etcd, "--advertise-client-urls="+etcd,
 		fmt.Sprintf("--listen-peer-urls=http://127.0.0.1:%d", peer))
 	accounts, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -62,7 +63,7 @@ func newKubernetes(t *testing.T) *kubernetes {
 	write("accounts.key", privateKey(t, accounts))
 	admin := rand.Text()
 	write("tokens.csv", admin+`,admin,admin,"system:masters"`+"\n")
-	runUntilEnd(t, nil, filepath.Join(bin, "kube-apiserver"), "--etcd-servers="+etcd, "--bind-address=127.0.0.1",
+	runUntilEnd(t, os.Environ(), filepath.Join(bin, "kube-apiserver"), "--etcd-servers="+etcd, "--bind-address=127.0.0.1",
 		fmt.Sprintf("--secure-port=%d", port), "--cert-dir="+file("certificates"), "--token-auth-file="+file("tokens.csv"),
 		"--authorization-mode=RBAC", "--service-cluster-ip-range=10.0.0.0/24", "--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file="+file("accounts.key"), "--service-account-signing-key-file="+file("accounts.key"))
@@ -196,13 +197,20 @@ func (k *kubernetes) applyCRDs(t *testing.T, tool, module, path string) {
 	k.run("kubectl apply --server-side -f '" + filepath.Join(strings.TrimSpace(dir), path) + "' && kubectl wait --for=condition=Established crd --all")
 }
 
+// consumer runs a program of the cluster until the test ends or stop is called.
+// It is admin of the cluster, and has nothing of the shell's Vault token: Vault's
+// client, and so External Secrets, would prefer that to logging in.
+func (k *kubernetes) consumer(t *testing.T, name string, args ...string) (stop func()) {
+	t.Helper()
+	return runUntilEnd(t, slices.Concat(k.env, []string{"VAULT_TOKEN=", "VAULT_ADDR="}), name, args...)
+}
+
 // runUntilEnd runs a program until the test ends or stop is called. If the test
 // fails, what it printed is shown.
 func runUntilEnd(t *testing.T, env []string, name string, args ...string) (stop func()) {
 	t.Helper()
 	cmd := exec.CommandContext(suite.ctx, name, args...)
-	cmd.Env, cmd.Dir = append(os.Environ(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy="), t.TempDir()
-	cmd.Env = append(cmd.Env, env...)
+	cmd.Env, cmd.Dir = env, t.TempDir()
 	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
 	if err != nil {
 		t.Fatal(err)
