@@ -46,6 +46,11 @@ check: tidy lint shellcheck cross actionlint release-test ## Run what must be gr
 	@$(MAKE) -s servers
 	go test -shuffle=on -p 1 -race ./...
 
+.PHONY: compat
+compat: ## Run the end-to-end tests on the SERVERS of docs/compatibility.md
+	@scripts/prometheus --path >/dev/null
+	@scripts/compat $(SERVERS)
+
 .PHONY: examples
 examples: ## Run the examples, with the consumers whose build takes minutes
 	@$(MAKE) -s servers

@@ -202,6 +202,9 @@ func (c *cache) role(ctx context.Context, s logical.Storage, name string) (*role
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if _, isUncertain := c.uncertain[key]; c.generation == generation && !isUncertain && c.keepsRoles {
+		if known := c.roles[name]; known != nil {
+			return known, nil // another request read it meanwhile, and its readers share a token
+		}
 		if len(c.roles) >= maxCachedRoles {
 			clear(c.roles)
 		}

@@ -191,6 +191,29 @@ func (s *gateStorage) Put(ctx context.Context, e *logical.StorageEntry) error {
 	return s.Storage.Put(ctx, e)
 }
 
+// TestRoleReadTwice: requests that read a role at the same time use one entry:
+// the readers of two entries would not share a token.
+func TestRoleReadTwice(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/app", map[string]any{"scopes": "person:read"})
+	gate := newGate(m.storage, rolesStoragePrefix+"app", false)
+	slow := make(chan *roleEntry)
+	go func() {
+		role, err := m.b.cache.role(m.Context(), gate, "app")
+		if err != nil {
+			t.Error(err)
+		}
+		slow <- role
+	}()
+	<-gate.reached
+	role, err := m.b.cache.role(m.Context(), m.storage, "app")
+	close(gate.proceed)
+	if other := <-slow; err != nil || role == nil || role != other {
+		t.Errorf("two entries, %p and %p, %v", role, other, err)
+	}
+}
+
 // TestDisablingDoesNotWait: a write of one role that hangs in storage holds up
 // neither another role nor the configuration; and a second write of the same
 // role waits no longer than its caller.

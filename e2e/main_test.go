@@ -44,6 +44,8 @@ var suite struct {
 	bin   string          // a folder with vault, to stand first in PATH
 	vault string          // the server's binary
 
+	product vaulttest.Product // of that binary
+
 	plugins string           // the folder with the plugin
 	plugin  vaulttest.Plugin // as these tests build it
 	sha256  string           // the plugin's sum
@@ -69,9 +71,12 @@ func runTests(m *testing.M) (status int) {
 	defer cancel()
 	suite.ctx = ctx
 	var server *vaultServer
-	suite.shared = sync.OnceValues(func() (v *vaultServer, err error) {
-		server, err = startDevServer(filepath.Join(dir, "shared"))
-		return server, err
+	suite.shared = sync.OnceValues(func() (*vaultServer, error) {
+		v, err := startDevServer(filepath.Join(dir, "shared"))
+		if err == nil {
+			server = v
+		}
+		return v, err
 	})
 	// A test binary that runs into its -timeout ends without clean-up: the
 	// servers are ended shortly before that.
@@ -106,7 +111,9 @@ func required() bool { return os.Getenv("E2E") == "require" }
 
 // findVault finds or builds the server, once.
 var findVault = sync.OnceValue(func() (err error) {
-	suite.vault, err = vaulttest.Find(suite.ctx)
+	if suite.vault, err = vaulttest.Find(suite.ctx); err == nil {
+		suite.product, _, err = vaulttest.Identify(suite.ctx, suite.vault)
+	}
 	return err
 })
 
@@ -187,6 +194,15 @@ func needVault(t testing.TB) {
 	}
 	if err := prepare(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// needFeature skips a test, or part of one, that does not apply to the server.
+func needFeature(t testing.TB, f vaulttest.Feature) {
+	t.Helper()
+	needVault(t)
+	if reason := suite.product.Lacks(f); reason != "" {
+		t.Skip(reason)
 	}
 }
 

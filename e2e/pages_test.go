@@ -26,31 +26,41 @@ import (
 // pageTests says which test runs the blocks of a page.
 // The test of docs/verify.md is in tools/release, with a release to verify.
 var pageTests = map[string]string{
-	"README.md":                                            "TestReadme",
+	"README.md":         "TestReadme",
+	"docs/consumers.md": "TestConsumers",
+	"docs/runbook.md":   "TestRunbook",
+	"docs/security.md":  "TestSecurityPage",
+	"docs/tutorial.md":  "TestTutorial",
+	"docs/verify.md":    "TestVerify",
+
+	"examples/github-actions/README.md":     "TestExampleGitHubActions",
+	"examples/terraform/app/README.md":      "TestExampleTerraformApp",
+	"examples/terraform/platform/README.md": "TestExampleTerraformPlatform",
+	"examples/gitlab/README.md":             "TestExampleGitLab",
+
 	"examples/kubernetes/README.md":                        "TestExampleKubernetes",
 	"examples/kubernetes/csi/README.md":                    "TestExampleKubernetes",
 	"examples/kubernetes/external-secrets/README.md":       "TestExampleKubernetes",
 	"examples/kubernetes/injector/README.md":               "TestExampleKubernetes",
 	"examples/kubernetes/vault-secrets-operator/README.md": "TestExampleKubernetes",
-	"docs/consumers.md":                                    "TestConsumers",
-	"docs/runbook.md":                                      "TestRunbook",
-	"docs/security.md":                                     "TestSecurityPage",
-	"docs/tutorial.md":                                     "TestTutorial",
-	"docs/verify.md":                                       "TestVerify",
 }
 
 // notRun are the blocks that no page's test runs, with the reason.
 var notRun = map[string]string{
-	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster: TestExampleKubernetes has one outside, whose block is the next",
-	"README.md#Install/1":                             "needs the files of a release: TestInstall runs it",
-	"README.md#Try it/1":                              "make demo starts servers of its own: TestDemo runs it",
-	"docs/runbook.md#Install/2":                       "needs root, and a server that runs as another user: TestMlock runs it",
-	"docs/design.md#History of optimisations/1":       "a profile of the benchmark, which takes minutes and the whole machine",
-	"docs/performance.md#How it was measured/1":       "the benchmark takes minutes and the whole machine",
-	"docs/releasing.md#Cut a release/1":               "makes a tag and pushes it",
-	"docs/tutorial.md#On a dev server of your own/1":  "runs until Ctrl-C: TestBuild runs it",
-	"docs/tutorial.md#On a dev server of your own/2":  "needs that server: TestBuild runs it",
-	"docs/tutorial.md#Start/1":                        "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
+	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
+	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
+	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestMlock runs it",
+	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
+	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
+	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
+	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
+	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
+	"docs/compatibility.md#OpenBao/1":                "needs an OpenBao server, which cannot be had here",
+	"docs/compatibility.md#Repeat the tests/1":       "runs all end-to-end tests, on each server",
+	"docs/compatibility.md#Repeat the tests/2":       "runs all tests",
+	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
+
+	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster: that of TestExampleKubernetes is outside, and runs the next block",
 }
 
 // block is a fenced block of a page: commands, a transcript, or HCL.
@@ -136,6 +146,7 @@ func TestPagesAreCovered(t *testing.T) {
 // step is what a test does with one block of commands.
 type step struct {
 	before func()
+	skip   string   // why the block does not apply to the server
 	fails  bool     // the last command fails, as the page says
 	want   []string // expressions that the output must match
 	after  func(out string)
@@ -165,7 +176,7 @@ func newShell(t *testing.T, v *vaultServer, binaries map[string]string) *shell {
 			t.Fatal(err)
 		}
 	}
-	s.env = append(os.Environ(), "PATH="+bin+":"+suite.bin+":"+os.Getenv("PATH"), "VAULT_ADDR="+v.addr, "VAULT_TOKEN="+v.root,
+	s.env = append(v.CLIEnv(), "PATH="+bin+":"+suite.bin+":"+os.Getenv("PATH"),
 		"HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+s.dir)
 	return s
 }
@@ -224,6 +235,10 @@ func (s *shell) runPage(page string, steps map[string]step) {
 			continue
 		}
 		done[name] = true
+		if step.skip != "" {
+			s.t.Run(name, func(t *testing.T) { t.Skip(step.skip) })
+			continue
+		}
 		if step.before != nil {
 			step.before()
 		}

@@ -82,7 +82,7 @@ func TestSecurityPage(t *testing.T) {
 // starts only with the capability that the runbook gives to its file.
 func TestMlock(t *testing.T) {
 	t.Parallel()
-	needVault(t)
+	needFeature(t, vaulttest.MemoryLock)
 	if os.Geteuid() != 0 {
 		skipUnlessRequired(t, errors.New("to give a capability to a file and to start a server as another user takes root"))
 	}

@@ -100,7 +100,7 @@ func TestCannotStart(t *testing.T) {
 // plugin cannot, says what helps, and that helps.
 func TestLockedMemory(t *testing.T) {
 	t.Parallel()
-	needVault(t)
+	needFeature(t, vaulttest.MemoryLock)
 	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
 		skipUnlessRequired(t, errors.New("to start Vault as another user and to give a file a capability takes root, on Linux"))
 	}

@@ -6,17 +6,20 @@ package vaulttest
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"os/exec"
 	"regexp"
+	"strings"
 	"time"
 )
 
 // Product is who made a server, by what the server says of itself. Whatever
 // depends on it is a method here.
 //
-// NOTE: one difference needs no method, as waiting is right for both: standbys
-// of OpenBao serve reads themselves, and learn of a new mount, configuration or
-// role some tenths of a second after the active node.
+// NOTE: what needs no method, because one test is right for all: OpenBao's
+// standbys serve reads themselves, and learn of a new configuration or role some
+// tenths of a second after the active node (tests wait for each node); a path
+// that a server does not have is, on its command line, "No value found".
 type Product string
 
 // The products that the plugin runs on.
@@ -25,11 +28,11 @@ const (
 	OpenBao Product = "OpenBao"
 )
 
-// versionLine is what `vault version` prints.
-var versionLine = regexp.MustCompile(`^(Vault|OpenBao) v(\S+)`)
+// versionLine is what `vault version` prints, such as "Vault v1.21.2, built …".
+var versionLine = regexp.MustCompile(`^(Vault|OpenBao) v([^\s,]+)`)
 
-// identify asks a binary which server it is.
-func identify(ctx context.Context, binary string) (product Product, version string, err error) {
+// Identify asks a binary which server it is.
+func Identify(ctx context.Context, binary string) (product Product, version string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, binary, "version").Output()
@@ -60,3 +63,36 @@ func (p Product) TokenPrefix() string {
 	}
 	return "hvs."
 }
+
+// Feature is something that not all servers have.
+type Feature int
+
+// The features that tests ask for.
+const (
+	MemoryLock     Feature = iota // the server locks its memory, and plugins theirs
+	PinnedVersions                // sys/plugins/pins
+)
+
+// Lacks returns why the tests of a feature do not apply to the server, or "".
+func (p Product) Lacks(f Feature) string {
+	switch {
+	case p != OpenBao:
+		return ""
+	case f == MemoryLock:
+		return "OpenBao locks no memory, and refuses disable_mlock = false"
+	case f == PinnedVersions:
+		return "OpenBao does not pin plugin versions"
+	}
+	return ""
+}
+
+// Unaware reports whether a response comes from a standby that serves requests
+// itself and is about to learn of a new or changed mount. Standbys of OpenBao
+// 2.5 and later do so.
+func (p Product) Unaware(status int, text string) bool {
+	return p == OpenBao && status == http.StatusNotFound && strings.Contains(text, "no handler for route")
+}
+
+// ReloadUnlocks reports whether a mount whose plugin did not start may take writes
+// after a reload, before a step-down: newer versions of OpenBao see to that.
+func (p Product) ReloadUnlocks() bool { return p == OpenBao }

@@ -86,7 +86,7 @@ func Start(ctx context.Context, c Config) (s *Server, err error) {
 		}
 	}
 	s = &Server{Root: rand.Text(), Log: filepath.Join(c.Dir, "vault.log")}
-	if s.Product, s.Version, err = identify(ctx, c.Binary); err != nil {
+	if s.Product, s.Version, err = Identify(ctx, c.Binary); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
@@ -139,8 +139,11 @@ func (s *Server) run(ctx context.Context, c Config) error {
 	if s.process, err = start(ctx, s.Log, append(env, c.Env...), c.Binary, args...); err != nil {
 		return err
 	}
-	// 200: active; 429: standby; 501: not initialized; 503: sealed.
-	if err := s.waitForState(ctx, 200, 429, 501, 503); err != nil {
+	states := []int{200} // a dev server is active in the end
+	if c.Raft != nil {
+		states = []int{200, 429, 501, 503} // active, standby, not initialized, sealed
+	}
+	if err := s.waitForState(ctx, states...); err != nil {
 		log, _ := os.ReadFile(s.Log)
 		return fmt.Errorf("starting %s: %w\n%s", c.Binary, err, log)
 	}

@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 // OpenBao, it enables no audit device unless its configuration allows that.
 func fakeServer(fake []string) {
 	if os.Args[1] == "version" {
-		fmt.Printf("%s v2.5.0 (abc), built 2026-01-01T00:00:00Z\n", fake[0])
+		fmt.Printf("%s v2.5.0, built 2026-01-01T00:00:00Z\n", fake[0])
 		return
 	}
 	config, addr := "", ""
@@ -87,5 +87,19 @@ func TestStart(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestProduct: what a server lacks has a reason, and a 404 is excused only if it
+// comes from a standby that does not yet know the mount.
+func TestProduct(t *testing.T) {
+	for _, f := range []Feature{MemoryLock, PinnedVersions} {
+		if Vault.Lacks(f) != "" || !strings.HasPrefix(OpenBao.Lacks(f), "OpenBao ") {
+			t.Errorf("feature %d: Vault lacks it: %q, OpenBao: %q", f, Vault.Lacks(f), OpenBao.Lacks(f))
+		}
+	}
+	const unknown = `{"errors":["no handler for route \"cable/config\". route entry not found."]}`
+	if !OpenBao.Unaware(404, unknown) || OpenBao.Unaware(404, `{"errors":[]}`) || OpenBao.Unaware(500, unknown) || Vault.Unaware(404, unknown) {
+		t.Error("only a 404 of OpenBao for an unknown mount is that of a standby")
 	}
 }

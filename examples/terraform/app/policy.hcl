@@ -1,0 +1,11 @@
+# Copyright (c) The vault-plugin-secrets-cable authors
+# SPDX-License-Identifier: MPL-2.0
+
+path "cable/creds/reports" {
+  capabilities = ["read"]
+}
+
+# The provider works with a child token.
+path "auth/token/create" {
+  capabilities = ["update"]
+}

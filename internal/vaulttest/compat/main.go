@@ -1,0 +1,193 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Command compat runs the end-to-end tests against a server, and writes what
+// came of it into the server's row of the table in docs/compatibility.md:
+//
+//	compat BINARY
+//
+// It prints what failed, and exits with 1 if a test did or if none was run. The
+// server must be there: tests that find no server fail.
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
+)
+
+// page has the table.
+const page = "docs/compatibility.md"
+
+func main() {
+	if len(os.Args) != 2 {
+		fmt.Fprintln(os.Stderr, "usage: compat BINARY")
+		os.Exit(2)
+	}
+	ok, err := run(context.Background(), os.Args[1])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "compat:", err)
+	}
+	if err != nil || !ok {
+		os.Exit(1)
+	}
+}
+
+// run runs the tests against a server and writes its row.
+func run(ctx context.Context, binary string) (ok bool, err error) {
+	product, version, err := vaulttest.Identify(ctx, binary)
+	if err != nil {
+		return false, err
+	}
+	server := fmt.Sprintf("%s %s", product, version)
+	fmt.Printf("running the end-to-end tests on %s\n", server)
+	cmd := exec.CommandContext(ctx, "go", "test", "-json", "-count=1", "-timeout=40m", "./e2e")
+	cmd.Env, cmd.Stderr = append(os.Environ(), "VAULT_BIN="+binary, "E2E=require"), os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return false, err
+	}
+	if err := cmd.Start(); err != nil {
+		return false, err
+	}
+	r, err := read(out, os.Stdout)
+	waitErr := cmd.Wait()
+	switch {
+	case err != nil:
+		return false, err
+	case r.passed == 0 || waitErr != nil && len(r.failed) == 0: // such as tests that do not compile
+		return false, fmt.Errorf("no test passed: %w", waitErr)
+	}
+	row := r.row(server, time.Now())
+	fmt.Println(row)
+	text, err := os.ReadFile(filepath.FromSlash(page))
+	if err != nil {
+		return false, err
+	}
+	return len(r.failed) == 0, os.WriteFile(filepath.FromSlash(page), []byte(setRow(string(text), row)), 0o644)
+}
+
+// result is what came of the tests that have no subtests, and of what failed.
+type result struct {
+	passed  int
+	failed  []string            // names
+	skipped map[string][]string // names by reason
+}
+
+// reason is the line of a test's output that says why it was skipped.
+var reason = regexp.MustCompile(`^\s+\S+\.go:\d+: (.*)\n$`)
+
+// read reads what go test -json prints. The output of tests that failed goes to w.
+func read(in io.Reader, w io.Writer) (*result, error) {
+	r := &result{skipped: map[string][]string{}}
+	ended, output, parents := map[string]string{}, map[string][]string{}, map[string]bool{}
+	lines := bufio.NewReader(in)
+	for {
+		line, err := lines.ReadBytes('\n')
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		var event struct{ Action, Test, Output string }
+		if err := json.Unmarshal(line, &event); err != nil {
+			return nil, fmt.Errorf("%w: %s", err, line)
+		}
+		switch event.Action {
+		case "output":
+			output[event.Test] = append(output[event.Test], event.Output)
+		case "run":
+			for i, c := range event.Test {
+				if c == '/' {
+					parents[event.Test[:i]] = true
+				}
+			}
+		case "pass", "fail", "skip":
+			ended[event.Test] = event.Action
+			if event.Action == "fail" {
+				_, _ = io.WriteString(w, strings.Join(output[event.Test], ""))
+			}
+			if event.Action != "skip" {
+				delete(output, event.Test)
+			}
+		}
+	}
+	for test, action := range ended {
+		switch {
+		case action == "fail":
+			r.failed = append(r.failed, test)
+		case parents[test] || test == "":
+		case action == "pass":
+			r.passed++
+		default:
+			why := "no reason is given"
+			for _, line := range output[test] {
+				if m := reason.FindStringSubmatch(line); m != nil {
+					why = m[1]
+				}
+			}
+			r.skipped[why] = append(r.skipped[why], test)
+		}
+	}
+	// A test fails with its subtest, and the package with each: name the last.
+	all := slices.Clone(r.failed)
+	r.failed = slices.DeleteFunc(r.failed, func(test string) bool {
+		return slices.ContainsFunc(all, func(other string) bool {
+			return other != test && (test == "" || strings.HasPrefix(other, test+"/"))
+		})
+	})
+	if slices.Contains(r.failed, "") {
+		r.failed = []string{"TestMain"} // what it checks after all tests
+	}
+	slices.Sort(r.failed)
+	return r, nil
+}
+
+// row is the table's row: the server, the day, tests run, passed, failed, and
+// skipped, with the reasons.
+func (r *result) row(server string, day time.Time) string {
+	skipped, reasons := 0, []string{}
+	for why, tests := range r.skipped {
+		skipped += len(tests)
+		slices.Sort(tests)
+		reasons = append(reasons, fmt.Sprintf("`%s`: %s", strings.Join(tests, "`, `"), why))
+	}
+	slices.Sort(reasons)
+	failed := "0"
+	if len(r.failed) > 0 {
+		failed = fmt.Sprintf("**%d**: `%s`", len(r.failed), strings.Join(r.failed, "`, `"))
+	}
+	cells := []any{server, day.UTC().Format(time.DateOnly), r.passed + len(r.failed), r.passed, failed, skipped, strings.ReplaceAll(strings.Join(reasons, "; "), "|", `\|`)}
+	return strings.Join(strings.Fields(fmt.Sprintf("| %v | %v | %v | %v | %v | %v | %v |", cells...)), " ")
+}
+
+// setRow puts the row of a server into the table of a page: in place of the one
+// that is there, else as the last.
+func setRow(text, row string) string {
+	lines := strings.Split(text, "\n")
+	first := slices.IndexFunc(lines, func(l string) bool { return strings.HasPrefix(l, "| ---") })
+	key := row[:strings.Index(row[1:], "|")+2]
+	for i := first + 1; i < len(lines); i++ {
+		if strings.HasPrefix(lines[i], key) {
+			lines[i] = row
+			break
+		}
+		if !strings.HasPrefix(lines[i], "|") {
+			lines = slices.Insert(lines, i, row)
+			break
+		}
+	}
+	return strings.Join(lines, "\n")
+}

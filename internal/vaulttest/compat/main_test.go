@@ -1,0 +1,80 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// TestRow: what go test -json prints becomes a row, in place of the server's last
+// one or as a new one.
+func TestRow(t *testing.T) {
+	t.Parallel()
+	type event struct{ Action, Test, Output string }
+	printed := func(events ...event) string {
+		var b strings.Builder
+		for _, e := range events {
+			if err := json.NewEncoder(&b).Encode(e); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return b.String()
+	}
+	good := []event{
+		{"start", "", ""},
+		{"run", "TestA", ""},
+		{"run", "TestA/one", ""},
+		{"output", "TestA/one", "    a_test.go:12: not | here\n"},
+		{"output", "TestA/one", "--- SKIP: TestA/one (0.00s)\n"},
+		{"skip", "TestA/one", ""},
+		{"run", "TestA/HTTP/2", ""},
+		{"pass", "TestA/HTTP/2", ""},
+		{"pass", "TestA", ""},
+		{"run", "TestB", ""},
+		{"output", "TestB", "    b_test.go:1: fine\n"},
+		{"pass", "TestB", ""},
+	}
+	bad := slices.Concat(good, []event{
+		{"run", "TestC", ""},
+		{"run", "TestC/deep", ""},
+		{"output", "TestC/deep", "    c_test.go:1: wrong\n"},
+		{"fail", "TestC/deep", ""},
+		{"fail", "TestC", ""},
+		{"fail", "", ""},
+	})
+	day := time.Date(2026, 11, 25, 23, 0, 0, 0, time.UTC)
+	const page = "# Page\n\n| a |\n| --- |\n| Vault 1.0 | old |\n| Vault 1.0.1 | old |\n\nEnd\n"
+	for name, tt := range map[string]struct {
+		events       []event
+		server       string
+		want, output string
+	}{
+		"passes": {good, "Vault 1.0", strings.Replace(page, "| Vault 1.0 | old |", "| Vault 1.0 | 2026-11-25 | 2 | 2 | 0 | 1 | `TestA/one`: not \\| here |", 1), ""},
+		"fails": {
+			bad, "OpenBao 2.6.2", strings.Replace(page, "\n\nEnd", "\n| OpenBao 2.6.2 | 2026-11-25 | 3 | 2 | **1**: `TestC/deep` | 1 | `TestA/one`: not \\| here |\n\nEnd", 1),
+			"    c_test.go:1: wrong\n",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var output strings.Builder
+			r, err := read(strings.NewReader(printed(tt.events...)), &output)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want, setRow(page, r.row(tt.server, day))); diff != "" {
+				t.Errorf("the page (-want +got):\n%s", diff)
+			}
+			if output.String() != tt.output {
+				t.Errorf("printed %q, want %q", &output, tt.output)
+			}
+		})
+	}
+}
