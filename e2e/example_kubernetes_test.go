@@ -244,6 +244,9 @@ func withoutComments(text string) string {
 func TestExampleKubernetes(t *testing.T) {
 	needExamples(t)
 	t.Parallel()
+	for _, tool := range []string{"kubernetes", "operators", "external-secrets"} {
+		needTool(t, tool) // at first: each takes minutes
+	}
 	k := newKubernetes(t)
 	k.setUp(t)
 	for _, tt := range []struct {
@@ -345,14 +348,18 @@ func testOperator(t *testing.T, k *kubernetes) {
 		k.run(`kubectl --namespace reports patch vaultdynamicsecret cable --type merge --patch '{"spec":{` + field + `}}'`)
 	}
 	before = k.m.sim.Stats().Minted
-	patch(`"renewalPercent":1`)
+	list := regexp.MustCompile("`({{ get .Secrets \"scopes\"[^`]+)`").FindStringSubmatch(readFile(t, "../examples/kubernetes/vault-secrets-operator/README.md"))
+	if list == nil {
+		t.Fatal("the page has no template for a list")
+	}
+	patch(`"renewalPercent":1,"destination":{"transformation":{"templates":{"LIST":{"text":` + strconv.Quote(list[1]) + `}}}}`)
 	k.minted(t, before, 1, "a changed manifest")
 	changed, restarted := time.Now(), k.run(restartedAt)
 	k.minted(t, before, 2, "a refresh")
 	t.Logf("the operator refreshed after %s of a lease of 300s", milliseconds(time.Since(changed)))
 	k.wait(t, "a restart with the new token", restartedAt, func(out string) bool { return out != restarted })
-	if now := k.secret("cable-token"); now["CABLE_TOKEN"] == first["CABLE_TOKEN"] {
-		t.Error("the Secret has the first token still")
+	if now := k.secret("cable-token"); now["CABLE_TOKEN"] == first["CABLE_TOKEN"] || now["LIST"] != now["CABLE_SCOPES"] {
+		t.Errorf("the Secret has the first token still, or the list as %q", now["LIST"])
 	}
 	k.m.ok(t, "POST", "cable/roles/reports", map[string]any{"ttl": "1h"})
 	before = k.m.sim.Stats().Minted
@@ -360,7 +367,8 @@ func testOperator(t *testing.T, k *kubernetes) {
 	k.minted(t, before, 1, "a lease of an hour")
 
 	// The operator starts again, long before the refresh is due.
-	time.Sleep(2 * time.Second) // until the status has been written
+	k.wait(t, "the status", `kubectl --namespace reports get vaultdynamicsecret cable --output 'jsonpath={.metadata.generation} {.status.lastGeneration}'`,
+		func(out string) bool { generation, last, _ := strings.Cut(out, " "); return generation == last })
 	stop()
 	before = k.m.sim.Stats().Minted
 	stop = start()
