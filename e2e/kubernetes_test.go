@@ -4,6 +4,7 @@
 package e2e
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -71,7 +72,7 @@ func newKubernetes(t *testing.T) *kubernetes {
 	var ca []byte
 	waitFor(t, time.Minute, "the API server's certificate", func() bool {
 		ca, err = os.ReadFile(file("certificates/apiserver.crt"))
-		return err == nil
+		return err == nil && bytes.Count(ca, []byte("END CERTIFICATE")) == 2 // its own, and the root
 	})
 	write("kubeconfig", fmt.Sprintf(`
 apiVersion: v1
