@@ -135,7 +135,7 @@ func tunnel(w http.ResponseWriter, addr string) {
 	<-done
 }
 
-// issue returns a certificate for host, and the root to trust with it (PEM).
+// issue returns a certificate for host, a name or an address, and the root to trust with it (PEM).
 func issue(t *testing.T, host string) (certificate tls.Certificate, root []byte) {
 	t.Helper()
 	sign := func(template, parent *x509.Certificate, public *ecdsa.PublicKey, key *ecdsa.PrivateKey) []byte {
@@ -159,9 +159,13 @@ func issue(t *testing.T, host string) (certificate tls.Certificate, root []byte)
 		BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	caDER := sign(ca, ca, &caKey.PublicKey, caKey)
-	leaf := sign(&x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: host}, DNSNames: []string{host},
-	}, ca, &key.PublicKey, caKey)
+	of := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: host}}
+	if ip := net.ParseIP(host); ip != nil {
+		of.IPAddresses = []net.IP{ip}
+	} else {
+		of.DNSNames = []string{host}
+	}
+	leaf := sign(of, ca, &key.PublicKey, caKey)
 	return tls.Certificate{Certificate: [][]byte{leaf}, PrivateKey: key},
 		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER})
 }

@@ -41,6 +41,12 @@ var pageTests = map[string]string{
 	"examples/terraform/app/README.md":      "TestExampleTerraformApp",
 	"examples/terraform/platform/README.md": "TestExampleTerraformPlatform",
 	"examples/gitlab/README.md":             "TestExampleGitLab",
+
+	"examples/kubernetes/README.md":                        "TestExampleKubernetes",
+	"examples/kubernetes/csi/README.md":                    "TestExampleKubernetes",
+	"examples/kubernetes/external-secrets/README.md":       "TestExampleKubernetes",
+	"examples/kubernetes/injector/README.md":               "TestExampleKubernetes",
+	"examples/kubernetes/vault-secrets-operator/README.md": "TestExampleKubernetes",
 }
 
 // notRun are the blocks that no page's test runs, with the reason.
@@ -61,6 +67,8 @@ var notRun = map[string]string{
 	"docs/compatibility.md#Repeat the tests/1":       "runs all end-to-end tests, on each server",
 	"docs/compatibility.md#Repeat the tests/2":       "runs all tests",
 	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
+
+	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster: that of TestExampleKubernetes is outside, and runs the next block",
 }
 
 // block is a fenced block of a page: commands, a transcript, or HCL.
