@@ -160,11 +160,14 @@ template {
 // when stop is called.
 func (s *shell) start(t *testing.T, name string, args ...string) (stop func()) {
 	t.Helper()
-	binary, env := s.place(".bin/"+name), s.env
-	if name == "vault" { // Agent and Proxy, which log in by themselves
-		binary, env = suite.vault, slices.Concat(s.env, []string{"VAULT_TOKEN="})
+	env := s.env
+	switch {
+	case name == "vault": // Agent and Proxy, which log in by themselves
+		name, env = suite.vault, slices.Concat(s.env, []string{"VAULT_TOKEN="})
+	case s.exists(".bin/" + name):
+		name = s.place(".bin/" + name)
 	}
-	cmd := exec.Command(binary, args...)
+	cmd := exec.Command(name, args...)
 	cmd.Dir, cmd.Env = s.dir, env
 	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
 	if err != nil {

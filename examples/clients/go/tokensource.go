@@ -16,8 +16,12 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// retryWait is the wait after a failed read, unless the response has Retry-After.
-const retryWait = 5 * time.Second
+// The wait after a failed read, unless the response has Retry-After: retryWait, or
+// refusedWait if it is not an error that passes, such as 403.
+const (
+	retryWait   = 5 * time.Second
+	refusedWait = time.Minute
+)
 
 // TokenSource keeps a valid access token of Cable for all goroutines of a
 // program. One goroutine reads from Vault, one request at a time: the next token
@@ -104,6 +108,9 @@ func (s *TokenSource) request(ctx context.Context) (token string, lease, wait ti
 	}
 	if err != nil {
 		wait = retryWait + tenth(retryWait)
+		if !temporary(err) {
+			wait = refusedWait
+		}
 		if resp != nil {
 			if seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After")); seconds > 0 {
 				wait = time.Duration(seconds) * time.Second
