@@ -5,7 +5,7 @@ package e2e
 
 import (
 	"fmt"
-	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -13,47 +13,94 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
+// newClients follows the top of the clients' page, and returns a Vault token with
+// the page's policy.
+func newClients(t *testing.T) (s *shell, m *mount, token string) {
+	t.Helper()
+	s, m = newExample(t, "clients")
+	s.run(blocksOf(t, "examples/clients/README.md")[0].text)
+	return s, m, m.ok(t, "POST", "auth/token/create", map[string]any{"policies": []string{"reports"}, "no_default_policy": true}).Auth.ClientToken
+}
+
 // TestExampleClients builds the application of examples/clients/go as its page
 // says, and runs it against the real Vault. It runs under make test.
 func TestExampleClients(t *testing.T) {
 	t.Parallel()
-	s, m := newApplication(t)
-	if err := os.CopyFS(s.dir, os.DirFS("../examples/clients")); err != nil {
-		t.Fatal(err)
+	s, m, token := newClients(t)
+	for _, name := range []string{"GOCACHE", "GOMODCACHE", "GOPROXY"} {
+		s.env = append(s.env, name+"="+strings.TrimSpace(must(t, "go", "env", name)))
 	}
-	cache := strings.TrimSpace(must(t, "go", "env", "GOCACHE"))
-	modules := strings.TrimSpace(must(t, "go", "env", "GOMODCACHE"))
-	s.env = append(s.env, "GOCACHE="+cache, "GOMODCACHE="+modules, "GOFLAGS=-mod=readonly", "GOPROXY="+strings.TrimSpace(must(t, "go", "env", "GOPROXY")))
+	s.env = append(s.env, "GOFLAGS=-mod=readonly")
 	s.runPage("examples/clients/README.md", map[string]step{"Top/1": {}, "Go/1": {}})
+	m.oneRead(t, "clients")
+	s.readsInTime(m, token, "./application", 8*time.Second)
+}
 
-	// The policy gives its path and nothing else.
-	token := m.ok(t, "POST", "auth/token/create", map[string]any{"policies": []string{"reports"}, "no_default_policy": true}).Auth.ClientToken
-	for path, status := range map[string]int{"cable/creds/reports": 200, "cable/creds/app": 403, "cable/roles/reports": 403, "cable/config": 403} {
-		if a, err := m.call(request{method: "GET", path: path, token: token}); err != nil || a.status != status {
-			t.Errorf("GET %s under the policy: %v %v, want %d", path, a, err, status)
-		}
+// TestExampleClientsInstalled runs the clients that need something installed, and
+// the playbook. It runs under make examples.
+func TestExampleClientsInstalled(t *testing.T) {
+	t.Parallel()
+	needExamples(t)
+	blocks := map[string]string{}
+	for _, b := range blocksOf(t, "examples/clients/README.md") {
+		blocks[strings.TrimPrefix(b.id, "examples/clients/README.md#")] = b.text
 	}
+	t.Run("Python", func(t *testing.T) {
+		t.Parallel()
+		s, m, token := newClients(t)
+		s.readsInTime(m, token, blocks["Python/1"], 8*time.Second)
+	})
+	t.Run("Node", func(t *testing.T) {
+		t.Parallel()
+		s, m, token := newClients(t)
+		s.run(blocks["Node/1"])
+		s.readsInTime(m, token, blocks["Node/2"], 30*time.Second)
+	})
+	t.Run("Ansible", func(t *testing.T) {
+		t.Parallel()
+		s, m, token := newClients(t)
+		s.env = append(s.env, "VAULT_TOKEN="+token)
+		calls := m.sim.CallCount()
+		out := s.run(blocks["Ansible/1"])
+		if log := readFile(t, s.place("ansible/report.log")); !regexp.MustCompile(`^(a token of [1-9]\d+ characters\n){2}$`).MatchString(log) {
+			t.Errorf("the hosts' log: %q", log)
+		}
+		if n := m.sim.CallCount() - calls; n != 1 || findSecret(out, false) != "" {
+			t.Errorf("two hosts cost %d API calls, and the playbook prints %q", n, findSecret(out, false))
+		}
+		m.sim.SetFault(cabletest.Fault{Status: 500})
+		if _, err := s.try(blocks["Ansible/1"]); err == nil || m.sim.CallCount() != calls+2 {
+			t.Errorf("while Cable is down: %v, %d API calls", err, m.sim.CallCount()-calls-1)
+		}
+	})
+}
+
+// readsInTime runs an application that uses a token once a second. After a 429
+// with Retry-After: 8 it waits at least so long; it uses a token of 30 seconds
+// during an outage, and reads again after it; and it ends if its policy is gone.
+func (s *shell) readsInTime(m *mount, token, command string, wait time.Duration) {
+	t := s.t
+	t.Helper()
 	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{"policy": strings.Replace(readFile(t, s.place("policy.hcl")), `"read"`, `"list"`, 1)})
-	if out, err := s.try("VAULT_TOKEN=" + token + " ./application"); err == nil || !strings.Contains(out, "403") {
+	if out, err := s.try("export VAULT_TOKEN=" + token + "; " + command); err == nil || !strings.Contains(out, "403") && !strings.Contains(out, "permission denied") {
 		t.Errorf("without read, the application ends with %v:\n%s", err, out)
 	}
 	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{"policy": readFile(t, s.place("policy.hcl"))})
 
-	// A 429 at first, with a longer wait than the engine's own for a request; then
-	// a token of 30 seconds, so that the lease is short.
+	// With a longer wait than the engine's own for a request.
 	m.ok(t, "POST", "cable/config", map[string]any{"request_timeout": "5s"})
 	before := m.sim.CallCount()
 	lifetime := 30 * time.Second
 	m.sim.SetFault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "8"}, Times: 1})
 	m.sim.AddFault(cabletest.Fault{Grant: &cabletest.Grant{Lifetime: &lifetime}, Times: 1})
 	m.sim.AddFault(cabletest.Fault{Status: 500})
-	s.write("run", "#!/bin/sh\nexec env VAULT_TOKEN="+token+" ./application > out 2>&1\n")
+	s.write("run", "export VAULT_TOKEN="+token+"\nexec > out 2>&1\nexec "+command)
 	stop := s.start(t, "sh", "run")
 	defer stop()
 	calls := func() int { return m.sim.CallCount() - before }
-	waitFor(t, 30*time.Second, "the application mints after the pause", func() bool { return calls() == 2 })
+	waitFor(t, wait+20*time.Second, "the application mints after the pause", func() bool { return calls() == 2 })
 	all := m.sim.Calls()
-	if pause := all[before+1].Time.Sub(all[before].Time); pause < 8*time.Second || pause > 10*time.Second {
+	if pause := all[before+1].Time.Sub(all[before].Time); pause < wait || pause > wait*5/4 {
 		t.Errorf("the second API call came %s after the 429", pause)
 	}
 	if requests, _ := m.ok(t, "GET", "cable/status", nil).Data["token_requests"].(map[string]any); fmt.Sprint(requests["rate_limited"]) != "1" ||
