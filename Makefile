@@ -64,7 +64,7 @@ servers:
 
 .PHONY: lint
 lint: ## Run the linters that .golangci.yml names
-	$(call with,lint) golangci-lint run ./...
+	$(call with,lint) golangci-lint run ./...; cd examples/clients/go; golangci-lint run ./...
 
 CROSS ?= darwin/amd64 darwin/arm64 freebsd/amd64 windows/amd64 linux/386
 .PHONY: cross

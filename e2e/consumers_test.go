@@ -5,7 +5,6 @@ package e2e
 
 import (
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -31,14 +30,14 @@ func newApplication(t *testing.T) (*shell, *mount) {
 	return newShell(t, v, nil), m
 }
 
-// TestConsumers: the policies and the configuration of Agent in
-// docs/consumers.md work as they stand.
+// TestConsumers: the policies in docs/consumers.md work as they stand, its role
+// shares tokens, and it leads to each example.
 func TestConsumers(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
 	m.ok(t, "POST", "cable/roles/ci", map[string]any{"scopes": "transactions:read"})
 	blocks := blocksOf(t, "docs/consumers.md")
-	if len(blocks) != 3 || blocks[0].language != "hcl" || blocks[1].language != "hcl" || blocks[2].language != "sh" {
+	if len(blocks) != 2 || blocks[0].language != "hcl" || blocks[1].language != "sh" {
 		t.Fatalf("the page has %d blocks: %v", len(blocks), blocks)
 	}
 
@@ -69,7 +68,7 @@ func TestConsumers(t *testing.T) {
 	}
 
 	// The readers of a role that share a token, and a reader with parameters.
-	s.run(blocks[2].text)
+	s.run(blocks[1].text)
 	calls := m.sim.CallCount()
 	first, second := m.ok(t, "GET", "cable/creds/reports", nil), m.ok(t, "GET", "cable/creds/reports", nil)
 	if first.token() != second.token() || first.LeaseID == second.LeaseID || first.LeaseDuration < 3500 || m.sim.CallCount() != calls+1 {
@@ -80,44 +79,13 @@ func TestConsumers(t *testing.T) {
 	}
 	m.ok(t, "POST", "cable/roles/reports", map[string]any{"reuse_for": 0, "ttl": "15m"})
 
-	// Agent, by its name for the configuration on the page.
-	m.ok(t, "POST", "sys/auth/approle", map[string]any{"type": "approle"})
-	m.ok(t, "POST", "auth/approle/role/app", map[string]any{"token_policies": "page"})
-	logIn := func() {
-		s.run("vault read -field=role_id auth/approle/role/app/role-id > role-id && vault write -f -field=secret_id auth/approle/role/app/secret-id > secret-id")
-	}
-	logIn()
-	s.write("agent.hcl", "exit_after_auth = true\n"+blocks[1].text)
-	s.run("unset VAULT_TOKEN; vault agent -config=agent.hcl")
-	if rendered := readFile(t, s.place("app.env")); !strings.HasPrefix(rendered, "CABLE_TOKEN=eyJ") {
-		t.Errorf("Agent rendered %d bytes", len(rendered))
-	}
-	if info, err := os.Stat(s.place("app.env")); err != nil || info.Mode() != 0o600 {
-		t.Errorf("the rendered file has the mode %v, %v", info.Mode(), err)
-	}
-	// Without perms it can be read by all.
-	logIn()
-	s.write("agent.hcl", "exit_after_auth = true\n"+strings.NewReplacer("app.env", "open.env", `  perms       = "0600"`+"\n", "").Replace(blocks[1].text))
-	s.run("unset VAULT_TOKEN; vault agent -config=agent.hcl")
-	if info, err := os.Stat(s.place("open.env")); err != nil || info.Mode()&fs.FileMode(0o044) == 0 {
-		t.Errorf("without perms the rendered file has the mode %v, %v", info.Mode(), err)
-	}
-	// With parameters.
-	logIn()
-	call := regexp.MustCompile(`\{\{ with secret "cable/creds/reports" "ttl=10m" \}\}`).FindString(readFile(t, "../docs/consumers.md"))
-	s.write("agent.hcl", "exit_after_auth = true\n"+strings.Replace(blocks[1].text, `{{ with secret "cable/creds/reports" }}`, call, 1))
-	m.ok(t, "PUT", "sys/policies/acl/page", map[string]any{"policy": `path "cable/creds/reports" { capabilities = ["update"] }`})
-	s.run("unset VAULT_TOKEN; vault agent -config=agent.hcl")
-	if last := m.sim.Calls(); last[len(last)-1].ExpirySeconds != 600 {
-		t.Errorf("with ttl=10m Agent requested %ds", last[len(last)-1].ExpirySeconds)
-	}
-	// If the role is disabled, Agent exits.
-	m.ok(t, "POST", "cable/roles/reports", map[string]any{"disabled": true})
-	m.ok(t, "PUT", "sys/policies/acl/page", map[string]any{"policy": blocks[0].text})
-	logIn()
-	s.write("agent.hcl", "vault {\n  retry {\n    num_retries = 1\n  }\n}\n"+blocks[1].text)
-	if out, err := s.try("unset VAULT_TOKEN; timeout 50 vault agent -config=agent.hcl"); err == nil || !strings.Contains(out, "is disabled") || !strings.Contains(err.Error(), "exit status 1") {
-		t.Errorf("with a disabled role, Agent ends with %v:\n%s", err, out)
+	// The page leads to each example.
+	page := readFile(t, "../docs/consumers.md") + readFile(t, "../examples/kubernetes/README.md")
+	for _, example := range pages(t) {
+		if strings.HasPrefix(example, "examples/") && example != "examples/kubernetes/README.md" &&
+			!strings.Contains(page, strings.TrimPrefix(example, "examples/kubernetes/")) {
+			t.Errorf("docs/consumers.md does not link to %s", example)
+		}
 	}
 }
 
