@@ -228,6 +228,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	}
 	alive := func() bool { _, err := s.try(`kill -0 "$(cat app.pid)"`); return err == nil }
 	s.change("app", "while :", "echo $$ > app.pid\nwhile :")
+	t.Cleanup(func() { _, _ = s.try(`kill "$(cat app.pid)"`) })
 
 	if lacks(vaulttest.RenewalThreshold) == "" {
 		s.change("supervisor.hcl", "0.75", soon)
@@ -276,7 +277,6 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	if err := <-exited; err == nil || err.Error() != "exit status 1" || !alive() {
 		t.Errorf("while Cable is down, Agent ends with %v; the application runs: %t", err, alive())
 	}
-	s.run(`kill "$(cat app.pid)"`)
 }
 
 // TestExampleVaultProxy follows the page of examples/vault-proxy: each request

@@ -86,6 +86,14 @@ func (s *shell) readsInTime(m *mount, token, command string, wait time.Duration)
 		t.Errorf("without read, the application ends with %v:\n%s", err, out)
 	}
 	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{"policy": readFile(t, s.place("policy.hcl"))})
+	m.ok(t, "DELETE", "sys/mounts/cable", nil) // then there is nothing at the path: 404
+	if out, err := s.try("export VAULT_TOKEN=" + m.root + "; " + command); err == nil {
+		t.Errorf("without the engine, the application ends with %v:\n%s", err, out)
+	}
+	m.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName})
+	m.configure(t)
+	m.ok(t, "POST", "cable/roles/reports", map[string]any{"scopes": "transactions:read,person:read", "ttl": "1h"})
+	s.run("vault secrets tune -allowed-response-headers=Retry-After cable")
 
 	// With a longer wait than the engine's own for a request.
 	m.ok(t, "POST", "cable/config", map[string]any{"request_timeout": "5s"})

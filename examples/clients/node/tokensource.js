@@ -12,11 +12,11 @@ const now = () => performance.now();
 const between = (low, high) => low + Math.random() * (high - low);
 
 // Keeps a valid access token of Cable for a whole program. It reads from a path
-// of Vault, at VAULT_ADDR with VAULT_TOKEN, one request at a time: the next token
-// when two thirds of the lease have passed. If that fails, the current token is
-// used until its lease ends.
+// of Vault, at VAULT_ADDR with VAULT_TOKEN, in the background, one request at a
+// time: the next token when two thirds of the lease have passed. If that fails,
+// the current token is used until its lease ends.
 export class TokenSource {
-  #client = vault(); // sends each request once
+  #client = vault({ rpDefaults: { timeout: 30_000 } }); // sends each request once
   #path;
   #data;
   #validUntil = 0;
@@ -34,10 +34,9 @@ export class TokenSource {
     for (;;) {
       if (now() >= this.#nextRead) {
         this.#reading ??= this.#read().finally(() => { this.#reading = undefined; });
-        await this.#reading;
       }
       if (now() < this.#validUntil) return this.#data;
-      await sleep(Math.max(1, this.#nextRead - now()));
+      await (this.#reading ?? sleep(Math.max(1, this.#nextRead - now())));
     }
   }
 
