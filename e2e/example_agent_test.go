@@ -6,6 +6,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -228,7 +229,12 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	}
 	alive := func() bool { _, err := s.try(`kill -0 "$(cat app.pid)"`); return err == nil }
 	s.change("app", "while :", "echo $$ > app.pid\nwhile :")
-	t.Cleanup(func() { _, _ = s.try(`kill "$(cat app.pid)"`) })
+	end := func() { // also when the test's context has ended
+		kill := exec.Command("sh", "-c", `kill "$(cat app.pid)"`)
+		kill.Dir = s.dir
+		_ = kill.Run()
+	}
+	t.Cleanup(end)
 
 	if lacks(vaulttest.RenewalThreshold) == "" {
 		s.change("supervisor.hcl", "0.75", soon)
@@ -262,6 +268,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 		t.Error("while Cable is down, the application ends")
 	}
 	stop()
+	end() // an Agent that is ended between two tries leaves it behind, too
 	m.sim.ClearFaults()
 
 	// With exit_on_retry_failure, Agent exits and leaves it behind.
