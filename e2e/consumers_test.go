@@ -6,8 +6,6 @@ package e2e
 import (
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -135,31 +133,7 @@ func (s *shell) start(t *testing.T, name string, args ...string) (stop func()) {
 	case s.exists(".bin/" + name):
 		name = s.place(".bin/" + name)
 	}
-	cmd := exec.Command(name, args...)
-	cmd.Dir, cmd.Env = s.dir, env
-	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	stopped := false
-	stop = func() {
-		if stopped {
-			return
-		}
-		stopped = true
-		_ = cmd.Process.Signal(os.Interrupt)
-		_ = cmd.Wait()
-		_ = out.Close()
-		if t.Failed() {
-			t.Logf("%s: %s", name, readFile(t, out.Name()))
-		}
-	}
-	t.Cleanup(stop)
-	return stop
+	return runUntilEnd(t, s.dir, env, name, args...)
 }
 
 // TestClientsThatRetry: how often each client sends a request to which the

@@ -48,7 +48,7 @@ func newKubernetes(t *testing.T) *kubernetes {
 	// etcd, and the API server with a self-signed certificate and one admin.
 	client, peer, port := freePort(t), freePort(t), freePort(t)
 	etcd := fmt.Sprintf("http://127.0.0.1:%d", client)
-	runUntilEnd(t, os.Environ(), filepath.Join(bin, "server"), "--data-dir="+file("etcd"), "--unsafe-no-fsync", "--log-level=warn",
+	runUntilEnd(t, t.TempDir(), os.Environ(), filepath.Join(bin, "server"), "--data-dir="+file("etcd"), "--unsafe-no-fsync", "--log-level=warn",
 		"--listen-client-urls="+etcd, "--advertise-client-urls="+etcd,
 		fmt.Sprintf("--listen-peer-urls=http://127.0.0.1:%d", peer))
 	accounts, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -64,7 +64,7 @@ func newKubernetes(t *testing.T) *kubernetes {
 	write("accounts.key", privateKey(t, accounts))
 	admin := rand.Text()
 	write("tokens.csv", admin+`,admin,admin,"system:masters"`+"\n")
-	runUntilEnd(t, os.Environ(), filepath.Join(bin, "kube-apiserver"), "--etcd-servers="+etcd, "--bind-address=127.0.0.1",
+	runUntilEnd(t, t.TempDir(), os.Environ(), filepath.Join(bin, "kube-apiserver"), "--etcd-servers="+etcd, "--bind-address=127.0.0.1",
 		fmt.Sprintf("--secure-port=%d", port), "--cert-dir="+file("certificates"), "--token-auth-file="+file("tokens.csv"),
 		"--authorization-mode=RBAC", "--service-cluster-ip-range=10.0.0.0/24", "--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file="+file("accounts.key"), "--service-account-signing-key-file="+file("accounts.key"))
@@ -203,15 +203,15 @@ func (k *kubernetes) applyCRDs(t *testing.T, tool, module, path string) {
 // client, and so External Secrets, would prefer that to logging in.
 func (k *kubernetes) consumer(t *testing.T, name string, args ...string) (stop func()) {
 	t.Helper()
-	return runUntilEnd(t, slices.Concat(k.env, []string{"VAULT_TOKEN=", "VAULT_ADDR="}), name, args...)
+	return runUntilEnd(t, t.TempDir(), slices.Concat(k.env, []string{"VAULT_TOKEN=", "VAULT_ADDR="}), name, args...)
 }
 
-// runUntilEnd runs a program until the test ends or stop is called. If the test
+// runUntilEnd runs a program in a folder until the test ends or stop is called. If the test
 // fails, what it printed is shown.
-func runUntilEnd(t *testing.T, env []string, name string, args ...string) (stop func()) {
+func runUntilEnd(t *testing.T, dir string, env []string, name string, args ...string) (stop func()) {
 	t.Helper()
 	cmd := exec.CommandContext(suite.ctx, name, args...)
-	cmd.Env, cmd.Dir = env, t.TempDir()
+	cmd.Env, cmd.Dir = env, dir
 	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
 	if err != nil {
 		t.Fatal(err)
