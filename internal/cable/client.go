@@ -86,6 +86,7 @@ type Client struct {
 	pause     *Pause
 	observe   func(Call)
 	transport *http.Transport
+	proxied   bool
 	turns     chan struct{} // has one element for each call under way
 	closed    *atomic.Bool
 }
@@ -179,8 +180,13 @@ func New(cfg Config) (*Client, error) {
 		c.observe = func(Call) {}
 	}
 	head := len(c.auth.Reveal()) + len(c.userAgent) + len(cfg.TokenURL)
-	if c.transport, err = newTransport(u, cfg.CACert, head); err != nil {
+	proxy, badProxy := environmentProxy(u)
+	if c.transport, err = newTransport(u, proxy, cfg.CACert, head); err != nil {
 		return nil, err
+	}
+	c.proxied = proxy != nil
+	if badProxy != nil { // fails each call, not New: a write of the configuration succeeds
+		c.transport.Proxy = func(*http.Request) (*url.URL, error) { return nil, badProxy }
 	}
 	return c, nil
 }

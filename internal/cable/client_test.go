@@ -46,7 +46,7 @@ func TestRequest(t *testing.T) {
 			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				body, _ := io.ReadAll(r.Body)
 				requests <- sent{r.Method, r.RequestURI, r.Host, r.Proto, string(body), r.ContentLength, r.Header}
-				fmt.Fprint(w, `{"token":"t","expiry":1711929600}`)
+				fmt.Fprint(w, `{"token":"t","expiry":4102444800}`)
 			}))
 			t.Cleanup(srv.Close)
 			cfg := tt.cfg
@@ -64,11 +64,12 @@ func TestRequest(t *testing.T) {
 				Method: "POST", URI: tt.uri, Host: strings.TrimPrefix(srv.URL, "http://"), Proto: "HTTP/1.1",
 				Body: body, Length: int64(len(body)),
 				Header: http.Header{
-					"Authorization":  {tt.authorization},
-					"Content-Type":   {"application/json"},
-					"Accept":         {"application/json"},
-					"Cache-Control":  {"no-store"},
-					"Content-Length": {fmt.Sprint(len(body))},
+					"Authorization":   {tt.authorization},
+					"Content-Type":    {"application/json"},
+					"Accept":          {"application/json"},
+					"Accept-Encoding": {"identity"},
+					"Cache-Control":   {"no-store"},
+					"Content-Length":  {fmt.Sprint(len(body))},
 				},
 			}
 			if tt.cfg.UserAgent != "" {

@@ -51,7 +51,7 @@ const (
 
 	// Details that many errors have.
 	connectionClosed = "the connection was closed before the response was complete"
-	budgetRanOut     = "the budget of 1s ran out after the request was sent"
+	budgetRanOut     = "the budget of 1s ran out after the request was sent, waiting for the response"
 	notHTTP          = "the connection broke off, or the response was not HTTP"
 )
 

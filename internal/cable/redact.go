@@ -147,10 +147,14 @@ func (r redactor) redact(s string) string {
 	return out.String()
 }
 
-// clean makes text that Cable wrote safe to show in an error: it redacts the
-// key, escapes what does not print, and cuts the whole at maxText bytes.
-// Redaction comes first: a cut could leave a part of the key.
-func (r redactor) clean(s string) string {
+// clean makes text that Cable wrote safe to show: it redacts the key, escapes what could mislead, and cuts the whole at
+// maxText bytes.
+func (r redactor) clean(s string) string { return r.show(s, maxText) }
+
+// show is clean with another bound. Letters, marks, numbers, punctuation, symbols, spaces and the two joiners, which
+// scripts and emoji need, remain as they are; controls, line separators and direction controls are escaped. Redaction
+// comes first, because a cut could leave a part of the key.
+func (r redactor) show(s string, limit int) string {
 	s = r.redact(s)
 	var out strings.Builder
 	for i, c := range s {
@@ -158,10 +162,10 @@ func (r redactor) clean(s string) string {
 		switch {
 		case c == utf8.RuneError && !strings.HasPrefix(s[i:], part):
 			part = `\x` + strconv.FormatUint(uint64(s[i]), 16) // not UTF-8
-		case !unicode.IsPrint(c):
+		case !unicode.IsGraphic(c) && c != '\u200c' && c != '\u200d':
 			part = strings.Trim(strconv.QuoteRune(c), "'")
 		}
-		if out.Len()+len(part) > maxText {
+		if out.Len()+len(part) > limit {
 			break
 		}
 		out.WriteString(part)

@@ -205,13 +205,13 @@ func TestEchoInAnError(t *testing.T) {
 	for keyName, key := range echoKeys() {
 		c := newClientAt(t, Config{RefreshKey: NewSecret(key)})
 		for name, echo := range echoes(key) {
-			for place, body := range map[string]errorBody{
-				"message":     {Message: echo},
-				"field":       {Errors: []fieldError{{Field: echo, Message: "bad"}}},
-				"its message": {Errors: []fieldError{{Field: "a", Message: "b"}, {Field: "c", Message: echo}}},
+			for place, body := range map[string]map[string]any{
+				"message":     {"message": echo},
+				"field":       {"errors": []fieldError{{Field: echo, Message: "bad"}}},
+				"its message": {"errors": []fieldError{{Field: "a", Message: "b"}, {Field: "c", Message: echo}}},
 			} {
 				raw, _ := json.Marshal(body)
-				text := c.envelope(raw)
+				text, _ := c.envelope(raw)
 				if _, err := c.decode(raw, testRequest()); err == nil || err.Error() != "it contains no token, but a message: "+text {
 					t.Errorf("%s key, %s in %s of a 200: %v", keyName, name, place, err)
 				}

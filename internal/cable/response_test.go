@@ -6,6 +6,7 @@ package cable
 import (
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"regexp"
 	"strings"
@@ -25,6 +26,7 @@ func TestDecode(t *testing.T) {
 		shape = "it is not a JSON object of the documented shape"
 		whole = "its expiry is not a whole number of seconds"
 	)
+	twice := func(name string) string { return fmt.Sprintf("its field %q stands twice, or in another case", name) }
 	expiry := func(text string) string { return `{"token":"a","expiry":` + text + `}` }
 	c := newClientAt(t, Config{})
 	for body, want := range map[string]string{
@@ -34,7 +36,7 @@ func TestDecode(t *testing.T) {
 		`[]`:                 shape,
 		`{"token":"a","expiry":1}{"token":"b","expiry":1}`: shape,
 		strings.Repeat("[", 1<<20):                         shape,
-		`null`:                                             "it contains no token",
+		`null`:                                             shape,
 		`{}`:                                               "it contains no token",
 		`{"token":null,"expiry":1711929600}`:               "it contains no token",
 		`{"token":"","expiry":1711929600}`:                 "it contains no token",
@@ -44,17 +46,47 @@ func TestDecode(t *testing.T) {
 		`{"token":"a","expiry":1,"organization_id":7}`:   `its field "organization_id" is not of the documented type`,
 		`{"token":"a\u001b[2Jb","expiry":1711929600}`:    "its token contains characters that a header cannot carry",
 		`{"token":"a\r\nX-Evil: b","expiry":1711929600}`: "its token contains characters that a header cannot carry",
-		`{"token":"a"}`:               "it contains no expiry",
-		expiry("null"):                whole,
-		expiry(`"1711929600"`):        whole,
-		expiry("1711929600.5"):        whole,
-		expiry("1.7e9"):               whole,
-		expiry("9223372036854775808"): whole,
-		expiry("1711929600000"):       "its expiry 1711929600000 is not a Unix time in seconds",
-		expiry("0"):                   "its expiry 0 is not a Unix time in seconds",
-		expiry("-1711929600"):         "its expiry -1711929600 is not a Unix time in seconds",
-		expiry("253402300799"):        "",
-		expiry("253402300800"):        "its expiry 253402300800 is not a Unix time in seconds",
+		`{"token":"a"}`:                                  "it contains no expiry",
+		expiry("null"):                                   "it contains no expiry",
+		expiry(`"1711929600"`):                           whole,
+		expiry("1711929600.5"):                           whole,
+		expiry("1.7e9"):                                  "",
+		expiry("1795822807.0"):                           "",
+		expiry("17958228070e-1"):                         "",
+		expiry("17958228071e-1"):                         whole,
+		expiry("1795822807." + strings.Repeat("0", 300)): "",
+		expiry("1795822807." + strings.Repeat("0", 300) + "1"):                            whole,
+		expiry("1795822807." + strings.Repeat("0", 1<<19)):                                "its expiry is not a Unix time in seconds",
+		expiry("1e999999999"):                                                             "its expiry 1e999999999 is not a Unix time in seconds",
+		expiry("1e-999999999"):                                                            "its expiry 1e-999999999 is not a Unix time in seconds",
+		expiry("0.5"):                                                                     "its expiry 0.5 is not a Unix time in seconds",
+		expiry("true"):                                                                    whole,
+		expiry("[1]"):                                                                     whole,
+		expiry("9223372036854775808"):                                                     "its expiry 9223372036854775808 is not a Unix time in seconds",
+		expiry("92233720368547758080"):                                                    "its expiry is not a Unix time in seconds",
+		"\xef\xbb\xbf" + expiry("1"):                                                      "",
+		"\xef\xbb\xbf\xef\xbb\xbf" + expiry("1"):                                          shape,
+		`{"token":"` + strings.Repeat("a", maxToken) + `","expiry":1}`:                    "",
+		`{"token":"` + strings.Repeat("a", maxToken+1) + `","expiry":1}`:                  "its token has 16385 bytes: at most 16384 are accepted",
+		`{"token":"a","expiry":1,"token":"a"}`:                                            twice("token"),
+		`{"token":"a","expiry":1,"tok\u0065n":"b"}`:                                       twice("token"),
+		`{"token":"a","Token":"b","expiry":1}`:                                            twice("token"),
+		`{"TOKEN":"a","expiry":1}`:                                                        twice("token"),
+		`{"token":"a","expiry":1,"EXPIRY":2}`:                                             twice("expiry"),
+		`{"token":"a","expiry":1,"organization_id":null,"organization_id":"o"}`:           twice("organization_id"),
+		`{"token":"a","expiry":1,"organization_name":"a","ORGANIZATION_NAME":"b"}`:        twice("organization_name"),
+		`{"token":"a","expiry":1,"scopes":null,"scopes":{}}`:                              twice("scopes"),
+		`{"token":"a","expiry":1,"\u017fcopes":{}}`:                                       twice("scopes"),
+		`{"token":"a","expiry":1,"scopes":{"organization_id":"a","Organization_ID":"b"}}`: twice("scopes.organization_id"),
+		`{"token":"a","expiry":1,"scopes":{"scopes":[],"scopes":["a:b"]}}`:                twice("scopes.scopes"),
+		`{"token":"a","expiry":1,"scopes":{"scopes":[7]}}`:                                `its field "scopes.scopes" is not of the documented type`,
+		`{"token":"a","expiry":1,"scopes":"a:b"}`:                                         `its field "scopes" is not of the documented type`,
+		`{"token":"a","expiry":1,"more":1,"more":{"token":1,"token":2},"More":[]}`:        "",
+		expiry("1711929600000"):                                                           "its expiry 1711929600000 is not a Unix time in seconds",
+		expiry("0"):                                                                       "its expiry 0 is not a Unix time in seconds",
+		expiry("-1711929600"):                                                             "its expiry -1711929600 is not a Unix time in seconds",
+		expiry("253402300799"):                                                            "",
+		expiry("253402300800"):                                                            "its expiry 253402300800 is not a Unix time in seconds",
 	} {
 		token, err := c.decode([]byte(body), testRequest())
 		if err == nil && want != "" || err != nil && err.Error() != want || (token == nil) != (err != nil) {
@@ -207,11 +239,13 @@ func TestOrganizationName(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
 	for name, want := range map[string]string{
-		"Cable Financial Services":     "Cable Financial Services",
-		"Ünïcode & Söhne 日本 🏦":         "Ünïcode & Söhne 日本 🏦",
-		"":                             "",
-		"\x1b[2Jgone\u202egnp.exe\r\n": `\x1b[2Jgone\u202egnp.exe\r\n`,
-		strings.Repeat("é", 1000):      strings.Repeat("é", maxText/2),
+		"Cable Financial Services": "Cable Financial Services",
+		"Ünïcode & Söhne 日本 🏦":     "Ünïcode & Söhne 日本 🏦",
+		"":                         "",
+		"Société\u00a0Générale\u3000\u202f👨\u200d💻 می\u200cخواهم": "Société\u00a0Générale\u3000\u202f👨\u200d💻 می\u200cخواهم",
+		"a\u2028b\u2029c\u2066d\ufeffe\u00adf":                    `a\u2028b\u2029c\u2066d\ufeffe\u00adf`,
+		"\x1b[2Jgone\u202egnp.exe\r\n":                            `\x1b[2Jgone\u202egnp.exe\r\n`,
+		strings.Repeat("é", 1000):                                 strings.Repeat("é", maxText/2),
 	} {
 		raw, _ := json.Marshal(map[string]any{"token": "t", "expiry": 1, "organization_name": name})
 		if got, err := c.decode(raw, testRequest()); err != nil || got.OrganizationName != want {
@@ -254,7 +288,7 @@ func TestErrorBodies(t *testing.T) {
 		`{"message":"` + strings.Repeat(`\u0001`, 1000) + `"}`:     strings.Repeat(`\x01`, 128),
 		strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3): "",
 	} {
-		if got := c.envelope([]byte(body)); got != want {
+		if got, _ := c.envelope([]byte(body)); got != want {
 			t.Errorf("%.80q: %q, want %q", body, got, want)
 		}
 	}
@@ -291,7 +325,9 @@ var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 	`its token contains characters that a header cannot carry`,
 	`it contains no expiry`,
 	`its expiry is not a whole number of seconds`,
-	`its expiry -?[0-9]{1,19} is not a Unix time in seconds`,
+	`its expiry( [-+.eE0-9]{1,19})? is not a Unix time in seconds`,
+	`its field "(token|expiry|organization_id|organization_name|scopes(\.organization_id|\.scopes)?)" stands twice, or in another case`,
+	`its token has [0-9]+ bytes: at most 16384 are accepted`,
 	`it repeats the refresh key: check that token_url is Cable's`,
 	`it contains its token in more than one field`,
 }, "|") + `)$`)
@@ -343,7 +379,7 @@ func FuzzResponse(f *testing.F) {
 }
 
 // notPrinted reports characters that an error must not contain.
-func notPrinted(c rune) bool { return !unicode.IsPrint(c) }
+func notPrinted(c rune) bool { return !unicode.IsGraphic(c) && c != '\u200c' && c != '\u200d' }
 
 // FuzzErrorResponse pins that for any error response, the error is bounded,
 // printable, and without the key.
@@ -355,8 +391,8 @@ func FuzzErrorResponse(f *testing.F) {
 	f.Add(302, []byte("{}"))
 	c := newClientAt(f, Config{})
 	f.Fuzz(func(t *testing.T, status int, raw []byte) {
-		e := (&request{client: c}).failed(status, true, raw)
-		if len(e.Detail) > maxText || !utf8.ValidString(e.Error()) || strings.ContainsFunc(e.Error(), notPrinted) || c.redactor.contains(e.Error()) {
+		e := (&request{client: c}).failed(status, true, raw, true)
+		if len(e.Detail) > maxText+len(notCables)+3 || !utf8.ValidString(e.Error()) || strings.ContainsFunc(e.Error(), notPrinted) || c.redactor.contains(e.Error()) {
 			t.Errorf("%q", e)
 		}
 	})

@@ -68,7 +68,7 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 			return nil, err
 		}
 		if err := sleep(ctx, wait+jitter(jitterMax)); err != nil {
-			return nil, r.failure(ctx, false, err)
+			return nil, r.failure(ctx, nil, false, err)
 		}
 	}
 }

@@ -208,7 +208,7 @@ func TestCallerLeavesInAWait(t *testing.T) {
 		pause time.Duration
 		want  string
 	}{
-		{"retry", 0, "the caller left after cable responded 429"},
+		{"retry", 0, "the caller left after Cable responded 429"},
 		{"spread", time.Second, "the caller left before a request was sent"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

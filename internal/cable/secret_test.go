@@ -123,9 +123,6 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 	values := []any{
 		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token, testRequest(), *failure, failure, c.Pause(),
 		c.redactor, &c.redactor,
-		tokenBody{Token: secretText{token.Value}},
-		&tokenBody{Token: secretText{token.Value}},
-		secretText{token.Value},
 		h, &h,
 		[]any{h},
 		[]Client{*c},
