@@ -185,11 +185,11 @@ func (r *request) failure(ctx context.Context, x *exchange, sent bool, err error
 		paused.Attempts = r.calls
 		return paused
 	}
-	stage, handshake := atTurn, false
+	stage, early := atTurn, false
 	if x != nil {
-		stage, handshake = x.state()
+		stage, early, err = x.state(err)
 	}
-	if handshake && isCertificateAlert(err) {
+	if early && isCertificateAlert(err) {
 		sent, stage = false, atTLS // with TLS 1.3 a server refuses a client after the client's first bytes
 	}
 	e := &Error{Kind: Unreachable, Detail: describe(err, stage), MaybeIssued: sent, Attempts: r.calls}

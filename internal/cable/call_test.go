@@ -93,6 +93,9 @@ func TestFaults(t *testing.T) {
 	other := func(status int, detail string) Error {
 		return Error{Kind: InvalidResponse, StatusCode: status, Detail: fmt.Sprintf("its status is %d instead of 200%s", status, detail), MaybeIssued: true, Attempts: 1}
 	}
+	encoded := func(coding string) cabletest.Fault {
+		return cabletest.Fault{Header: map[string]string{"Content-Encoding": coding}}
+	}
 	const noJSON = "it is not a JSON object of the documented shape"
 	type faultTest struct {
 		name   string
@@ -118,6 +121,12 @@ func TestFaults(t *testing.T) {
 		{"empty", cabletest.Fault{Status: 200, Body: " "}, invalid(noJSON), 0},
 		{"from a cache", cabletest.Fault{Header: map[string]string{"Age": "3000"}}, invalid("its Age header exceeds the duration of the call: it comes from a cache"), 1},
 		{"unreadable Age", cabletest.Fault{Header: map[string]string{"Age": "-1"}}, invalid("its Age header is not one whole number of seconds"), 1},
+		{
+			"another coding", encoded("br, é\u202e" + strings.Repeat("x", 100)),
+			invalid(`its Content-Encoding is br, é\u202e` + strings.Repeat("x", 28) + ", but only identity was accepted"), 1,
+		},
+		{"another coding of an error", cabletest.Fault{Status: 401, Header: encoded("br").Header}, Error{Kind: Responded, StatusCode: 401, Detail: "Unauthorized", Attempts: 1}, 0},
+		{"over", cabletest.Fault{Grant: &cabletest.Grant{Lifetime: new(time.Duration)}}, invalid("its token has already expired, by Cable's own clock"), 1},
 
 		{"201", cabletest.Fault{Status: 201}, other(201, ""), 0},
 		{"202", cabletest.Fault{Status: 202, Header: now}, other(202, ""), 0},

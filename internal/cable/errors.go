@@ -187,20 +187,24 @@ func describeCertificate(err error) string {
 		unknownCA x509.UnknownAuthorityError
 		invalid   x509.CertificateInvalidError
 		host      x509.HostnameError
+		verify    *tls.CertificateVerificationError
 		alert     *net.OpError
 	)
 	switch {
 	case isCertificateAlert(err) && errors.As(err, &alert):
 		return fmt.Sprintf("it refused the TLS handshake (%s): client certificates are not supported",
 			strings.TrimPrefix(alert.Err.Error(), "tls: "))
-	case errors.As(err, &unknownCA) && says(err, "certificate has expired or is not yet valid"):
-		return "the certificate of an authority in its chain has expired or is not yet valid"
 	case errors.As(err, &unknownCA):
 		return "its certificate is signed by an unknown authority: set ca_cert to the authority's certificate"
-	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
-		return "its certificate has expired or is not yet valid"
 	case errors.As(err, &invalid):
-		return "its certificate is not valid for this use"
+		text := "its certificate"
+		if errors.As(err, &verify) && !verify.UnverifiedCertificates[0].Equal(invalid.Cert) {
+			text = "the certificate of an authority in its chain"
+		}
+		if invalid.Reason == x509.Expired {
+			return text + " has expired or is not yet valid"
+		}
+		return text + " is not valid for this use"
 	case errors.As(err, &host) && len(host.Certificate.DNSNames)+len(host.Certificate.IPAddresses) == 0:
 		return "its certificate has no subject alternative name for a host: a common name alone is not accepted"
 	case errors.As(err, &host):
@@ -249,9 +253,15 @@ func isAlert(err error, alerts ...tls.AlertError) bool {
 		slices.ContainsFunc(alerts, func(a tls.AlertError) bool { return a.Error() == op.Err.Error() })
 }
 
+// errNoCertificate is joined to the error of a handshake that failed after the server requested a certificate.
+var errNoCertificate = errors.New("the server requested a client certificate")
+
 // isCertificateAlert reports that the server refused the certificate of the client, which has none: bad, unsupported,
-// revoked, expired or unknown certificate, unknown authority, certificate required (RFC 8446, 6).
-func isCertificateAlert(err error) bool { return isAlert(err, 42, 43, 44, 45, 46, 48, 116) }
+// revoked, expired or unknown certificate, unknown authority, certificate required (RFC 8446, 6). With TLS 1.2 some
+// servers send a mere handshake failure.
+func isCertificateAlert(err error) bool {
+	return isAlert(err, 42, 43, 44, 45, 46, 48, 116) || isAlert(err, 40) && errors.Is(err, errNoCertificate)
+}
 
 // unparsed begins the text of crypto/tls's error for a server's certificate that cannot be parsed.
 const unparsed = "tls: failed to parse certificate from server"

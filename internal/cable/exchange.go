@@ -39,6 +39,7 @@ type exchange struct {
 	before   int64 // bytes that conn had written when the call began
 	fresh    bool  // conn was made for this call
 	answered bool  // conn returned a byte
+	asked    bool  // the server requested a client certificate
 }
 
 // Stages of a call.
@@ -86,12 +87,15 @@ func (x *exchange) end() (sent bool, refusal error) {
 	return x.opened && (x.conn == nil || x.conn.written.Load() > x.before), x.refusal
 }
 
-// state returns how far the call has come, and whether its connection is new and has returned nothing: only then can an
-// error be one of the handshake.
-func (x *exchange) state() (stage string, handshake bool) {
+// state returns how far the call has come, and err with what the handshake has shown. early says that the connection is
+// new and has returned nothing: only then can err be one of the handshake.
+func (x *exchange) state(err error) (stage string, early bool, _ error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	return x.stage, x.fresh && !x.answered
+	if x.asked {
+		err = errors.Join(err, errNoCertificate)
+	}
+	return x.stage, x.fresh && !x.answered, err
 }
 
 // reached records how far the call has come. Once the call has a connection, another one that is being made for it, and
@@ -108,8 +112,22 @@ func (x *exchange) reached(stage string) {
 	x.stage = stage
 }
 
-// trace returns ctx with the hooks of the call. All but WroteHeaders serve the words of an error alone.
+// exchangeKey is the key of an exchange in the context of its call.
+type exchangeKey struct{}
+
+// noCertificate responds to a server that requests a client certificate.
+func noCertificate(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	if x, ok := info.Context().Value(exchangeKey{}).(*exchange); ok {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		x.asked = true
+	}
+	return new(tls.Certificate), nil
+}
+
+// trace returns ctx with the hooks of the call. All but WroteHeaders and GotConn serve the words of an error alone.
 func (x *exchange) trace(ctx context.Context) context.Context {
+	ctx = context.WithValue(ctx, exchangeKey{}, x)
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		WroteHeaders:      x.open,
 		DNSStart:          func(httptrace.DNSStartInfo) { x.reached(atLookup) },

@@ -294,6 +294,28 @@ func TestErrorBodies(t *testing.T) {
 	}
 }
 
+// TestErrorDetail pins what is said of an error response that is not Cable's envelope, and that a message is kept if the
+// rest has another type.
+func TestErrorDetail(t *testing.T) {
+	t.Parallel()
+	c := newClientAt(t, Config{})
+	for body, want := range map[string]string{
+		`{"code":400,"message":"no"}`:                              "no",
+		"\xef\xbb\xbf" + `{"code":400,"message":"no"}`:             "no",
+		`{"code":"400","message":"no","errors":{}}`:                "no",
+		`{"code":400,"message":"no","errors":["scopes: unknown"]}`: "no",
+		`{"code":400,"message":7,"errors":[{"message":"only"}]}`:   "only (" + notCables + ")",
+		`{"message":"Missing Authentication Token"}`:               "Missing Authentication Token (" + notCables + ")",
+		`{"error":"invalid_scope","error_description":"no"}`:       notCables,
+		`<html>blocked</html>`:                                     notCables,
+		``:                                                         notCables,
+	} {
+		if got := c.errorDetail([]byte(body)); got != want {
+			t.Errorf("%s: %q, want %q", body, got, want)
+		}
+	}
+}
+
 // TestTokenTwice pins that a response with its token in another field, too, is
 // refused: what was granted is shown in errors and in the log.
 func TestTokenTwice(t *testing.T) {

@@ -32,7 +32,12 @@ const (
 // MaxConnsPerHost bounds the connections: the bound on calls, in [Client], does not, because net/http continues to dial
 // after the caller has left.
 func newTransport(u, proxy *url.URL, caCert string, head int) (*http.Transport, error) {
-	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(0)}
+	tlsConfig := &tls.Config{
+		MinVersion:           tls.VersionTLS12,
+		NextProtos:           []string{"http/1.1"},
+		ClientSessionCache:   tls.NewLRUClientSessionCache(0),
+		GetClientCertificate: noCertificate,
+	}
 	if caCert != "" {
 		var err error
 		if tlsConfig.RootCAs, err = rootsWith(caCert); err != nil {

@@ -28,6 +28,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -252,6 +253,8 @@ type authority struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 	pem  string
+
+	isIntermediate bool // whose certificate a server sends with its own
 }
 
 func newAuthority(t testing.TB) *authority {
@@ -281,7 +284,32 @@ func (a *authority) issue(t testing.TB, change func(*x509.Certificate)) tls.Cert
 		change(leaf)
 	}
 	key, der := sign(t, leaf, a)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	chain := [][]byte{der}
+	if a.isIntermediate {
+		chain = append(chain, a.cert.Raw)
+	}
+	return tls.Certificate{Certificate: chain, PrivateKey: key}
+}
+
+// intermediate returns an authority below a that has expired.
+func (a *authority) intermediate(t testing.TB) *authority {
+	t.Helper()
+	key, der := sign(t, &x509.Certificate{
+		Subject: pkix.Name{CommonName: "expired authority"}, IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour),
+	}, a)
+	cert, _ := x509.ParseCertificate(der)
+	return &authority{cert: cert, key: key, isIntermediate: true}
+}
+
+// negative returns cert with a negative serial number, which cannot be parsed. Its signature is not valid any more.
+func negative(cert tls.Certificate) tls.Certificate {
+	parsed, _ := x509.ParseCertificate(cert.Certificate[0])
+	serial := parsed.SerialNumber.Bytes()
+	der := bytes.Clone(parsed.Raw)
+	der[bytes.Index(der, serial)] |= 0x80
+	cert.Certificate = [][]byte{der}
+	return cert
 }
 
 func sign(t testing.TB, cert *x509.Certificate, by *authority) (*ecdsa.PrivateKey, []byte) {
@@ -305,16 +333,21 @@ func sign(t testing.TB, cert *x509.Certificate, by *authority) (*ecdsa.PrivateKe
 	return key, der
 }
 
-// newTLSServer serves a simulator with a TLS configuration of the test's own.
+// newTLSServer serves a simulator with a TLS configuration of the test's own, or with a certificate of no known authority.
 func newTLSServer(t testing.TB, config *tls.Config) (sim *cabletest.Simulator, url string) {
 	t.Helper()
+	if config == nil {
+		config = &tls.Config{Certificates: []tls.Certificate{newAuthority(t).issue(t, nil)}}
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
 	sim = cabletest.New(nil)
-	srv := httptest.NewUnstartedServer(sim)
-	srv.TLS = config
-	srv.Config.ErrorLog = log.New(io.Discard, "", 0) // refused handshakes
-	srv.StartTLS()
-	t.Cleanup(srv.Close)
-	return sim, srv.URL + sim.Path()
+	srv := &http.Server{Handler: sim, ErrorLog: log.New(io.Discard, "", 0)} // refused handshakes
+	go func() { _ = srv.Serve(tls.NewListener(listener, config)) }()
+	t.Cleanup(func() { _ = srv.Close() })
+	return sim, "https://" + listener.Addr().String() + sim.Path()
 }
 
 // TestTLS pins which servers get the key: those with a valid certificate, over
@@ -324,6 +357,7 @@ func TestTLS(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
 	good := ca.issue(t, nil)
+	both := []string{"h2", "http/1.1"}
 	for _, tt := range []struct {
 		name     string
 		config   *tls.Config
@@ -375,6 +409,26 @@ func TestTLS(t *testing.T) {
 			})}},
 			refused: "its certificate could not be verified", attempts: 1,
 		},
+		{
+			name: "a common name alone", config: &tls.Config{Certificates: []tls.Certificate{ca.issue(t, func(c *x509.Certificate) {
+				c.IPAddresses = nil
+			})}},
+			refused:  "its certificate has no subject alternative name for a host: a common name alone is not accepted",
+			attempts: 1,
+		},
+		{
+			name: "an expired intermediate", config: &tls.Config{Certificates: []tls.Certificate{ca.intermediate(t).issue(t, nil)}},
+			refused: "the certificate of an authority in its chain has expired or is not yet valid", attempts: 1,
+		},
+		{
+			name: "a negative serial number", config: &tls.Config{Certificates: []tls.Certificate{negative(ca.issue(t, nil))}},
+			refused: "its certificate cannot be parsed", attempts: 1,
+		},
+		{name: "HTTP/2 and HTTP/1.1", config: &tls.Config{Certificates: []tls.Certificate{good}, NextProtos: both}, attempts: 1},
+		{
+			name: "HTTP/2 alone", config: &tls.Config{Certificates: []tls.Certificate{good}, NextProtos: []string{"h2-alone"}},
+			refused: "it does not speak HTTP/1.1, and HTTP/2 is not supported", attempts: 3,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -398,21 +452,123 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// TestClientCertificate pins the error if the server requires a certificate of
-// the client, which with TLS 1.3 it reports only after the request.
+// TestClientCertificate pins the error if the server requires a certificate of the client, which with TLS 1.3 it reports
+// only after the request: not retried, no token issued. If its alert is lost, because the write fails first, it is a
+// connection that was closed.
 func TestClientCertificate(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
-	sim, url := newTLSServer(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, nil)}, ClientAuth: tls.RequireAnyClientCert})
-	c := newClientAt(t, Config{TokenURL: url, CACert: ca.pem})
-	e := mustFail(t, t.Context(), c)
-	// The alert races with the write, which fails when the server closes.
-	if e.Kind != Unreachable || !strings.Contains(e.Detail, "certificate required") && !strings.Contains(e.Detail, "connection was closed") {
-		t.Errorf("got %s: %s", e.Kind, e)
+	for version, alert := range map[uint16]string{
+		tls.VersionTLS12: "handshake failure", tls.VersionTLS13: "certificate required",
+	} {
+		config := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, nil)}, ClientAuth: tls.RequireAnyClientCert, MaxVersion: version}
+		sim, url := newTLSServer(t, config)
+		want := Error{Kind: Unreachable, Certificate: true, Attempts: 1}
+		want.Detail = fmt.Sprintf("it refused the TLS handshake (%s): client certificates are not supported", alert)
+		got := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: url, CACert: ca.pem}))
+		if lost := got.MaybeIssued && got.Detail == connectionClosed; version == tls.VersionTLS12 || !lost {
+			diffError(t, want, got)
+		}
+		if n := sim.CallCount(); n != 0 {
+			t.Errorf("the server saw %d requests", n)
+		}
 	}
-	if n := sim.CallCount(); n != 0 {
-		t.Errorf("the server saw %d requests", n)
+}
+
+// TestAlerts pins that an alert about certificates means the handshake on a new connection alone: on a kept one, or after
+// the first byte of a response, Cable may have processed the call.
+func TestAlerts(t *testing.T) {
+	t.Parallel()
+	alert := func(number tls.AlertError) error {
+		return &net.OpError{Op: "remote error", Err: errors.New(number.Error())}
 	}
+	for _, tt := range []struct {
+		err             error
+		fresh, answered bool
+		certificate     bool
+	}{
+		{alert(42), true, false, true},
+		{alert(43), true, false, true},
+		{alert(44), true, false, true},
+		{alert(45), true, false, true},
+		{alert(46), true, false, true},
+		{alert(48), true, false, true},
+		{alert(116), true, false, true},
+		{alert(116), false, false, false},
+		{alert(116), true, true, false},
+		{alert(40), true, false, false},
+		{alert(80), true, false, false},
+		{errors.New(tls.AlertError(116).Error()), true, false, false},
+		{errors.New(`malformed HTTP response "` + unparsed + `"`), true, false, false},
+	} {
+		x := newExchange(nil, nil, false)
+		x.stage, x.fresh, x.answered = atResponse, tt.fresh, tt.answered
+		r := &request{client: newClientAt(t, Config{}), caller: t.Context()}
+		e := r.failure(t.Context(), x, true, tt.err)
+		if e.Certificate != tt.certificate || e.MaybeIssued == tt.certificate || isPermanent(e, tt.err) != tt.certificate {
+			t.Errorf("%v, new %t, answered %t: %+v", tt.err, tt.fresh, tt.answered, e)
+		}
+	}
+}
+
+// TestStages pins that an error says how far the call had come when the budget ran out, or the connection broke.
+func TestStages(t *testing.T) {
+	t.Parallel()
+	silent, _ := rawServer(t, hang)
+	gone, _ := rawServer(t, func(c net.Conn) { _, _ = io.ReadFull(c, make([]byte, 5)) })
+	blocked := func(ctx context.Context) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
+	for name, tt := range map[string]struct {
+		url  string
+		dial dialFunc
+		want Error
+	}{
+		"in the TLS handshake":     {strings.Replace(silent, "http:", "https:", 1), nil, Error{Kind: TimedOut, Attempts: 1}},
+		"waiting for the response": {silent, nil, Error{Kind: TimedOut, MaybeIssued: true, Attempts: 1}},
+		"looking up the host": {"https://cable.example/", (&net.Dialer{Resolver: &net.Resolver{
+			PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) { return blocked(ctx) },
+		}}).DialContext, Error{Kind: TimedOut, Attempts: 1}},
+		"connecting": {"https://cable.example/", (&net.Dialer{
+			Resolver:       nameServer(t, 0, netip.MustParseAddr("127.0.0.1")),
+			ControlContext: func(ctx context.Context, _, _ string, _ syscall.RawConn) error { <-ctx.Done(); return ctx.Err() },
+		}).DialContext, Error{Kind: TimedOut, Attempts: 1}},
+		"the connection was closed in the TLS handshake": {
+			strings.Replace(gone, "http:", "https:", 1), nil, Error{Kind: Unreachable, Attempts: 3},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg := Config{TokenURL: tt.url, Timeout: budget}
+			tt.want.Detail = name
+			if tt.want.Kind == Unreachable {
+				cfg.Timeout = time.Minute
+			} else {
+				when := "before a request was sent"
+				if tt.want.MaybeIssued {
+					when = "after the request was sent"
+				}
+				tt.want.Detail = fmt.Sprintf("the budget of 1s ran out %s, %s", when, name)
+			}
+			c := newClientAt(t, cfg)
+			c.transport.Proxy = nil
+			if tt.dial != nil {
+				c.transport.DialContext = counted(tt.dial)
+			}
+			diffError(t, tt.want, mustFailInTime(t, c))
+		})
+	}
+}
+
+// TestHTTP2Alone pins the error for a server that speaks HTTP/2 although it was not offered.
+func TestHTTP2Alone(t *testing.T) {
+	t.Parallel()
+	url, _ := rawServer(t, func(conn net.Conn) {
+		_, _ = conn.Write([]byte("\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a")) // SETTINGS (RFC 9113, 6.5)
+		hang(conn)
+	})
+	want := Error{Kind: Unreachable, Detail: "it does not speak HTTP/1.1, and HTTP/2 is not supported", MaybeIssued: true, Attempts: 1}
+	e := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: url}))
+	want.MaybeIssued, want.Attempts = e.MaybeIssued, e.Attempts // its frame may be read before the request is written
+	diffError(t, want, e)
 }
 
 // TestCACert pins that ca_cert adds an authority, and that a server's own
