@@ -44,7 +44,8 @@ Faults, for example (internal/cabletest/fault.go lists all fields):
   {"delay": "3s"}  {"every": 20, "reset": "after"}  {"grant": {"scopes": ["everything:write"]}}
 `
 
-// control returns the control listener's handler; see controlHelp. newRefreshKey makes up a key and writes it to its file.
+// control returns the control listener's handler; see controlHelp. newRefreshKey makes up a key and writes it to its
+// file.
 func control(sim *cabletest.Simulator, newRefreshKey func() (string, error)) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, sim.Stats()) })

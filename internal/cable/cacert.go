@@ -18,11 +18,9 @@ const (
 	pemEnd     = "-----END CERTIFICATE-----"
 )
 
-// CheckCACert returns what is wrong with a ca_cert: text that must be 1 to 100
-// certificates in PEM, in at most 64 KiB, with nothing but white space before,
-// between and after them. It is returned to everyone who may read the
-// configuration, so that a private key pasted along would be shown to them. The
-// error repeats nothing of text.
+// CheckCACert returns what is wrong with a ca_cert: text that must be 1 to 100 certificates in PEM, in at most 64 KiB,
+// with nothing but white space before, between and after them. It is returned to everyone who may read the
+// configuration, so that a private key pasted along would be shown to them. The error repeats nothing of text.
 func CheckCACert(text string) error {
 	_, err := parseCACert(text)
 	return err

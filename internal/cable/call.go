@@ -12,8 +12,7 @@ import (
 	"time"
 )
 
-// call makes one API call. If it returns an error, wait is the least time until
-// the call may be retried, or noRetry.
+// call makes one API call. If it returns an error, wait is the least time until the call may be retried, or noRetry.
 func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, err error) {
 	c := r.client
 	endTurn, err := c.turn(ctx)
@@ -91,9 +90,8 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	return token, noRetry, nil
 }
 
-// turn waits until an API call may be made: after a pause, for its share of the
-// spread; and while maxConns calls are under way, for one of them to end. The
-// caller ends the turn.
+// turn waits until an API call may be made: after a pause, for its share of the spread; and while maxConns calls are
+// under way, for one of them to end. The caller ends the turn.
 func (c *Client) turn(ctx context.Context) (end func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -177,8 +175,8 @@ func (r *request) invalid(status int, sent bool, detail string) *Error {
 	return &Error{Kind: InvalidResponse, StatusCode: status, Detail: detail, MaybeIssued: sent, Attempts: r.calls}
 }
 
-// failure returns the error for a call without a response. ctx is the caller's with the budget; x is nil if the call has
-// not begun.
+// failure returns the error for a call without a response. ctx is the caller's with the budget; x is nil if the call
+// has not begun.
 func (r *request) failure(ctx context.Context, x *exchange, sent bool, err error) *Error {
 	var paused *Error
 	if errors.As(err, &paused) {
@@ -211,8 +209,8 @@ func (r *request) failure(ctx context.Context, x *exchange, sent bool, err error
 	return e
 }
 
-// Elapsed returns the time between two local times, by the clock that advanced
-// more: the monotonic one stops while the machine sleeps.
+// Elapsed returns the time between two local times, by the clock that advanced more: the monotonic one stops while the
+// machine sleeps.
 func Elapsed(from, to time.Time) time.Duration {
 	return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))
 }

@@ -24,8 +24,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestToken pins how a response becomes a Token, and that SentAt and ReceivedAt
-// are the times around the successful call.
+// TestToken pins how a response becomes a Token, and that SentAt and ReceivedAt are the times around the successful
+// call.
 func TestToken(t *testing.T) {
 	t.Parallel()
 	other := "org_x"
@@ -79,9 +79,8 @@ func TestToken(t *testing.T) {
 	}
 }
 
-// TestFaults pins the error for each way in which Cable can fail, how often
-// Cable was called, and how many tokens were issued. See also TestDecode and
-// TestRetries.
+// TestFaults pins the error for each way in which Cable can fail, how often Cable was called, and how many tokens were
+// issued. See also TestDecode and TestRetries.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	now := map[string]string{"Retry-After": "0"}
@@ -182,8 +181,7 @@ func (b stalledBody) Read([]byte) (int, error) {
 
 func (stalledBody) Close() error { return nil }
 
-// TestStalledBody pins for how long a body that stalls delays an error, and that
-// a 200 runs into the end of the budget.
+// TestStalledBody pins for how long a body that stalls delays an error, and that a 200 runs into the end of the budget.
 func TestStalledBody(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[int]time.Duration{
@@ -207,8 +205,7 @@ func TestStalledBody(t *testing.T) {
 	}
 }
 
-// writeUntilGone writes text again and again, until the other side has closed
-// the connection.
+// writeUntilGone writes text again and again, until the other side has closed the connection.
 func writeUntilGone(conn net.Conn, text string, pause time.Duration) {
 	for {
 		if _, err := io.WriteString(conn, text); err != nil {
@@ -218,8 +215,8 @@ func writeUntilGone(conn net.Conn, text string, pause time.Duration) {
 	}
 }
 
-// TestHostileServer pins that nothing that a server writes takes longer than the
-// budget, is retried, panics, or becomes part of an error.
+// TestHostileServer pins that nothing that a server writes takes longer than the budget, is retried, panics, or becomes
+// part of an error.
 func TestHostileServer(t *testing.T) {
 	t.Parallel()
 	unreachable := func(detail string) Error {
@@ -316,8 +313,7 @@ func TestHostileServer(t *testing.T) {
 	}
 }
 
-// TestRedirect pins that no host but the configured one is ever called, whatever
-// Location is.
+// TestRedirect pins that no host but the configured one is ever called, whatever Location is.
 func TestRedirect(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{300, 301, 302, 303, 304, 307, 308} {
@@ -347,9 +343,8 @@ func TestRedirect(t *testing.T) {
 	}
 }
 
-// TestCallerLeaves pins that a call ends when its caller leaves, and that the
-// error says whether the request had been sent. See also
-// TestCallerLeavesInAWait.
+// TestCallerLeaves pins that a call ends when its caller leaves, and that the error says whether the request had been
+// sent. See also TestCallerLeavesInAWait.
 func TestCallerLeaves(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -387,8 +382,7 @@ func TestCallerLeaves(t *testing.T) {
 	})
 }
 
-// TestStart pins when the budget begins, and that nothing is sent once it has
-// run out, or once the caller has left.
+// TestStart pins when the budget begins, and that nothing is sent once it has run out, or once the caller has left.
 func TestStart(t *testing.T) {
 	t.Parallel()
 	canceled, cancel := context.WithCancel(t.Context())
@@ -442,8 +436,7 @@ func TestStart(t *testing.T) {
 	diffError(t, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out after the request was sent, waiting for the response", MaybeIssued: true, Attempts: 1}, checkError(t, token, err))
 }
 
-// TestCallersAreIndependent pins that a caller that leaves does not end the
-// calls of others on the same connection.
+// TestCallersAreIndependent pins that a caller that leaves does not end the calls of others on the same connection.
 func TestCallersAreIndependent(t *testing.T) {
 	t.Parallel()
 	arrived, release := make(chan struct{}, 20), make(chan struct{})

@@ -85,8 +85,8 @@ func TestRequest(t *testing.T) {
 	}
 }
 
-// TestClose pins that a call under way when its client is closed ends as it
-// would, and that its connection is closed then.
+// TestClose pins that a call under way when its client is closed ends as it would, and that its connection is closed
+// then.
 func TestClose(t *testing.T) {
 	t.Parallel()
 	for name, newServer := range map[string]func(testing.TB, *cabletest.Options) *cabletest.Server{
@@ -122,8 +122,7 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// TestCallsAreIndependent pins that a client keeps nothing of a response: no
-// cookie, and no other address.
+// TestCallsAreIndependent pins that a client keeps nothing of a response: no cookie, and no other address.
 func TestCallsAreIndependent(t *testing.T) {
 	t.Parallel()
 	headers := make(chan http.Header, 2)
@@ -143,8 +142,7 @@ func TestCallsAreIndependent(t *testing.T) {
 	}
 }
 
-// TestNew pins which configurations are refused. See also TestParseTokenURL and
-// TestCheckCACert.
+// TestNew pins which configurations are refused. See also TestParseTokenURL and TestCheckCACert.
 func TestNew(t *testing.T) {
 	t.Parallel()
 	key := NewSecret(testKey)
@@ -167,8 +165,7 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// BenchmarkRequestToken measures a token request over loopback, including the
-// simulator.
+// BenchmarkRequestToken measures a token request over loopback, including the simulator.
 func BenchmarkRequestToken(b *testing.B) {
 	run := func(b *testing.B, f func(b *testing.B, mint func())) {
 		c := newClient(b, cabletest.NewServer(b, nil), Config{})

@@ -1,9 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package cable is a client of Cable's token API, POST /v2/auth/token, which
-// issues short-lived access tokens to the holder of a long-lived refresh key.
-// It speaks HTTP and JSON and knows nothing of Vault.
+// Package cable is a client of Cable's token API, POST /v2/auth/token, which issues short-lived access tokens to the
+// holder of a long-lived refresh key. It speaks HTTP and JSON and knows nothing of Vault.
 //
 // Its rules, and why:
 //
@@ -23,10 +22,8 @@
 //
 // The caller compares what was granted with what was requested.
 //
-// NOTE: net/http writes to Go's standard logger, and so to standard error: on
-// HTTP/1.1 the bytes that follow a complete response (a second response, or the
-// rest of a body whose Content-Length is too small), which may contain a token
-// or an echo of the refresh key; on HTTP/2 every header, if the environment has
-// GODEBUG=http2debug=1. A client that reuses connections cannot prevent that: the
-// program must discard the standard logger.
+// NOTE: net/http writes to Go's standard logger, and so to standard error: on HTTP/1.1 the bytes that follow a complete
+// response (a second response, or the rest of a body whose Content-Length is too small), which may contain a token or
+// an echo of the refresh key; on HTTP/2 every header, if the environment has GODEBUG=http2debug=1. A client that reuses
+// connections cannot prevent that: the program must discard the standard logger.
 package cable

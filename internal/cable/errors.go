@@ -17,8 +17,7 @@ import (
 	"time"
 )
 
-// Kind is the way in which a token request failed: a caller treats each
-// differently.
+// Kind is the way in which a token request failed: a caller treats each differently.
 type Kind int
 
 const (
@@ -26,11 +25,10 @@ const (
 	Responded Kind = iota + 1
 	// Paused means that no API call was made, because of an earlier 429.
 	Paused
-	// Unreachable means that there was no connection, or that it ended before the
-	// response was complete.
+	// Unreachable means that there was no connection, or that it ended before the response was complete.
 	Unreachable
-	// InvalidResponse means that the response was refused: a 200 without a usable
-	// token, or a status that is neither 200 nor an error.
+	// InvalidResponse means that the response was refused: a 200 without a usable token, or a status that is neither
+	// 200 nor an error.
 	InvalidResponse
 	// TimedOut means that the budget ran out, or that the caller's deadline passed.
 	TimedOut
@@ -70,12 +68,11 @@ type Error struct {
 	// Detail is Cable's message, made safe to show, or what went wrong.
 	Detail string
 
-	// RetryAfter is the time until the pause ends, set if Kind is Paused, or
-	// Responded with 429.
+	// RetryAfter is the time until the pause ends, set if Kind is Paused, or Responded with 429.
 	RetryAfter time.Duration
 
-	// MaybeIssued reports that Cable may have issued a token that was not
-	// delivered: the request was sent, and no response shows that it was refused.
+	// MaybeIssued reports that Cable may have issued a token that was not delivered: the request was sent, and no
+	// response shows that it was refused.
 	MaybeIssued bool
 
 	// Attempts counts the API calls.
@@ -116,7 +113,8 @@ func (e *Error) Is(target error) bool {
 
 // describe says in words of this package why a call failed at a stage.
 //
-// NOTE: the texts of net/http are not used, because they can contain a proxy's password or the first line of the response.
+// NOTE: the texts of net/http are not used, because they can contain a proxy's password or the first line of the
+// response.
 func describe(err error, stage string) string {
 	var op *net.OpError
 	isOp := errors.As(err, &op)
@@ -216,9 +214,8 @@ func describeCertificate(err error) string {
 	}
 }
 
-// Winsock's error numbers. On Windows the network returns these, not the
-// constants of package syscall, which are Go's own there. No other system uses
-// them.
+// Winsock's error numbers. On Windows the network returns these, not the constants of package syscall, which are Go's
+// own there. No other system uses them.
 const (
 	wsaENETUNREACH  = syscall.Errno(10051)
 	wsaECONNABORTED = syscall.Errno(10053)
@@ -234,8 +231,7 @@ func isAny(err error, numbers ...syscall.Errno) bool {
 	return errors.As(err, &errno) && slices.Contains(numbers, errno)
 }
 
-// says reports whether err contains the text of an error that net/http does not
-// export.
+// says reports whether err contains the text of an error that net/http does not export.
 func says(err error, text string) bool { return strings.Contains(err.Error(), text) }
 
 // isTimeout reports that dialling, the TLS handshake or the network timed out.

@@ -47,8 +47,8 @@ func TestErrorText(t *testing.T) {
 	}
 }
 
-// TestDescribe pins the words for the errors of a network, those of Windows
-// included, and that a host with the shape of a secret is not repeated.
+// TestDescribe pins the words for the errors of a network, those of Windows included, and that a host with the shape of
+// a secret is not repeated.
 func TestDescribe(t *testing.T) {
 	t.Parallel()
 	const secretHost = "sk-live-0123456789abcdef"

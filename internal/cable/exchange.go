@@ -15,9 +15,9 @@ import (
 )
 
 // exchange is one API call inside net/http. Its gate is the request's body, which net/http reads last: after the
-// connection was made, which can take seconds, and after the head was written to the connection's buffer, which it fits.
-// The body is empty until [TokenRequest].Allow has been asked again. If Allow refuses, the body stays empty, net/http
-// fails on its length, and no byte is sent.
+// connection was made, which can take seconds, and after the head was written to the connection's buffer, which it
+// fits. The body is empty until [TokenRequest].Allow has been asked again. If Allow refuses, the body stays empty,
+// net/http fails on its length, and no byte is sent.
 //
 // net/http does not repeat a call, because a POST whose body it cannot get a second time is never repeated.
 //
@@ -76,7 +76,8 @@ func (x *exchange) open() {
 	x.refusal = x.allow()
 }
 
-// end returns whether a byte of the call was sent, which does not change any more, and the error of Allow if it refused.
+// end returns whether a byte of the call was sent, which does not change any more, and the error of Allow if it
+// refused.
 func (x *exchange) end() (sent bool, refusal error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()

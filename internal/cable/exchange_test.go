@@ -51,8 +51,8 @@ func checkWithdrawn(t *testing.T, c *Client, allow func() error) {
 	}
 }
 
-// TestAllow pins that nothing is sent once Allow refuses: before a call, between its head and its body, and before and in
-// its retry.
+// TestAllow pins that nothing is sent once Allow refuses: before a call, between its head and its body, and before and
+// in its retry.
 func TestAllow(t *testing.T) {
 	t.Parallel()
 	observed := 0
@@ -202,8 +202,8 @@ func (c faultyConn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// TestNothingWritten pins that a connection, kept or new, that turns out to be dead before anything was written counts as
-// none: no token can have been issued, and the call is retried.
+// TestNothingWritten pins that a connection, kept or new, that turns out to be dead before anything was written counts
+// as none: no token can have been issued, and the call is retried.
 func TestNothingWritten(t *testing.T) {
 	t.Parallel()
 	for _, kept := range []bool{false, true} {

@@ -21,16 +21,15 @@ const (
 	// maxText bounds the part of Cable's message that an error repeats, in bytes.
 	maxText = 512
 
-	// redactWindow is the length of the shortest part of a secret that is
-	// recognised in a text: long enough that words do not match by chance, short
-	// enough that a shorter part of the key is of no use.
+	// redactWindow is the length of the shortest part of a secret that is recognised in a text: long enough that words
+	// do not match by chance, short enough that a shorter part of the key is of no use.
 	redactWindow = 12
 )
 
 // redactor finds a secret, or a part of one, in text that another party wrote.
 //
-// NOTE: the secret is behind a func on purpose: fmt prints the address of a func
-// for every verb, but follows a pointer to a struct for some.
+// NOTE: the secret is behind a func on purpose: fmt prints the address of a func for every verb, but follows a pointer
+// to a struct for some.
 type redactor struct{ known func() *spellings }
 
 // spellings are a secret as it is and in the encodings in which servers echo it.
@@ -41,8 +40,8 @@ type spellings struct {
 	begins  [1 << 16]bool       // the first two bytes of each window: they rule out most text
 }
 
-// newRedactor returns a redactor that finds the secret as it is, in URL, HTML
-// and hexadecimal encoding, quoted, and in the base64 of a text that contains it.
+// newRedactor returns a redactor that finds the secret as it is, in URL, HTML and hexadecimal encoding, quoted, and in
+// the base64 of a text that contains it.
 func newRedactor(secret Secret) redactor {
 	key := secret.Reveal()
 	k := &spellings{windows: make(map[string]struct{})}
@@ -74,12 +73,11 @@ func newRedactor(secret Secret) redactor {
 	return r
 }
 
-// percents matches a byte in URL encoding, which some servers write in lower
-// case.
+// percents matches a byte in URL encoding, which some servers write in lower case.
 var percents = regexp.MustCompile(`%[0-9A-F]{2}`)
 
-// base64Runs returns the part of a text's base64 that depends on the key alone,
-// for each offset at which the key can begin: three bytes make four characters.
+// base64Runs returns the part of a text's base64 that depends on the key alone, for each offset at which the key can
+// begin: three bytes make four characters.
 func base64Runs(key string) []string {
 	var runs []string
 	for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
@@ -110,11 +108,9 @@ func (k *spellings) at(s string, i int) bool {
 // contains reports whether s contains the secret or a part of it.
 func (r redactor) contains(s string) bool { return r.redact(s) != s }
 
-// repeats reports whether s, a token, is the secret in another form: contains
-// the whole of it, or is a part of it.
+// repeats reports whether s, a token, is the secret in another form: contains the whole of it, or is a part of it.
 //
-// NOTE: a part that both contain proves nothing. Both may be JWTs of one issuer,
-// which begin alike.
+// NOTE: a part that both contain proves nothing. Both may be JWTs of one issuer, which begin alike.
 func (r redactor) repeats(s string) bool {
 	return slices.ContainsFunc(r.known().whole, func(w string) bool {
 		return s == w || len(w) >= redactWindow && strings.Contains(s, w) || len(s) >= redactWindow && strings.Contains(w, s)

@@ -24,12 +24,12 @@ const (
 	// errorBodyTimeout bounds the wait for the body of an error.
 	errorBodyTimeout = 500 * time.Millisecond
 
-	// maxExpiry is the end of the year 9999, the last time that RFC 3339 can
-	// express. A later expiry is not in seconds; today's milliseconds are later.
+	// maxExpiry is the end of the year 9999, the last time that RFC 3339 can express. A later expiry is not in seconds;
+	// today's milliseconds are later.
 	maxExpiry = 253402300799
 
-	// ageSlack is by how much Age may exceed the duration of the call: it is
-	// rounded up by each cache on the way (RFC 9111, 4.2.3).
+	// ageSlack is by how much Age may exceed the duration of the call: it is rounded up by each cache on the way (RFC
+	// 9111, 4.2.3).
 	ageSlack = 5 * time.Second
 
 	maxToken  = 16 << 10 // bytes of a token, because it has to fit a header, and Vault stores it with each lease
@@ -37,8 +37,8 @@ const (
 	maxNumber = 400      // bytes of a number whose value is computed
 	maxDigits = 19       // bytes of a number that an error repeats: those of an int64
 
-	// minToken is the length from which the rest of a response is searched for
-	// its token: a shorter one could match by chance, and is no secret.
+	// minToken is the length from which the rest of a response is searched for its token: a shorter one could match by
+	// chance, and is no secret.
 	minToken = 16
 )
 
@@ -67,8 +67,8 @@ var errShape = errors.New("it is not a JSON object of the documented shape")
 // object has the documented members of a JSON object, by their paths.
 type object map[string]json.RawMessage
 
-// parse returns the members of raw, an object at path. A documented name counts as it is written, and once: another case
-// or a second one would let two readers of a response read two tokens. Other members are not judged.
+// parse returns the members of raw, an object at path. A documented name counts as it is written, and once: another
+// case or a second one would let two readers of a response read two tokens. Other members are not judged.
 func parse(raw []byte, path string, names ...string) (object, error) {
 	d := json.NewDecoder(bytes.NewReader(raw))
 	if t, err := d.Token(); err != nil || t != json.Delim('{') || !json.Valid(raw) {
@@ -175,11 +175,10 @@ func (c *Client) parseExpiry(text string) (int64, error) {
 	return exact.Num().Int64(), nil
 }
 
-// checkEcho refuses a response that contains a secret where none belongs. A
-// server that echoes its request would have the refresh key returned as a token
-// or shown as an organization; and what was granted is shown, so that the token
-// must not be part of it. Values that were requested are not searched for the
-// key: some keys contain the name of their organization.
+// checkEcho refuses a response that contains a secret where none belongs. A server that echoes its request would have
+// the refresh key returned as a token or shown as an organization; and what was granted is shown, so that the token
+// must not be part of it. Values that were requested are not searched for the key: some keys contain the name of their
+// organization.
 func (c *Client) checkEcho(t *Token, organizationName string, tr TokenRequest) error {
 	token := t.Value.Reveal()
 	containsToken := func(s string) bool { return len(token) >= minToken && strings.Contains(s, token) }
@@ -252,11 +251,10 @@ func contentCoding(header http.Header) string {
 	return coding
 }
 
-// cableClock returns Cable's clock when it sent the response to a call of the
-// given duration: Date plus Age, or the zero time without a usable Date. An Age
-// beyond the call means that a cache responded, from which a token cannot be
-// taken: it is older than its lease would be. An Age counts a second more than it
-// says, because it is cut off at whole seconds.
+// cableClock returns Cable's clock when it sent the response to a call of the given duration: Date plus Age, or the
+// zero time without a usable Date. An Age beyond the call means that a cache responded, from which a token cannot be
+// taken: it is older than its lease would be. An Age counts a second more than it says, because it is cut off at whole
+// seconds.
 func cableClock(header http.Header, duration time.Duration) (time.Time, error) {
 	var age time.Duration
 	if values := header.Values("Age"); len(values) > 0 {

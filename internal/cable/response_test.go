@@ -18,8 +18,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestDecode pins which bodies of a 200 are refused, and that the error contains
-// nothing of them but an envelope's message and the digits of an expiry.
+// TestDecode pins which bodies of a 200 are refused, and that the error contains nothing of them but an envelope's
+// message and the digits of an expiry.
 func TestDecode(t *testing.T) {
 	t.Parallel()
 	const (
@@ -95,8 +95,7 @@ func TestDecode(t *testing.T) {
 	}
 }
 
-// TestCableClock pins that Cable's clock is Date plus Age and the second that
-// Age is cut off by, that an unusable Date
+// TestCableClock pins that Cable's clock is Date plus Age and the second that Age is cut off by, that an unusable Date
 // counts as none, and which Age is refused.
 func TestCableClock(t *testing.T) {
 	t.Parallel()
@@ -151,8 +150,8 @@ func TestCableClock(t *testing.T) {
 	}
 }
 
-// TestEchoInAResponse pins that a response with the key in one of its fields is
-// refused, and that no part of the key remains in a name.
+// TestEchoInAResponse pins that a response with the key in one of its fields is refused, and that no part of the key
+// remains in a name.
 func TestEchoInAResponse(t *testing.T) {
 	t.Parallel()
 	const refusal = "it repeats the refresh key: check that token_url is Cable's"
@@ -204,9 +203,8 @@ func TestEchoInAResponse(t *testing.T) {
 	}
 }
 
-// TestLookalikes pins that a response which only resembles the key is accepted:
-// key and token may be JWTs of one issuer, and a key may contain the name of its
-// organization.
+// TestLookalikes pins that a response which only resembles the key is accepted: key and token may be JWTs of one
+// issuer, and a key may contain the name of its organization.
 func TestLookalikes(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct{ key, token string }{
@@ -233,8 +231,8 @@ func TestLookalikes(t *testing.T) {
 	}
 }
 
-// TestOrganizationName pins that the organization's name, which the caller
-// compares with nothing, is safe to show and store: bounded and printable.
+// TestOrganizationName pins that the organization's name, which the caller compares with nothing, is safe to show and
+// store: bounded and printable.
 func TestOrganizationName(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
@@ -254,8 +252,7 @@ func TestOrganizationName(t *testing.T) {
 	}
 }
 
-// TestErrorBodies pins that an error contains only the message of an envelope of
-// at most 64 KiB.
+// TestErrorBodies pins that an error contains only the message of an envelope of at most 64 KiB.
 func TestErrorBodies(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
@@ -294,8 +291,8 @@ func TestErrorBodies(t *testing.T) {
 	}
 }
 
-// TestErrorDetail pins what is said of an error response that is not Cable's envelope, and that a message is kept if the
-// rest has another type.
+// TestErrorDetail pins what is said of an error response that is not Cable's envelope, and that a message is kept if
+// the rest has another type.
 func TestErrorDetail(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
@@ -316,8 +313,8 @@ func TestErrorDetail(t *testing.T) {
 	}
 }
 
-// TestTokenTwice pins that a response with its token in another field, too, is
-// refused: what was granted is shown in errors and in the log.
+// TestTokenTwice pins that a response with its token in another field, too, is refused: what was granted is shown in
+// errors and in the log.
 func TestTokenTwice(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
@@ -337,8 +334,8 @@ func TestTokenTwice(t *testing.T) {
 	}
 }
 
-// responseErrors matches the errors of decode: they repeat nothing of a response
-// but the digits of an expiry and an envelope's message.
+// responseErrors matches the errors of decode: they repeat nothing of a response but the digits of an expiry and an
+// envelope's message.
 var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 	`it is larger than 1048576 bytes`,
 	`it is not a JSON object of the documented shape`,
@@ -354,10 +351,9 @@ var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 	`it contains its token in more than one field`,
 }, "|") + `)$`)
 
-// FuzzResponse pins that for any body of a 200, decoding does not panic; that an
-// accepted token can be sent, has a possible expiry and contains no part of the
-// refresh key; and that an error contains no part of the key, and nothing of the
-// body but what responseErrors matches.
+// FuzzResponse pins that for any body of a 200, decoding does not panic; that an accepted token can be sent, has a
+// possible expiry and contains no part of the refresh key; and that an error contains no part of the key, and nothing
+// of the body but what responseErrors matches.
 func FuzzResponse(f *testing.F) {
 	for _, s := range []string{
 		`{"token":"t","expiry":1711929600,"organization_id":"o","organization_name":"n","scopes":{"organization_id":"o","scopes":["a:b"]}}`,
@@ -403,8 +399,7 @@ func FuzzResponse(f *testing.F) {
 // notPrinted reports characters that an error must not contain.
 func notPrinted(c rune) bool { return !unicode.IsGraphic(c) && c != '\u200c' && c != '\u200d' }
 
-// FuzzErrorResponse pins that for any error response, the error is bounded,
-// printable, and without the key.
+// FuzzErrorResponse pins that for any error response, the error is bounded, printable, and without the key.
 func FuzzErrorResponse(f *testing.F) {
 	f.Add(401, []byte(`{"code":401,"message":"unauthorized"}`))
 	f.Add(400, []byte(`{"message":"`+testKey+`","errors":[{"field":"`+testKey[:15]+`","message":"\u001b[0m"},{"message":"only"}]}`))

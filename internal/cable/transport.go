@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	// maxConns bounds the connections to Cable, and the API calls under way. It exceeds the concurrent token requests of
-	// a busy mount, and keeps readers of a Cable that hangs from using up the plugin's file descriptors.
+	// maxConns bounds the connections to Cable, and the API calls under way. It exceeds the concurrent token requests
+	// of a busy mount, and keeps readers of a Cable that hangs from using up the plugin's file descriptors.
 	maxConns = 64
 
 	dialTimeout    = 10 * time.Second // for TCP, and again for TLS
@@ -25,8 +25,8 @@ const (
 	headRoom       = 4 << 10          // bytes of a request apart from key, URL, user agent and body
 )
 
-// newTransport returns the transport to u, through proxy if that is not nil. The variable parts of a request's head have
-// head bytes.
+// newTransport returns the transport to u, through proxy if that is not nil. The variable parts of a request's head
+// have head bytes.
 //
 // Only HTTP/1.1 is spoken, because with HTTP/2 net/http does not say whether the server processed a call.
 // MaxConnsPerHost bounds the connections: the bound on calls, in [Client], does not, because net/http continues to dial

@@ -37,8 +37,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestConnectionsAreReused pins that concurrent calls reuse connections: Go's
-// default of two idle ones would make 62 of 64 reconnect in each round.
+// TestConnectionsAreReused pins that concurrent calls reuse connections: Go's default of two idle ones would make 62 of
+// 64 reconnect in each round.
 func TestConnectionsAreReused(t *testing.T) {
 	t.Parallel()
 	// Each response is delayed, so that all calls are under way at once.
@@ -61,9 +61,8 @@ func TestConnectionsAreReused(t *testing.T) {
 	}
 }
 
-// TestConnectionsAreBounded pins that 300 calls to a server that hangs open at
-// most 64 connections; that the wait for one counts as time before a request
-// was sent; and that a caller that leaves while it waits takes no place.
+// TestConnectionsAreBounded pins that 300 calls to a server that hangs open at most 64 connections; that the wait for
+// one counts as time before a request was sent; and that a caller that leaves while it waits takes no place.
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
 	sim := cabletest.New(nil)
@@ -125,8 +124,8 @@ func TestConnectionsAreBounded(t *testing.T) {
 	calls.Wait()
 }
 
-// TestDialsAreBounded pins the same for connections that are never made:
-// net/http continues to dial after the caller has left.
+// TestDialsAreBounded pins the same for connections that are never made: net/http continues to dial after the caller
+// has left.
 func TestDialsAreBounded(t *testing.T) {
 	t.Parallel()
 	url, connections := rawServer(t, hang) // no TLS handshake
@@ -143,8 +142,7 @@ func TestDialsAreBounded(t *testing.T) {
 	}
 }
 
-// TestErrorsKeepConnections pins that an error response, which is read to its
-// end, costs no connection.
+// TestErrorsKeepConnections pins that an error response, which is read to its end, costs no connection.
 func TestErrorsKeepConnections(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewServer(t, nil)
@@ -161,8 +159,8 @@ func TestErrorsKeepConnections(t *testing.T) {
 	}
 }
 
-// clientOfHost returns a client whose URL has a host that ParseTokenURL would
-// refuse: the stand-in for a name that resolves to something else.
+// clientOfHost returns a client whose URL has a host that ParseTokenURL would refuse: the stand-in for a name that
+// resolves to something else.
 func clientOfHost(t *testing.T, host string) *Client {
 	t.Helper()
 	c := newClientAt(t, Config{TokenURL: "http://localhost:1/", Timeout: 5 * time.Second})
@@ -172,8 +170,7 @@ func clientOfHost(t *testing.T, host string) *Client {
 	return c
 }
 
-// TestOnlyLoopback pins that plain http goes nowhere but to this machine,
-// whatever its host's name resolves to.
+// TestOnlyLoopback pins that plain http goes nowhere but to this machine, whatever its host's name resolves to.
 func TestOnlyLoopback(t *testing.T) {
 	t.Parallel()
 	want := Error{Kind: Unreachable, Detail: "plain http is for loopback addresses only, and the host resolves to another", Attempts: 1}
@@ -193,8 +190,7 @@ func TestOnlyLoopback(t *testing.T) {
 	}
 }
 
-// nameServer starts a DNS server that responds to every query with the same
-// code and, for the code 0, one address.
+// nameServer starts a DNS server that responds to every query with the same code and, for the code 0, one address.
 func nameServer(t *testing.T, code byte, addr netip.Addr) *net.Resolver {
 	t.Helper()
 	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -225,8 +221,7 @@ func nameServer(t *testing.T, code byte, addr netip.Addr) *net.Resolver {
 	}}
 }
 
-// TestNames pins the errors for a name without an address. No request is sent,
-// and the look-up is retried.
+// TestNames pins the errors for a name without an address. No request is sent, and the look-up is retried.
 func TestNames(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -333,7 +328,8 @@ func sign(t testing.TB, cert *x509.Certificate, by *authority) (*ecdsa.PrivateKe
 	return key, der
 }
 
-// newTLSServer serves a simulator with a TLS configuration of the test's own, or with a certificate of no known authority.
+// newTLSServer serves a simulator with a TLS configuration of the test's own, or with a certificate of no known
+// authority.
 func newTLSServer(t testing.TB, config *tls.Config) (sim *cabletest.Simulator, url string) {
 	t.Helper()
 	if config == nil {
@@ -350,9 +346,8 @@ func newTLSServer(t testing.TB, config *tls.Config) (sim *cabletest.Simulator, u
 	return sim, "https://" + listener.Addr().String() + sim.Path()
 }
 
-// TestTLS pins which servers get the key: those with a valid certificate, over
-// TLS 1.2 or later. No other server sees a request, and a refused certificate is
-// not retried.
+// TestTLS pins which servers get the key: those with a valid certificate, over TLS 1.2 or later. No other server sees a
+// request, and a refused certificate is not retried.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
@@ -452,9 +447,9 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// TestClientCertificate pins the error if the server requires a certificate of the client, which with TLS 1.3 it reports
-// only after the request: not retried, no token issued. If its alert is lost, because the write fails first, it is a
-// connection that was closed.
+// TestClientCertificate pins the error if the server requires a certificate of the client, which with TLS 1.3 it
+// reports only after the request: not retried, no token issued. If its alert is lost, because the write fails first, it
+// is a connection that was closed.
 func TestClientCertificate(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
@@ -475,8 +470,8 @@ func TestClientCertificate(t *testing.T) {
 	}
 }
 
-// TestAlerts pins that an alert about certificates means the handshake on a new connection alone: on a kept one, or after
-// the first byte of a response, Cable may have processed the call.
+// TestAlerts pins that an alert about certificates means the handshake on a new connection alone: on a kept one, or
+// after the first byte of a response, Cable may have processed the call.
 func TestAlerts(t *testing.T) {
 	t.Parallel()
 	alert := func(number tls.AlertError) error {
@@ -571,8 +566,7 @@ func TestHTTP2Alone(t *testing.T) {
 	diffError(t, want, e)
 }
 
-// TestCACert pins that ca_cert adds an authority, and that a server's own
-// certificate can be one.
+// TestCACert pins that ca_cert adds an authority, and that a server's own certificate can be one.
 func TestCACert(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewTLSServer(t, nil)
@@ -694,8 +688,8 @@ func (p *proxy) serve(conn net.Conn) {
 	_, _ = io.Copy(conn, upstream)
 }
 
-// TestProxy pins that proxies come from the environment: https uses one, in a tunnel that hides the key from it; loopback
-// never does; and no error contains the proxy's password.
+// TestProxy pins that proxies come from the environment: https uses one, in a tunnel that hides the key from it;
+// loopback never does; and no error contains the proxy's password.
 func TestProxy(t *testing.T) { // not parallel, because of the environment
 	const host = "example.com" // the simulator's certificate is valid for it
 	newTarget := func(t *testing.T) (*cabletest.Server, *proxy, Config) {

@@ -19,9 +19,8 @@ const (
 	exampleURL  = "write the whole endpoint, such as " + DefaultTokenURL
 )
 
-// ParseTokenURL parses a token endpoint, or returns what is wrong with it. It is
-// https, or http to a loopback host, in at most 2048 bytes: scheme, host, port
-// and path, without user info, query, fragment or IPv6 zone. The error repeats
+// ParseTokenURL parses a token endpoint, or returns what is wrong with it. It is https, or http to a loopback host, in
+// at most 2048 bytes: scheme, host, port and path, without user info, query, fragment or IPv6 zone. The error repeats
 // nothing of raw but a host that [HostForDisplay] shows.
 func ParseTokenURL(raw string) (*url.URL, error) {
 	if len(raw) > maxTokenURL {
@@ -56,8 +55,8 @@ func ParseTokenURL(raw string) (*url.URL, error) {
 	return u, nil
 }
 
-// validHost reports whether host is an address or a name as it is looked up, so
-// that whoever reads the configuration reads the name that is called.
+// validHost reports whether host is an address or a name as it is looked up, so that whoever reads the configuration
+// reads the name that is called.
 func validHost(host string) bool {
 	if _, err := netip.ParseAddr(host); err == nil {
 		return true
@@ -76,8 +75,7 @@ func validPort(u *url.URL) bool {
 	return err == nil && n > 0
 }
 
-// isLoopback reports whether host means this machine without a look-up:
-// localhost is reserved for that by RFC 6761.
+// isLoopback reports whether host means this machine without a look-up: localhost is reserved for that by RFC 6761.
 func isLoopback(host string) bool {
 	if strings.EqualFold(host, "localhost") {
 		return true
@@ -86,10 +84,9 @@ func isLoopback(host string) bool {
 	return err == nil && addr.Unmap().IsLoopback()
 }
 
-// HostForDisplay returns the host of u with its port, such as
-// "api.cable.tech:8443" or "[::1]:8200", for an error, a warning or a log. A host
-// that has the shape of a secret, which somebody may have written into the wrong
-// field, is described by its length: "a host of 40 characters".
+// HostForDisplay returns the host of u with its port, such as "api.cable.tech:8443" or "[::1]:8200", for an error, a
+// warning or a log. A host that has the shape of a secret, which somebody may have written into the wrong field, is
+// described by its length: "a host of 40 characters".
 func HostForDisplay(u *url.URL) string {
 	host := displayHost(u.Hostname())
 	if host == u.Hostname() && validPort(u) {
@@ -101,9 +98,8 @@ func HostForDisplay(u *url.URL) string {
 // hostname matches names that cannot be a secret.
 var hostname = regexp.MustCompile(`^([a-z0-9-]{1,40}\.)+[a-z]{1,40}$`)
 
-// displayHost returns host if its shape cannot be that of a secret: a name in
-// lower case with a dot, localhost, or an address without a zone. Otherwise it
-// describes host by its length.
+// displayHost returns host if its shape cannot be that of a secret: a name in lower case with a dot, localhost, or an
+// address without a zone. Otherwise it describes host by its length.
 func displayHost(host string) string {
 	addr, err := netip.ParseAddr(host)
 	if host == "localhost" || err == nil && addr.Zone() == "" || len(host) <= maxHostname && hostname.MatchString(host) {

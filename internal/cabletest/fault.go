@@ -23,8 +23,8 @@ const (
 	ResetHalf   = "half"   // after half of the response's body
 )
 
-// Fault describes how calls fail. The zero value is a call that does not. As JSON, names are as tagged and durations are
-// Go's strings, "5s".
+// Fault describes how calls fail. The zero value is a call that does not. As JSON, names are as tagged and durations
+// are Go's strings, "5s".
 //
 // In Message, Errors, Header and Body the placeholder {refresh_key} is replaced by the call's Authorization header, to
 // simulate a server that echoes the key.

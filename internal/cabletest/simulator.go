@@ -275,7 +275,8 @@ func (s *Simulator) read(r *http.Request, call *Call) *envelope {
 	return nil
 }
 
-// readBody reads a request's JSON into call and lists what is wrong with it. Pointers are nil for what is absent or null.
+// readBody reads a request's JSON into call and lists what is wrong with it. Pointers are nil for what is absent or
+// null.
 func (s *Simulator) readBody(body io.Reader, call *Call) (problems []FieldError, malformed bool) {
 	var req struct {
 		ExpirySeconds *int64 `json:"expiry_seconds"`
