@@ -28,7 +28,7 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	x := newExchange(r.Allow, r.body, c.proxied)
 	r.calls++
 	sentAt := time.Now()
-	// Redirects are not followed, because RoundTrip follows none: the refresh key is sent to one host.
+	// Redirects are not followed, because RoundTrip follows none. So the refresh key is sent to one host.
 	resp, err := c.transport.RoundTrip(r.httpRequest(callCtx, x))
 	if err == nil {
 		defer func() { _ = resp.Body.Close() }()
@@ -65,7 +65,7 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	}
 
 	if coding := contentCoding(resp.Header); coding != "" {
-		detail := fmt.Sprintf("its Content-Encoding is %s, but only identity was accepted", c.redactor.show(coding, maxCoding))
+		detail := "its Content-Encoding is " + c.redactor.show(coding, maxCoding) + ", but only identity was accepted"
 		return nil, noRetry, r.invalid(resp.StatusCode, sent, detail)
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
@@ -90,8 +90,8 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	return token, noRetry, nil
 }
 
-// turn waits until an API call may be made: after a pause, for its share of the spread; and while maxConns calls are
-// under way, for one of them to end. The caller ends the turn.
+// turn waits until an API call may be made. After a pause it waits for its share of the spread, and while maxConns
+// calls are under way, for one of them to end. The caller ends the turn.
 func (c *Client) turn(ctx context.Context) (end func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -209,8 +209,8 @@ func (r *request) failure(ctx context.Context, x *exchange, sent bool, err error
 	return e
 }
 
-// Elapsed returns the time between two local times, by the clock that advanced more: the monotonic one stops while the
-// machine sleeps.
+// Elapsed returns the time between two local times, by the clock that advanced more, because the monotonic one stops
+// while the machine sleeps.
 func Elapsed(from, to time.Time) time.Duration {
 	return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))
 }

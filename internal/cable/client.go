@@ -54,7 +54,7 @@ type Config struct {
 	Observe func(Call)
 }
 
-// Call is one API call: an HTTP request to Cable. One RequestToken makes up to three.
+// Call is one API call, an HTTP request to Cable. One RequestToken makes up to three.
 type Call struct {
 	// StatusCode is the HTTP status of the response, or 0 if none arrived.
 	StatusCode int
@@ -70,8 +70,8 @@ type Call struct {
 	PauseBegan bool
 }
 
-// Client requests access tokens. It is safe for concurrent use and reuses its connections: make one per configuration
-// and use it until that changes.
+// Client requests access tokens. It is safe for concurrent use and reuses its connections, so make one per
+// configuration and use it until that changes.
 type Client struct {
 	url       *url.URL
 	auth      Secret // the value of the Authorization header
@@ -106,7 +106,7 @@ type TokenRequest struct {
 	Allow func() error
 }
 
-// Token is what Cable granted, not yet compared with the request.
+// Token is the access token that Cable issued, not yet compared with the request.
 type Token struct {
 	// Value is the access token.
 	Value Secret
@@ -120,11 +120,11 @@ type Token struct {
 	// ScopesOrganizationID is the organization named inside "scopes", or "".
 	ScopesOrganizationID string
 
-	// Scopes are the granted ones, or nil if the response names none: the schema does not require them.
+	// Scopes are the granted ones, or nil if the response names none, because the schema does not require them.
 	Scopes []string
 
-	// Date is Cable's clock when it responded: the response's Date plus its Age, in whole seconds, rounded down. It is
-	// zero if Date is missing or unreadable.
+	// Date is Cable's clock when it responded, namely the response's Date plus its Age, in whole seconds, rounded down.
+	// It is zero if Date is missing or unreadable.
 	Date time.Time
 
 	// SentAt and ReceivedAt are local times, before the successful call was sent and after its response was read, with
@@ -176,7 +176,7 @@ func New(cfg Config) (*Client, error) {
 		return nil, err
 	}
 	c.proxied = proxy != nil
-	if badProxy != nil { // fails each call, not New: a write of the configuration succeeds
+	if badProxy != nil { // which fails each call, not New, so that the configuration can be written
 		c.transport.Proxy = func(*http.Request) (*url.URL, error) { return nil, badProxy }
 	}
 	return c, nil

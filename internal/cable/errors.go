@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// Kind is the way in which a token request failed: a caller treats each differently.
+// Kind is the way in which a token request failed, each of which a caller treats differently.
 type Kind int
 
 const (
@@ -27,7 +27,7 @@ const (
 	Paused
 	// Unreachable means that there was no connection, or that it ended before the response was complete.
 	Unreachable
-	// InvalidResponse means that the response was refused: a 200 without a usable token, or a status that is neither
+	// InvalidResponse means that the response was refused, a 200 without a usable token, or a status that is neither
 	// 200 nor an error.
 	InvalidResponse
 	// TimedOut means that the budget ran out, or that the caller's deadline passed.
@@ -38,48 +38,37 @@ const (
 
 // String returns a stable lower-case name, for a log field or a label.
 func (k Kind) String() string {
-	switch k {
-	case Responded:
-		return "responded"
-	case Paused:
-		return "paused"
-	case Unreachable:
-		return "unreachable"
-	case InvalidResponse:
-		return "invalid_response"
-	case TimedOut:
-		return "timed_out"
-	case Canceled:
-		return "canceled"
-	default:
-		return "unknown"
+	names := []string{"unknown", "responded", "paused", "unreachable", "invalid_response", "timed_out", "canceled"}
+	if k < 0 || int(k) >= len(names) {
+		k = 0
 	}
+	return names[k]
 }
 
-// Error says why a token request failed. Its text is safe to show: it contains no secret and no raw body. Of Cable's
-// response it contains only the envelope's message and errors, and the name of a coding, bounded, escaped, and with the
-// refresh key redacted.
+// Error says why a token request failed. Its text is safe to show, because it contains no secret and no raw body. Of
+// Cable's response it contains only the envelope's message and errors, and the name of a coding, bounded, escaped, and
+// with the refresh key redacted.
 type Error struct {
 	Kind Kind
 
 	// StatusCode is the HTTP status of the response, or 0 if none arrived.
 	StatusCode int
 
-	// Detail is Cable's message, made safe to show, or what went wrong.
+	// Detail is Cable's message, made safe to show, or the fault.
 	Detail string
 
 	// RetryAfter is the time until the pause ends, set if Kind is Paused, or Responded with 429.
 	RetryAfter time.Duration
 
-	// MaybeIssued reports that Cable may have issued a token that was not delivered: the request was sent, and no
-	// response shows that it was refused.
+	// MaybeIssued reports that Cable may have issued a token that was not delivered, because the request was sent, and
+	// no response shows that it was refused.
 	MaybeIssued bool
 
 	// Attempts counts the API calls.
 	Attempts int
 
 	// Certificate reports that Kind is Unreachable because the server's certificate was refused, or because the server
-	// refused a client without one: a fault of the configuration, not of the network.
+	// refused a client without one. It is a fault of the configuration, not of the network.
 	Certificate bool
 }
 
@@ -93,7 +82,8 @@ func (e *Error) Error() string {
 		}
 		return text
 	case Paused:
-		return fmt.Sprintf("paused after Cable's 429: no API call for another %ds", (e.RetryAfter+time.Second-1)/time.Second)
+		seconds := (e.RetryAfter + time.Second - 1) / time.Second
+		return fmt.Sprintf("paused after Cable's 429: no API call for another %ds", seconds)
 	case Unreachable:
 		return "Cable could not be reached: " + e.Detail
 	case InvalidResponse:
@@ -252,8 +242,8 @@ func isAlert(err error, alerts ...tls.AlertError) bool {
 // errNoCertificate is joined to the error of a handshake that failed after the server requested a certificate.
 var errNoCertificate = errors.New("the server requested a client certificate")
 
-// isCertificateAlert reports that the server refused the certificate of the client, which has none: bad, unsupported,
-// revoked, expired or unknown certificate, unknown authority, certificate required (RFC 8446, 6). With TLS 1.2 some
+// isCertificateAlert reports that the server refused the certificate of the client, which has none (bad, unsupported,
+// revoked, expired or unknown certificate, unknown authority, certificate required; RFC 8446, 6). With TLS 1.2 some
 // servers send a mere handshake failure.
 func isCertificateAlert(err error) bool {
 	return isAlert(err, 42, 43, 44, 45, 46, 48, 116) || isAlert(err, 40) && errors.Is(err, errNoCertificate)

@@ -14,7 +14,7 @@ import (
 	"sync/atomic"
 )
 
-// exchange is one API call inside net/http. Its gate is the request's body, which net/http reads last: after the
+// exchange is one API call inside net/http. Its gate is the request's body, which net/http reads last, after the
 // connection was made, which can take seconds, and after the head was written to the connection's buffer, which it
 // fits. The body is empty until [TokenRequest].Allow has been asked again. If Allow refuses, the body stays empty,
 // net/http fails on its length, and no byte is sent.
@@ -88,8 +88,8 @@ func (x *exchange) end() (sent bool, refusal error) {
 	return x.opened && (x.conn == nil || x.conn.written.Load() > x.before), x.refusal
 }
 
-// state returns how far the call has come, and err with what the handshake has shown. early says that the connection is
-// new and has returned nothing: only then can err be one of the handshake.
+// state returns how far the call has come, and err with the findings of the handshake. early says that the connection
+// is new and has returned nothing, because only then can err be one of the handshake.
 func (x *exchange) state(err error) (stage string, early bool, _ error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()

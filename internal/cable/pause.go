@@ -11,14 +11,14 @@ import (
 )
 
 const (
-	// maxPause bounds a pause that Cable asks for: a wrong Retry-After must not stop a mount for a day.
+	// maxPause bounds a pause that Cable asks for, because a wrong Retry-After must not stop a mount for a day.
 	maxPause = 5 * time.Minute
 
 	// defaultPause is the pause after a 429 that names no time. Cable publishes no limits, so it only has to be long
 	// enough to lower the rate of calls.
 	defaultPause = 5 * time.Second
 
-	// pauseSpread is the time after a pause over which waiting calls are spread: all at once, they would cause the next
+	// pauseSpread is the time after a pause over which waiting calls are spread. All at once, they would cause the next
 	// 429.
 	pauseSpread = 2 * time.Second
 )
@@ -89,5 +89,5 @@ func sleep(ctx context.Context, d time.Duration) error {
 
 // jitter returns a random part of d.
 func jitter(d time.Duration) time.Duration {
-	return rand.N(d) //nolint:gosec // G404: it spreads load, and guards nothing
+	return rand.N(d) //nolint:gosec // G404, but it spreads load, and guards nothing
 }

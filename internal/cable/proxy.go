@@ -59,8 +59,9 @@ type badProxy string
 
 // Error implements error. It does not repeat the variable's value, which may contain a password.
 func (name badProxy) Error() string {
-	return fmt.Sprintf("the environment variable %s does not name a proxy: write [scheme://][user:password@]host[:port] "+
-		"with the scheme http, https, socks5 or socks5h, and %%-encode special characters in the password", string(name))
+	return fmt.Sprintf("the environment variable %s does not name a proxy: "+
+		"write [scheme://][user:password@]host[:port] with the scheme http, https, socks5 or socks5h, "+
+		"and %%-encode special characters in the password", string(name))
 }
 
 // refusedByProxy is the status with which a proxy refused a CONNECT.

@@ -21,15 +21,15 @@ const (
 	// maxText bounds the part of Cable's message that an error repeats, in bytes.
 	maxText = 512
 
-	// redactWindow is the length of the shortest part of a secret that is recognised in a text: long enough that words
+	// redactWindow is the length of the shortest part of a secret that is recognised in a text, long enough that words
 	// do not match by chance, short enough that a shorter part of the key is of no use.
 	redactWindow = 12
 )
 
 // redactor finds a secret, or a part of one, in text that another party wrote.
 //
-// NOTE: the secret is behind a func on purpose: fmt prints the address of a func for every verb, but follows a pointer
-// to a struct for some.
+// NOTE: the secret is behind a func on purpose, because fmt prints the address of a func for every verb, but follows a
+// pointer to a struct for some.
 type redactor struct{ known func() *spellings }
 
 // spellings are a secret as it is and in the encodings in which servers echo it.
@@ -37,7 +37,7 @@ type spellings struct {
 	whole   []string            // each of them
 	short   []string            // those that are shorter than a window
 	windows map[string]struct{} // each run of redactWindow bytes of the others
-	begins  [1 << 16]bool       // the first two bytes of each window: they rule out most text
+	begins  [1 << 16]bool       // the first two bytes of each window, which rule out most text
 }
 
 // newRedactor returns a redactor that finds the secret as it is, in URL, HTML and hexadecimal encoding, quoted, and in
@@ -52,7 +52,8 @@ func newRedactor(secret Secret) redactor {
 	inHex := hex.EncodeToString([]byte(key))
 	quoted := strconv.Quote(key)
 	inJSON, _ := json.Marshal(key) // a string always marshals
-	all := append(base64Runs(key), key, html.EscapeString(key), inHex, strings.ToUpper(inHex), quoted[1:len(quoted)-1], string(inJSON[1:len(inJSON)-1]))
+	all := append(base64Runs(key), key, html.EscapeString(key), inHex, strings.ToUpper(inHex),
+		quoted[1:len(quoted)-1], string(inJSON[1:len(inJSON)-1]))
 	for _, s := range []string{url.QueryEscape(key), url.PathEscape(key)} {
 		all = append(all, s, percents.ReplaceAllStringFunc(s, strings.ToLower))
 	}
@@ -77,7 +78,7 @@ func newRedactor(secret Secret) redactor {
 var percents = regexp.MustCompile(`%[0-9A-F]{2}`)
 
 // base64Runs returns the part of a text's base64 that depends on the key alone, for each offset at which the key can
-// begin: three bytes make four characters.
+// begin, because three bytes make four characters.
 func base64Runs(key string) []string {
 	var runs []string
 	for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
@@ -86,7 +87,7 @@ func base64Runs(key string) []string {
 			s = s[min(len(s), (before*8+5)/6):]
 			runs = append(runs, s)
 			if (before+len(key))%3 != 0 && s != "" {
-				runs = append(runs, s[:len(s)-1]) // the last one depends on what follows, too
+				runs = append(runs, s[:len(s)-1]) // the last one depends on the next byte, too
 			}
 		}
 	}
@@ -108,12 +109,14 @@ func (k *spellings) at(s string, i int) bool {
 // contains reports whether s contains the secret or a part of it.
 func (r redactor) contains(s string) bool { return r.redact(s) != s }
 
-// repeats reports whether s, a token, is the secret in another form: contains the whole of it, or is a part of it.
+// repeats reports whether s, a token, is the secret in another form, so that it contains the whole of it, or is a part
+// of it.
 //
 // NOTE: a part that both contain proves nothing. Both may be JWTs of one issuer, which begin alike.
 func (r redactor) repeats(s string) bool {
 	return slices.ContainsFunc(r.known().whole, func(w string) bool {
-		return s == w || len(w) >= redactWindow && strings.Contains(s, w) || len(s) >= redactWindow && strings.Contains(w, s)
+		return s == w || len(w) >= redactWindow && strings.Contains(s, w) ||
+			len(s) >= redactWindow && strings.Contains(w, s)
 	})
 }
 
@@ -143,8 +146,8 @@ func (r redactor) redact(s string) string {
 	return out.String()
 }
 
-// clean makes text that Cable wrote safe to show: it redacts the key, escapes what could mislead, and cuts the whole at
-// maxText bytes.
+// clean makes text that Cable wrote safe to show. It redacts the key, escapes misleading characters, and cuts the whole
+// at maxText bytes.
 func (r redactor) clean(s string) string { return r.show(s, maxText) }
 
 // show is clean with another bound. Letters, marks, numbers, punctuation, symbols, spaces and the two joiners, which

@@ -28,21 +28,21 @@ const (
 	// today's milliseconds are later.
 	maxExpiry = 253402300799
 
-	// ageSlack is by how much Age may exceed the duration of the call: it is rounded up by each cache on the way (RFC
+	// ageSlack is by how much Age may exceed the duration of the call, because each cache on the way rounds it up (RFC
 	// 9111, 4.2.3).
 	ageSlack = 5 * time.Second
 
 	maxToken  = 16 << 10 // bytes of a token, because it has to fit a header, and Vault stores it with each lease
 	maxCoding = 40       // bytes of a Content-Encoding that an error repeats
 	maxNumber = 400      // bytes of a number whose value is computed
-	maxDigits = 19       // bytes of a number that an error repeats: those of an int64
+	maxDigits = 19       // bytes of a number that an error repeats, those of an int64
 
-	// minToken is the length from which the rest of a response is searched for its token: a shorter one could match by
+	// minToken is the length from which the rest of a response is searched for its token. A shorter one could match by
 	// chance, and is no secret.
 	minToken = 16
 )
 
-// byteOrderMark is what some servers begin JSON with; it is ignored.
+// byteOrderMark begins the JSON of some servers, and is ignored.
 var byteOrderMark = []byte("\xef\xbb\xbf")
 
 // The JSON of request and response, by the request-token reference.
@@ -67,8 +67,8 @@ var errShape = errors.New("it is not a JSON object of the documented shape")
 // object has the documented members of a JSON object, by their paths.
 type object map[string]json.RawMessage
 
-// parse returns the members of raw, an object at path. A documented name counts as it is written, and once: another
-// case or a second one would let two readers of a response read two tokens. Other members are not judged.
+// parse returns the members of raw, an object at path. A documented name counts as it is written, and once, because
+// another case or a second one would let two readers of a response read two tokens. Other members are not judged.
 func parse(raw []byte, path string, names ...string) (object, error) {
 	d := json.NewDecoder(bytes.NewReader(raw))
 	if t, err := d.Token(); err != nil || t != json.Delim('{') || !json.Valid(raw) {
@@ -176,8 +176,8 @@ func (c *Client) parseExpiry(text string) (int64, error) {
 }
 
 // checkEcho refuses a response that contains a secret where none belongs. A server that echoes its request would have
-// the refresh key returned as a token or shown as an organization; and what was granted is shown, so that the token
-// must not be part of it. Values that were requested are not searched for the key: some keys contain the name of their
+// the refresh key returned as a token or shown as an organization; and the grant is shown, so that the token must not
+// be part of it. Values that were requested are not searched for the key, because some keys contain the name of their
 // organization.
 func (c *Client) checkEcho(t *Token, organizationName string, tr TokenRequest) error {
 	token := t.Value.Reveal()
@@ -199,10 +199,10 @@ func (c *Client) checkEcho(t *Token, organizationName string, tr TokenRequest) e
 	return nil
 }
 
-// notCables is what an error says of a response that is not in Cable's format.
+// notCables is the description of an error response that is not in Cable's format.
 const notCables = "not in Cable's error format: a gateway, proxy or firewall may have responded"
 
-// errorDetail says what an error response contains, made safe to show.
+// errorDetail describes the body of an error response, made safe to show.
 func (c *Client) errorDetail(raw []byte) string {
 	message, cables := c.envelope(raw)
 	switch {
@@ -215,7 +215,7 @@ func (c *Client) errorDetail(raw []byte) string {
 	}
 }
 
-// envelope returns the message of Cable's error envelope, made safe to show, or "", and whether raw is an envelope: an
+// envelope returns the message of Cable's error envelope, made safe to show, or "", and whether raw is an envelope, an
 // object with a code and a message. A member of another type does not spoil the others.
 func (c *Client) envelope(raw []byte) (message string, cables bool) {
 	var body struct{ Code, Message, Errors json.RawMessage }
@@ -253,8 +253,8 @@ func contentCoding(header http.Header) string {
 
 // cableClock returns Cable's clock when it sent the response to a call of the given duration: Date plus Age, or the
 // zero time without a usable Date. An Age beyond the call means that a cache responded, from which a token cannot be
-// taken: it is older than its lease would be. An Age counts a second more than it says, because it is cut off at whole
-// seconds.
+// taken, because it is older than its lease would be. An Age counts a second more than it says, because it is cut off
+// at whole seconds.
 func cableClock(header http.Header, duration time.Duration) (time.Time, error) {
 	var age time.Duration
 	if values := header.Values("Age"); len(values) > 0 {

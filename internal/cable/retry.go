@@ -72,7 +72,7 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 	}
 }
 
-// retryAfter reads the header in both of its forms (RFC 9110, 10.2.3): seconds, or a date, which is compared with the
+// retryAfter reads the header in both of its forms (RFC 9110, 10.2.3), seconds or a date, which is compared with the
 // Date of the same response. It returns at most MaxLifetime.
 func retryAfter(resp *http.Response) (time.Duration, bool) {
 	text := strings.TrimSpace(resp.Header.Get("Retry-After"))

@@ -29,7 +29,7 @@ const (
 // have head bytes.
 //
 // Only HTTP/1.1 is spoken, because with HTTP/2 net/http does not say whether the server processed a call.
-// MaxConnsPerHost bounds the connections: the bound on calls, in [Client], does not, because net/http continues to dial
+// MaxConnsPerHost bounds the connections. The bound on calls, in [Client], does not, because net/http continues to dial
 // after the caller has left.
 func newTransport(u, proxy *url.URL, caCert string, head int) (*http.Transport, error) {
 	tlsConfig := &tls.Config{
@@ -72,7 +72,7 @@ func newTransport(u, proxy *url.URL, caCert string, head int) (*http.Transport, 
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
-// counted returns a dial whose connections count what is written to them.
+// counted returns a dial whose connections count the bytes that are written to them.
 func counted(dial dialFunc) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := dial(ctx, network, address)
