@@ -36,7 +36,7 @@ func install(dir string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	if runtime.GOOS == "linux" {
-		_, _ = fmt.Fprintf(stderr, "File capabilities are not copied. If Vault locks its memory, run: %s %s\n", setcap, path)
+		_, _ = fmt.Fprintln(stderr, "File capabilities are not copied. If Vault locks its memory, run:", setcap, path)
 	}
 	_, _ = fmt.Fprintf(stdout, "%s  %s\n", sum, path)
 	return 0

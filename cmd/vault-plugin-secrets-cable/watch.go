@@ -29,9 +29,9 @@ import (
 //     process group, and the server needs the plugin for the requests under way.
 //   - While none is open, such a signal ends the plugin at once. That is how a
 //     container runtime stops a plugin that has lost its server.
-//   - While none is open, the plugin ends as soon as its parent is gone too: see
-//     newParent. Either sign alone can deceive: under a wrapper script the parent may
-//     end, or the pipes be closed, while the server runs.
+//   - While none is open, the plugin ends as soon as its parent is gone too, as
+//     newParent sees it. Either sign alone can deceive, because under a wrapper script
+//     the parent may end, or the pipes be closed, while the server runs.
 //   - If another process keeps the pipes open (a script with a pipeline, a container
 //     runtime), that sign never comes, so the plugin ends after a minute without a
 //     connection.
@@ -67,7 +67,7 @@ func newWatch(gone func() bool) *watch {
 	return &watch{gone: gone, closed: make(chan struct{}, 1), signals: make(chan os.Signal, 1)}
 }
 
-// catchSignals makes wait decide what SIGINT, SIGTERM and SIGHUP do.
+// catchSignals leaves the effect of SIGINT, SIGTERM and SIGHUP to wait.
 func (w *watch) catchSignals() {
 	signal.Notify(w.signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 }
