@@ -21,12 +21,7 @@ var installed = "vault-plugin-secrets-cable-" + testVersion + map[bool]string{tr
 // sumOf returns the SHA-256 of a file.
 func sumOf(t *testing.T, path string) string {
 	t.Helper()
-	file, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	sum, err := sha256Of(file)
+	sum, err := sha256Of(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,11 +63,11 @@ func TestInstall(t *testing.T) {
 		form   string                  // the option, in one argument with the folder
 		error  string                  // a part of it, or "" for success
 	}{
-		"nothing there":         {},
-		"one argument":          {form: "--install="},
-		"umask 077":             {script: `umask 077 && exec "$0" "$@"`},
-		"the same file":         {before: write(string(content), 0o755)},
-		"the same file, umask":  {before: write(string(content), 0o600)},
+		"nothing there":        {},
+		"one argument":         {form: "--install="},
+		"umask 077":            {script: `umask 077 && exec "$0" "$@"`},
+		"the same file":        {before: write(string(content), 0o755)},
+		"the same file, umask": {before: write(string(content), 0o600)},
 		"another file": {
 			before: write("another", 0o755),
 			error:  "is there with other content, and is never replaced: its SHA-256 is ",

@@ -54,8 +54,8 @@ func serve(args []string) (status int) {
 		// because they may contain anything.
 		logger.Warn("arguments given at registration ignored: this plugin takes none", "count", len(args))
 	}
-	if err := checkStart(); err != nil {
-		start.fail(err)
+	if remedy, err := checkStart(); err != nil {
+		start.fail(remedy, err)
 		return 1
 	}
 	// The engine keeps a few MiB in memory, so Go would collect after every few

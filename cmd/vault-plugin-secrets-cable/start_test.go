@@ -38,14 +38,14 @@ func TestCannotStart(t *testing.T) {
 	}{
 		"memory cannot be locked": {
 			linux: true, command: nobody, env: []string{cert, "VAULT_PLUGIN_MLOCK_ENABLED=true"},
-			error:  []string{"locking memory: cannot allocate memory"},
+			error: []string{"locking memory: cannot allocate memory"},
 			remedy: []string{
 				`"setcap cap_ipc_lock=+ep ` + plugin + `"`, "again after each upgrade", "disable_mlock = true",
 			},
 		},
 		"no folder for the socket": {
-			env:    []string{cert, "TMPDIR=/nonexistent/folder"},
-			error:  []string{"open /nonexistent/folder/plugin", "no such file or directory"},
+			env:   []string{cert, "TMPDIR=/nonexistent/folder"},
+			error: []string{"open /nonexistent/folder/plugin", "no such file or directory"},
 			remedy: []string{
 				"a socket in /nonexistent/folder:", "let Vault's user create files there", "-env=TMPDIR=FOLDER",
 			},

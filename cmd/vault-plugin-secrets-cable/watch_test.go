@@ -176,14 +176,14 @@ func TestServerKilled(t *testing.T) {
 	t.Parallel()
 	plugin := build(t)
 	tests := map[string][]string{
-		"child":                      {plugin},
-		"child, not connected":       {"unconnected", plugin},
-		"script":                     {"/bin/sh", "-c", script, plugin},
-		"script, not connected":      {"unconnected", "/bin/sh", "-c", script, plugin},
-		"script, log redirected":     {"/bin/sh", "-c", scriptQuiet, plugin},
-		"script in a script":         {"/bin/sh", "-c", `sh -c '"$0"; exit $?' "$0"; exit $?`, plugin},
-		"in the background":          {"/bin/sh", "-c", `exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`, plugin},
-		"PID namespace":              {"/bin/sh", "-c", namespace, plugin},
+		"child":                  {plugin},
+		"child, not connected":   {"unconnected", plugin},
+		"script":                 {"/bin/sh", "-c", script, plugin},
+		"script, not connected":  {"unconnected", "/bin/sh", "-c", script, plugin},
+		"script, log redirected": {"/bin/sh", "-c", scriptQuiet, plugin},
+		"script in a script":     {"/bin/sh", "-c", `sh -c '"$0"; exit $?' "$0"; exit $?`, plugin},
+		"in the background":      {"/bin/sh", "-c", `exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`, plugin},
+		"PID namespace":          {"/bin/sh", "-c", namespace, plugin},
 		"script in a PID namespace": {
 			"/bin/sh", "-c", `exec unshare --pid --fork --mount-proc sh -c '"$0"; exit $?' "$0"`, plugin,
 		},
