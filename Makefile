@@ -95,7 +95,8 @@ bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for 
 
 # Releases: docs/releasing.md. A tag is compiled by the Go that is pinned, which Go
 # fetches if another one is installed; a snapshot by the Go that is there.
-RELEASE_GO ?= $(if $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
+TAG = $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
+RELEASE_GO ?= $(if $(TAG),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
 
 .PHONY: release
 release: export GOTOOLCHAIN = $(RELEASE_GO)

@@ -390,7 +390,8 @@ func TestLicenses(t *testing.T) {
 	text := read(t, filepath.Join(dir, ".cache/release", licensesFile))
 	for _, want := range []string{
 		"Go standard library go1.", "github.com/hashicorp/vault/sdk v", ": MPL-2.0",
-		"github.com/hashicorp/go-hclog v", ": MIT", "Mozilla Public License", "Apache License", "The Prometheus Authors", // the last is from a NOTICE
+		"github.com/hashicorp/go-hclog v", ": MIT",
+		"Mozilla Public License", "Apache License", "The Prometheus Authors", // the last is from a NOTICE
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%s does not contain %q", licensesFile, want)
