@@ -59,7 +59,9 @@ func newStandInCable(t *testing.T) *standInCable {
 	})
 	var roots []byte
 	addrs := map[string]string{}
-	for host, handler := range map[string]http.Handler{cableHost: c.Simulator, gatewayHost: c.Simulator, thiefHost: thief} {
+	for host, handler := range map[string]http.Handler{
+		cableHost: c.Simulator, gatewayHost: c.Simulator, thiefHost: thief,
+	} {
 		certificate, root := issue(t, host)
 		if host == gatewayHost {
 			c.gatewayCA = string(root)
@@ -67,7 +69,6 @@ func newStandInCable(t *testing.T) *standInCable {
 			roots = append(roots, root...)
 		}
 		srv := httptest.NewUnstartedServer(handler)
-		srv.EnableHTTP2 = true
 		srv.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
 		srv.StartTLS()
 		t.Cleanup(srv.Close)
@@ -96,7 +97,8 @@ func newStandInCable(t *testing.T) *standInCable {
 func (c *standInCable) curl(t *testing.T) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "curl")
-	script := "#!/bin/sh\nPATH=${PATH#*:} HTTPS_PROXY=" + c.proxyURL + " CURL_CA_BUNDLE=" + c.bundle + " exec curl \"$@\"\n"
+	script := "#!/bin/sh\nPATH=${PATH#*:} HTTPS_PROXY=" + c.proxyURL + " CURL_CA_BUNDLE=" + c.bundle +
+		" exec curl \"$@\"\n"
 	if err := os.WriteFile(file, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}

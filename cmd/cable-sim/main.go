@@ -52,12 +52,18 @@ func parseFlags(args []string, stderr io.Writer) (*config, error) {
 	c := new(config)
 	fs := flag.NewFlagSet("cable-sim", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.StringVar(&c.keyOut, "refresh-key-out", "", "required: write the refresh key, a new one, to this `file` (mode 0600)")
+	fs.StringVar(
+		&c.keyOut, "refresh-key-out", "", "required: write the refresh key, a new one, to this `file` (mode 0600)",
+	)
 	fs.StringVar(&c.urlFile, "url-file", "", "write the token endpoint's URL to this `file` once listening")
-	fs.StringVar(&c.control, "control", "", "loopback `address` of the control listener, port 0 for a free one; default: none")
+	fs.StringVar(
+		&c.control, "control", "", "loopback `address` of the control listener, port 0 for a free one; default: none",
+	)
 	fs.StringVar(&c.controlURLFile, "control-url-file", "", "write the control listener's URL to this `file`")
 	fs.DurationVar(&c.latency, "latency", 0, "`duration` to wait before each response")
-	fs.BoolVar(&c.markers, "markers", false, "for tests: markers in the key and in tokens, and a path that is not Cable's")
+	fs.BoolVar(
+		&c.markers, "markers", false, "for tests: markers in the key and in tokens, and a path that is not Cable's",
+	)
 	err := fs.Parse(args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -97,7 +103,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		Plain:      !c.markers,
 		Default:    cabletest.Fault{Delay: c.latency},
 		Log: func(call cabletest.Call) {
-			logger.Printf("%s %s %d organization=%q scopes=%q expiry_seconds=%d", call.Time.UTC().Format(time.RFC3339Nano),
+			logger.Printf("%s %s %d organization=%q scopes=%q expiry_seconds=%d",
+				call.Time.UTC().Format(time.RFC3339Nano),
 				call.Method, call.Status, call.OrganizationID, call.Scopes, call.ExpirySeconds)
 		},
 	}
@@ -114,7 +121,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	srv := &http.Server{Handler: sim, ConnState: sim.ConnState, ReadHeaderTimeout: headerTimeout, ErrorLog: logger}
 	defer func() { _ = srv.Close() }()
-	url, err := serve(srv, "127.0.0.1:0", sim.Path(), c.urlFile, failed) // last: its file says that the others are there
+	// This one comes last, because its file says that the others are there.
+	url, err := serve(srv, "127.0.0.1:0", sim.Path(), c.urlFile, failed)
 	if err != nil {
 		return err
 	}

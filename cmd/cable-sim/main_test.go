@@ -233,16 +233,21 @@ func TestRefusals(t *testing.T) {
 		args []string
 		want string
 	}{
-		"no key file":           {nil, "-refresh-key-out is required: it is the only way to learn the refresh key"},
-		"key file's directory":  {[]string{"-refresh-key-out", "/nonexistent/key"}, "no such file or directory"},
-		"control on all":        {with("-control", "0.0.0.0:0"), `address "0.0.0.0:0" is not on loopback: use 127.0.0.1:PORT or [::1]:PORT`},
-		"control on no host":    {with("-control", ":0"), `address ":0" is not on loopback`},
-		"control on all IPv6":   {with("-control", "[::]:0"), `address "[::]:0" is not on loopback`},
-		"control elsewhere":     {with("-control", "192.0.2.1:0"), `address "192.0.2.1:0" is not on loopback`},
-		"control without port":  {with("-control", "127.0.0.1"), "missing port in address"},
-		"URL file's directory":  {with("-url-file", "/nonexistent/url"), "no such file or directory"},
-		"URL file a directory":  {with("-url-file", dir), "file exists"},
-		"unknown flag":          {with("-refresh-key", otherKey), "flag provided but not defined: -refresh-key: run cable-sim -h for the flags"},
+		"no key file":          {nil, "-refresh-key-out is required: it is the only way to learn the refresh key"},
+		"key file's directory": {[]string{"-refresh-key-out", "/nonexistent/key"}, "no such file or directory"},
+		"control on all": {
+			with("-control", "0.0.0.0:0"), `address "0.0.0.0:0" is not on loopback: use 127.0.0.1:PORT or [::1]:PORT`,
+		},
+		"control on no host":   {with("-control", ":0"), `address ":0" is not on loopback`},
+		"control on all IPv6":  {with("-control", "[::]:0"), `address "[::]:0" is not on loopback`},
+		"control elsewhere":    {with("-control", "192.0.2.1:0"), `address "192.0.2.1:0" is not on loopback`},
+		"control without port": {with("-control", "127.0.0.1"), "missing port in address"},
+		"URL file's directory": {with("-url-file", "/nonexistent/url"), "no such file or directory"},
+		"URL file a directory": {with("-url-file", dir), "file exists"},
+		"unknown flag": {
+			with("-refresh-key", otherKey),
+			"flag provided but not defined: -refresh-key: run cable-sim -h for the flags",
+		},
 		"argument":              {with(otherKey), "arguments without a flag: run cable-sim -h for the flags"},
 		"latency":               {with("-latency", "-1s"), "-latency -1s is negative"},
 		"control file, no port": {with("-control-url-file", "control"), "-control-url-file needs -control"},
@@ -404,7 +409,9 @@ func TestStopDuringCall(t *testing.T) {
 func TestProcess(t *testing.T) {
 	t.Parallel()
 	command := func(args ...string) (*exec.Cmd, *output, *bytes.Buffer) {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], append(args, "-refresh-key-out", filepath.Join(t.TempDir(), "key"))...)
+		cmd := exec.CommandContext(
+			t.Context(), os.Args[0], append(args, "-refresh-key-out", filepath.Join(t.TempDir(), "key"))...,
+		)
 		cmd.Env = append(os.Environ(), "CABLE_SIM_TEST_MAIN=1")
 		stderr, stdout := &output{listening: make(chan struct{})}, &bytes.Buffer{}
 		cmd.Stderr, cmd.Stdout = stderr, stdout

@@ -46,7 +46,8 @@ func checkWithdrawn(t *testing.T, c *Client, allow func() error) {
 	tr.Allow = allow
 	token, err := c.RequestToken(t.Context(), tr)
 	var e *Error
-	if token != nil || !errors.Is(err, errWithdrawn) || err.Error() != "withdrawn: the role was disabled" || errors.As(err, &e) {
+	if token != nil || !errors.Is(err, errWithdrawn) || err.Error() != "withdrawn: the role was disabled" ||
+		errors.As(err, &e) {
 		t.Errorf("got %v, %v; want the error of Allow as it is", token, err)
 	}
 }

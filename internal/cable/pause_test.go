@@ -45,7 +45,8 @@ func TestPause(t *testing.T) {
 		}
 		for _, err := range mintAll(t, c, 200) {
 			var e *Error
-			if !errors.As(err, &e) || e.Kind != Paused || e.RetryAfter != 90*time.Second || e.Attempts != 0 || e.MaybeIssued || e.StatusCode != 0 {
+			if !errors.As(err, &e) || e.Kind != Paused || e.RetryAfter != 90*time.Second || e.Attempts != 0 ||
+				e.MaybeIssued || e.StatusCode != 0 {
 				t.Errorf("in the pause: %+v", err)
 			}
 		}
@@ -84,7 +85,8 @@ func TestPause(t *testing.T) {
 func TestPauseLength(t *testing.T) {
 	t.Parallel()
 	for retryAfter, want := range map[string]time.Duration{
-		"": defaultPause, "soon": defaultPause, "1": time.Second, "300": maxPause, "301": maxPause, "9223372036854775807": maxPause,
+		"": defaultPause, "soon": defaultPause, "1": time.Second, "300": maxPause, "301": maxPause,
+		"9223372036854775807": maxPause,
 	} {
 		t.Run(retryAfter, func(t *testing.T) {
 			t.Parallel()

@@ -85,13 +85,17 @@ func TestRetries(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				sim, c := newMemory(t, Config{Timeout: tt.timeout})
 				sim.SetFault(rateLimit(0, tt.retryAfter))
-				diffError(t, Error{Kind: Responded, StatusCode: 429, Detail: "Too Many Requests", Attempts: tt.attempts}, mustFail(t, t.Context(), c))
+				diffError(
+					t, Error{Kind: Responded, StatusCode: 429, Detail: "Too Many Requests", Attempts: tt.attempts},
+					mustFail(t, t.Context(), c),
+				)
 				calls := sim.Calls()
 				if len(calls) != tt.attempts {
 					t.Fatalf("%d calls, want %d", len(calls), tt.attempts)
 				}
 				for i := range calls[1:] {
-					if wait := calls[i+1].Time.Sub(calls[i].Time); wait < tt.wait || wait > tt.wait+2*retryDelay<<i+pauseSpread {
+					if wait := calls[i+1].Time.Sub(calls[i].Time); wait < tt.wait ||
+						wait > tt.wait+2*retryDelay<<i+pauseSpread {
 						t.Errorf("retry %d after %s, want %s and some jitter", i+1, wait, tt.wait)
 					}
 				}
@@ -176,7 +180,11 @@ func TestBudget(t *testing.T) {
 				const budget = 2 * time.Second
 				for delay := time.Duration(0); delay < budget; delay += 9 * time.Millisecond {
 					sim, c := newMemory(t, Config{Timeout: budget})
-					sim.SetFault(cabletest.Fault{Status: 429, Delay: delay, Header: map[string]string{"Retry-After": retryAfter}})
+					sim.SetFault(
+						cabletest.Fault{
+							Status: 429, Delay: delay, Header: map[string]string{"Retry-After": retryAfter},
+						},
+					)
 					start := time.Now()
 					_, err := c.RequestToken(t.Context(), testRequest())
 					if took := time.Since(start); took > budget {
@@ -295,7 +303,8 @@ func TestOneTokenAtMost(t *testing.T) {
 				if s.err != nil {
 					return nil, s.err
 				}
-				return &http.Response{StatusCode: s.status, Header: http.Header{"Retry-After": {s.header}}, Body: io.NopCloser(strings.NewReader(s.body))}, nil
+				header, body := http.Header{"Retry-After": {s.header}}, io.NopCloser(strings.NewReader(s.body))
+				return &http.Response{StatusCode: s.status, Header: header, Body: body}, nil
 			}))
 			token, err := c.RequestToken(t.Context(), testRequest())
 			var e *Error
@@ -318,7 +327,17 @@ func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { retu
 
 // FuzzRetryAfter pins that no header makes the wait negative, or longer than a day.
 func FuzzRetryAfter(f *testing.F) {
-	for _, s := range [][2]string{{"1", ""}, {"-1", ""}, {"99999999999999999999", ""}, {"9223372036854775807", ""}, {"Fri, 31 Dec 9999 23:59:59 GMT", ""}, {"Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:36 GMT"}, {"Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 GMT"}, {"1.5", ""}, {"", "x"}} {
+	for _, s := range [][2]string{
+		{"1", ""},
+		{"-1", ""},
+		{"99999999999999999999", ""},
+		{"9223372036854775807", ""},
+		{"Fri, 31 Dec 9999 23:59:59 GMT", ""},
+		{"Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:36 GMT"},
+		{"Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 GMT"},
+		{"1.5", ""},
+		{"", "x"},
+	} {
 		f.Add(s[0], s[1])
 	}
 	f.Fuzz(func(t *testing.T, after, date string) {

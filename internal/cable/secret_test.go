@@ -26,7 +26,9 @@ import (
 func printed(t *testing.T) (Config, *Client, *Token) {
 	t.Helper()
 	srv := cabletest.NewServer(t, nil)
-	cfg := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Bearer: false, UserAgent: "test", Pause: new(Pause)}
+	cfg := Config{
+		RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Bearer: false, UserAgent: "test", Pause: new(Pause),
+	}
 	token := mustMint(t, newClientAt(t, cfg))
 	return cfg, newClientAt(t, cfg), token
 }
@@ -47,7 +49,10 @@ func newShown(secret string) shown {
 			decimal = append(decimal, fmt.Sprint(c))
 			listed = append(listed, fmt.Sprintf("0x%x", c))
 		}
-		s.texts = append(s.texts, piece, strings.Join(decimal, " "), strings.Join(listed, ", "), base64.StdEncoding.EncodeToString([]byte(piece[:9])))
+		s.texts = append(
+			s.texts, piece, strings.Join(decimal, " "), strings.Join(listed, ", "),
+			base64.StdEncoding.EncodeToString([]byte(piece[:9])),
+		)
 		s.hexes = append(s.hexes, hex.EncodeToString([]byte(piece)))
 	}
 	return s
@@ -77,7 +82,9 @@ func TestShown(t *testing.T) {
 	secret := cabletest.NewRefreshKey()
 	find := newShown(secret)
 	for _, format := range []string{"%v", "%s", "%q", "%x", "%X", "% x", "%#x", "% #X", "%d", "%#v"} {
-		for _, v := range []any{secret, []byte(secret), struct{ s string }{secret}, &struct{ s []byte }{[]byte(secret)}} {
+		for _, v := range []any{
+			secret, []byte(secret), struct{ s string }{secret}, &struct{ s []byte }{[]byte(secret)},
+		} {
 			text := fmt.Sprintf(format, v)
 			if s, isText := v.(string); isText && format == "%d" {
 				text = fmt.Sprintf("%d", []byte(s))
@@ -117,9 +124,25 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 		i  any
 		d  struct{ deep struct{ deeper Client } }
 	}
-	h := hidden{cfg.RefreshKey, &token.Value, cfg, &cfg, *c, c, *token, token, testRequest(), failure, []Secret{cfg.RefreshKey, token.Value}, map[string]Token{"a": *token}, *asBearer, struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}}}
+	h := hidden{
+		cfg.RefreshKey,
+		&token.Value,
+		cfg,
+		&cfg,
+		*c,
+		c,
+		*token,
+		token,
+		testRequest(),
+		failure,
+		[]Secret{cfg.RefreshKey, token.Value},
+		map[string]Token{"a": *token},
+		*asBearer,
+		struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}},
+	}
 	values := []any{
-		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token, testRequest(), *failure, failure, c.Pause(),
+		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token,
+		testRequest(), *failure, failure, c.Pause(),
 		c.redactor, &c.redactor,
 		h, &h,
 		[]any{h},
@@ -128,12 +151,17 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 		[1]Token{*token},
 		map[string]any{"h": h, "c": *c},
 		map[Secret]int{token.Value: 1},
-		fmt.Errorf("wrapped: %w", failure), errors.Join(failure, fmt.Errorf("%v %v", c, token)), reflect.ValueOf(h), reflect.ValueOf(c),
+		fmt.Errorf("wrapped: %w", failure),
+		errors.Join(failure, fmt.Errorf("%v %v", c, token)),
+		reflect.ValueOf(h),
+		reflect.ValueOf(c),
 	}
 	verbs := "vsqxXdtTpcUobeEfFgGw"
 	flags := []string{"", "+", "#", " ", "0", "-", "+#", "# ", "10", ".3", "10.20", "-0+# 5"}
 	count := 0
-	secrets := map[string]shown{"refresh key": newShown(cfg.RefreshKey.Reveal()), "access token": newShown(token.Value.Reveal())}
+	secrets := map[string]shown{
+		"refresh key": newShown(cfg.RefreshKey.Reveal()), "access token": newShown(token.Value.Reveal()),
+	}
 	check := func(how string, v any, text string) {
 		count++
 		for name, secret := range secrets {
@@ -237,7 +265,8 @@ func TestTextFields(t *testing.T) {
 	if !slices.Equal(got, known) {
 		t.Errorf("texts %q,\nwant %q", got, known)
 	}
-	if n := reflect.TypeFor[Secret]().NumField(); n != 1 || reflect.TypeFor[Secret]().Field(0).Type.Kind() != reflect.Pointer {
+	if n := reflect.TypeFor[Secret]().NumField(); n != 1 ||
+		reflect.TypeFor[Secret]().Field(0).Type.Kind() != reflect.Pointer {
 		t.Error("a Secret is more than a pointer: fmt prints the rest of it in an unexported field")
 	}
 }

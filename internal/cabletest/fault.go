@@ -54,7 +54,7 @@ type Fault struct {
 
 // Grant is what a successful response says instead of what was requested. Zero fields say what was requested.
 type Grant struct {
-	Lifetime             *time.Duration  `json:"lifetime"` // the token's true lifetime, in whole seconds; may be negative
+	Lifetime             *time.Duration  `json:"lifetime"` // the token's true one, in whole seconds; may be negative
 	OrganizationID       *string         `json:"organization_id"`
 	ScopesOrganizationID *string         `json:"scopes_organization_id"`
 	Scopes               *[]string       `json:"scopes"`

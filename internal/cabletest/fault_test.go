@@ -232,7 +232,10 @@ func TestFaultGrant(t *testing.T) {
 			}
 			issued := clock().Add(tt.fault.ClockSkew).Truncate(time.Second)
 			if !minted[0].IssuedAt.Equal(issued) || !minted[0].Expiry.Equal(issued.Add(requested)) {
-				t.Errorf("minted %s to %s, want %s to %s", minted[0].IssuedAt, minted[0].Expiry, issued, issued.Add(requested))
+				t.Errorf(
+					"minted %s to %s, want %s to %s", minted[0].IssuedAt, minted[0].Expiry, issued,
+					issued.Add(requested),
+				)
 			}
 			if got, want := resp.Header.Get("Date"), issued.Format(http.TimeFormat); got != want {
 				t.Errorf("Date = %q, want %q", got, want)

@@ -246,7 +246,8 @@ func (s *Simulator) authorized(header string) bool {
 // less than 8 bytes is a test's own and no secret: too many texts contain it.
 func (s *Simulator) redact(text string) string {
 	key := s.RefreshKey()
-	if len(key) >= 8 && strings.Contains(text, key) || strings.Contains(text, TokenMarker) || strings.Contains(text, tokenHeader) {
+	if len(key) >= 8 && strings.Contains(text, key) || strings.Contains(text, TokenMarker) ||
+		strings.Contains(text, tokenHeader) {
 		return "[redacted]"
 	}
 	return text
