@@ -30,10 +30,10 @@ import (
 const (
 	cableHost   = "api.cable.tech"            // Cable's own, of the default token_url
 	gatewayHost = "cable-gateway.example.com" // an operator's own, with a root of its own
-	thiefHost   = "tokens.example.net"        // somebody else's
+	thiefHost   = "tokens.example.net"        // a third party's
 )
 
-// standInCable lets the commands of the documents be run as they are, with Cable's default token_url: a proxy leads
+// standInCable lets the commands of the documents be run as they are, with Cable's default token_url. A proxy leads
 // each of the hosts above to the simulator, over TLS.
 type standInCable struct {
 	*cabletest.Simulator
@@ -92,7 +92,7 @@ func newStandInCable(t *testing.T) *standInCable {
 	return c
 }
 
-// curl writes a curl to a folder that reaches Cable as the plugin does, and returns its path: an operator's own has the
+// curl writes a curl to a folder that reaches Cable as the plugin does, and returns its path. An operator's own has the
 // proxy in the environment.
 func (c *standInCable) curl(t *testing.T) string {
 	t.Helper()

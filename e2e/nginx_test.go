@@ -18,7 +18,7 @@ import (
 	"time"
 )
 
-// TestNginx reads through a stock nginx, which ends each connection after 1000 requests and offers HTTP/2: no read
+// TestNginx reads through a stock nginx, which ends each connection after 1000 requests and offers HTTP/2. No read
 // fails, and no token counts as undelivered. It is skipped without nginx, unless E2E_NGINX is "require".
 func TestNginx(t *testing.T) {
 	t.Parallel()

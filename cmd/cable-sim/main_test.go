@@ -74,7 +74,7 @@ type program struct {
 	key          string // refresh key
 	stderr       *output
 	client       *http.Client
-	stop         func() error // stops it and returns what run returned; may be called twice
+	stop         func() error // stops it and returns the result of run; may be called twice
 }
 
 // start runs the program with all of its files in the test's own directory.
@@ -162,7 +162,7 @@ func (p *program) mint(t *testing.T, authorization string) minted {
 	return m
 }
 
-// TestPlain pins that without -markers nothing in sight is a test's: not the URL, the key or a token.
+// TestPlain pins that without -markers nothing in sight is a test's, neither the URL nor the key nor a token.
 func TestPlain(t *testing.T) {
 	t.Parallel()
 	p := start(t, "-markers=false")
@@ -189,7 +189,7 @@ func TestRun(t *testing.T) {
 	if m.OrganizationName != "Cable Financial Services" {
 		t.Errorf("organization_name = %q", m.OrganizationName)
 	}
-	// What a confused caller sends in the wrong place is not printed either, nor can it begin a line of its own.
+	// A secret that a confused caller sends in the wrong place is not printed either, nor can it begin a line.
 	confused := strings.Replace(validBody, `"a:b"`, `"`+m.Token+`","line\nbreak"`, 1)
 	p.send(t, "POST", p.url, "wrong", confused)
 	p.send(t, "POST", p.url+"/"+p.key, p.key, strings.Replace(validBody, "org_", p.key, 1))
@@ -257,7 +257,7 @@ func TestRefusals(t *testing.T) {
 			t.Parallel()
 			var stderr bytes.Buffer
 			ctx, cancel := context.WithCancel(t.Context())
-			cancel() // what is not refused ends at once
+			cancel() // a run that is not refused ends at once
 			err := run(ctx, tt.args, &stderr)
 			t.Log(err)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -405,7 +405,7 @@ func TestStopDuringCall(t *testing.T) {
 	}
 }
 
-// TestProcess runs the program as a process: signals, exit codes and stdout.
+// TestProcess runs the program as a process, for signals, exit codes and stdout.
 func TestProcess(t *testing.T) {
 	t.Parallel()
 	command := func(args ...string) (*exec.Cmd, *output, *bytes.Buffer) {

@@ -368,7 +368,7 @@ func TestHostileServer(t *testing.T) {
 				c, strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 50)+"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n",
 			)
 		}, Error{Kind: Responded, StatusCode: 401, Detail: notCables, Attempts: 1}},
-		// The body of a 101 is the bare connection: no context ends a read of it.
+		// The body of a 101 is the bare connection, so no context ends a read of it.
 		{"another protocol", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(
 				c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
@@ -483,7 +483,7 @@ func TestCallerLeaves(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name     string
-		response string // what the server has sent by then
+		response string // the part that the server has sent by then
 	}{
 		{"before the response", ""},
 		{"in the head", "HTTP/1.1 200 OK\r\nContent-"},
@@ -603,7 +603,7 @@ func TestStart(t *testing.T) {
 			t.Errorf("%s: %d calls", tt.name, n)
 		}
 	}
-	// What is left of the budget bounds the call.
+	// The rest of the budget bounds the call.
 	srv := cabletest.NewServer(t, nil)
 	srv.SetFault(cabletest.Fault{Delay: time.Hour})
 	tr := testRequest()
@@ -679,7 +679,7 @@ func TestObserve(t *testing.T) {
 	request()
 	srv.SetFault(rateLimit(1, "90"))
 	request()
-	request() // paused: no call
+	request() // paused, so no call
 	want := []Call{{StatusCode: 429}, {StatusCode: 200, Retry: true}, {}, {StatusCode: 429, PauseBegan: true}}
 	if !slices.Equal(got, want) {
 		t.Errorf("calls %+v, want %+v", got, want)

@@ -18,7 +18,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestRequest pins what is sent, byte by byte where it matters.
+// TestRequest pins the request, byte by byte where it matters.
 func TestRequest(t *testing.T) {
 	t.Parallel()
 	const key = "the-key-of-this-test"
@@ -123,7 +123,7 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// TestCallsAreIndependent pins that a client keeps nothing of a response: no cookie, and no other address.
+// TestCallsAreIndependent pins that a client keeps nothing of a response, no cookie and no other address.
 func TestCallsAreIndependent(t *testing.T) {
 	t.Parallel()
 	headers := make(chan http.Header, 2)

@@ -19,7 +19,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestClean pins what an error shows of a text of Cable's.
+// TestClean pins the form in which an error shows a text of Cable's.
 func TestClean(t *testing.T) {
 	t.Parallel()
 	r := newRedactor(NewSecret(testKey))
@@ -59,8 +59,8 @@ func TestClean(t *testing.T) {
 	}
 }
 
-// TestRedactProperties: whatever surrounds a part of the key of the length of a window, it is redacted, and a text
-// without one is unchanged.
+// TestRedactProperties pins that, whatever surrounds a part of the key of the length of a window, it is redacted, and a
+// text without one is unchanged.
 func TestRedactProperties(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
@@ -85,7 +85,7 @@ func TestRedactProperties(t *testing.T) {
 	})
 }
 
-// TestDetailIsBounded: whatever a message contains, the detail is bounded, valid and printable.
+// TestDetailIsBounded pins that, whatever a message contains, the detail is bounded, valid and printable.
 func TestDetailIsBounded(t *testing.T) {
 	t.Parallel()
 	r := newRedactor(NewSecret(testKey))
@@ -100,7 +100,7 @@ func TestDetailIsBounded(t *testing.T) {
 	})
 }
 
-// jwtLike returns a token in the shape of Cable's sample: the first part is the same for all tokens of one issuer.
+// jwtLike returns a token in the shape of Cable's sample. The first part is the same for all tokens of one issuer.
 func jwtLike(claims, signature string) string {
 	const header = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9."
 	return header + base64.RawURLEncoding.EncodeToString([]byte(claims)) + "." + signature
@@ -174,7 +174,7 @@ func echoes(key string) map[string]string {
 	}
 }
 
-// decoded returns text and what it may decode to, so that a key is found in any form.
+// decoded returns text and its possible decodings, so that a key is found in any form.
 func decoded(text string) []string {
 	list := []string{text, html.UnescapeString(text), strings.ReplaceAll(text, `\`, "")}
 	if s, err := url.QueryUnescape(text); err == nil {

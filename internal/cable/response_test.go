@@ -216,8 +216,8 @@ func TestEchoInAResponse(t *testing.T) {
 	}
 }
 
-// TestLookalikes pins that a response which only resembles the key is accepted: key and token may be JWTs of one
-// issuer, and a key may contain the name of its organization.
+// TestLookalikes pins that a response which only resembles the key is accepted, because key and token may be JWTs of
+// one issuer, and a key may contain the name of its organization.
 func TestLookalikes(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct{ key, token string }{
@@ -245,7 +245,7 @@ func TestLookalikes(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		// A key that is shorter than a window is no secret: many texts contain it.
+		// A key that is shorter than a window is no secret, because many texts contain it.
 		if got.Value.Reveal() != tt.token ||
 			len(tt.key) >= redactWindow && got.OrganizationName != cabletest.DefaultOrganizationName {
 			t.Errorf("%s: changed to %q, %q", name, got.Value.Reveal(), got.OrganizationName)
@@ -254,7 +254,7 @@ func TestLookalikes(t *testing.T) {
 }
 
 // TestOrganizationName pins that the organization's name, which the caller compares with nothing, is safe to show and
-// store: bounded and printable.
+// store, because it is bounded and printable.
 func TestOrganizationName(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
@@ -314,7 +314,7 @@ func TestErrorBodies(t *testing.T) {
 	}
 }
 
-// TestErrorDetail pins what is said of an error response that is not Cable's envelope, and that a message is kept if
+// TestErrorDetail pins the words about an error response that is not Cable's envelope, and that a message is kept if
 // the rest has another type.
 func TestErrorDetail(t *testing.T) {
 	t.Parallel()
@@ -336,7 +336,7 @@ func TestErrorDetail(t *testing.T) {
 	}
 }
 
-// TestTokenTwice pins that a response with its token in another field, too, is refused: what was granted is shown in
+// TestTokenTwice pins that a response with its token in another field, too, is refused, because the grant is shown in
 // errors and in the log.
 func TestTokenTwice(t *testing.T) {
 	t.Parallel()
@@ -357,7 +357,7 @@ func TestTokenTwice(t *testing.T) {
 	}
 }
 
-// responseErrors matches the errors of decode: they repeat nothing of a response but the digits of an expiry and an
+// responseErrors matches the errors of decode, which repeat nothing of a response but the digits of an expiry and an
 // envelope's message.
 var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 	`it is larger than 1048576 bytes`,
@@ -376,7 +376,7 @@ var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 
 // FuzzResponse pins that for any body of a 200, decoding does not panic; that an accepted token can be sent, has a
 // possible expiry and contains no part of the refresh key; and that an error contains no part of the key, and nothing
-// of the body but what responseErrors matches.
+// of the body that responseErrors does not match.
 func FuzzResponse(f *testing.F) {
 	for _, s := range []string{
 		`{"token":"t","expiry":1711929600,"organization_id":"o","organization_name":"n",` +

@@ -113,7 +113,8 @@ func TestRetries(t *testing.T) {
 	}
 }
 
-// TestRetryAfter pins how the header is read: seconds, or a date by the clock of the response, which may be years off.
+// TestRetryAfter pins how the header is read, as seconds, or a date by the clock of the response, which may be years
+// off.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	const date = "Sun, 31 Mar 2024 23:00:00 GMT"
@@ -170,7 +171,7 @@ func TestRetriesAreSpread(t *testing.T) {
 }
 
 // TestBudget pins, however long Cable takes for each 429, that nothing takes longer than the budget, and that no wait
-// lasts to its end: that would hide how Cable responded.
+// lasts to its end, which would hide how Cable responded.
 func TestBudget(t *testing.T) {
 	t.Parallel()
 	for _, retryAfter := range []string{"0", "1"} {
@@ -244,8 +245,8 @@ func TestCallerLeavesInAWait(t *testing.T) {
 	}
 }
 
-// A step is what happens to one call, and whether Cable may have issued a token then: written down here independently
-// of the code.
+// A step is the fate of one call, and whether Cable may have issued a token then, written down here independently of
+// the code.
 type step struct {
 	name   string
 	issued bool
@@ -276,8 +277,8 @@ func steps() []step {
 	return list
 }
 
-// TestOneTokenAtMost: whatever the responses to its calls, a token request makes at most three, and no call after one
-// that may have issued a token. If such a call brings no token, the error says so; and no other error does.
+// TestOneTokenAtMost pins that, whatever the responses to its calls, a token request makes at most three, and no call
+// after one that may have issued a token. If such a call brings no token, the error says so; and no other error does.
 func TestOneTokenAtMost(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

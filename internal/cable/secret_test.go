@@ -21,8 +21,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// printed returns a token, the configuration of the client that got it, and another client of the same: fmt reads all
-// of it, and would race with the connections of one in use.
+// printed returns a token, the configuration of the client that got it, and another client of the same, because fmt
+// reads all of it, and would race with the connections of one in use.
 func printed(t *testing.T) (Config, *Client, *Token) {
 	t.Helper()
 	srv := cabletest.NewServer(t, nil)
@@ -35,7 +35,8 @@ func printed(t *testing.T) (Config, *Client, *Token) {
 
 // shown contains the parts of a secret as formatting verbs print them.
 //
-// NOTE: the parts are windows, not the canary: a map of windows shows the whole secret without the canary in one piece.
+// NOTE: the parts are windows, not the canary, because a map of windows shows the whole secret without the canary in
+// one piece.
 type shown struct{ texts, hexes []string }
 
 func newShown(secret string) shown {
@@ -76,7 +77,7 @@ func (s shown) in(text string) string {
 	return ""
 }
 
-// TestShown tests what the next test relies on.
+// TestShown tests the helper of the next test.
 func TestShown(t *testing.T) {
 	t.Parallel()
 	secret := cabletest.NewRefreshKey()
@@ -99,7 +100,7 @@ func TestShown(t *testing.T) {
 	}
 }
 
-// TestPrintingShowsNoSecret prints each exported type, and types that contain one, in every way: no text shows the
+// TestPrintingShowsNoSecret prints each exported type, and types that contain one, in every way. No text shows the
 // refresh key or the access token.
 func TestPrintingShowsNoSecret(t *testing.T) {
 	t.Parallel()
@@ -214,7 +215,7 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 	}
 }
 
-// TestTextFields lists each text in an exported type that is not a Secret. It fails for a new one: if that can contain
+// TestTextFields lists each text in an exported type that is not a Secret. It fails for a new one. If that can contain
 // a secret, make it a Secret, else list it here.
 func TestTextFields(t *testing.T) {
 	t.Parallel()

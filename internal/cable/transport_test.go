@@ -126,8 +126,8 @@ func TestConnectionsAreBounded(t *testing.T) {
 	calls.Wait()
 }
 
-// TestDialsAreBounded pins the same for connections that are never made: net/http continues to dial after the caller
-// has left.
+// TestDialsAreBounded pins the same for connections that are never made, because net/http continues to dial after the
+// caller has left.
 func TestDialsAreBounded(t *testing.T) {
 	t.Parallel()
 	url, connections := rawServer(t, hang) // no TLS handshake
@@ -161,7 +161,7 @@ func TestErrorsKeepConnections(t *testing.T) {
 	}
 }
 
-// clientOfHost returns a client whose URL has a host that ParseTokenURL would refuse: the stand-in for a name that
+// clientOfHost returns a client whose URL has a host that ParseTokenURL would refuse, as the stand-in for a name that
 // resolves to something else.
 func clientOfHost(t *testing.T, host string) *Client {
 	t.Helper()
@@ -358,8 +358,8 @@ func newTLSServer(t testing.TB, config *tls.Config) (sim *cabletest.Simulator, u
 	return sim, "https://" + listener.Addr().String() + sim.Path()
 }
 
-// TestTLS pins which servers get the key: those with a valid certificate, over TLS 1.2 or later. No other server sees a
-// request, and a refused certificate is not retried.
+// TestTLS pins which servers get the key, namely those with a valid certificate, over TLS 1.2 or later. No other server
+// sees a request, and a refused certificate is not retried.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
@@ -498,8 +498,8 @@ func TestTLS(t *testing.T) {
 }
 
 // TestClientCertificate pins the error if the server requires a certificate of the client, which with TLS 1.3 it
-// reports only after the request: not retried, no token issued. If its alert is lost, because the write fails first, it
-// is a connection that was closed.
+// reports only after the request. It is not retried, and no token was issued. If its alert is lost, because the write
+// fails first, it is a connection that was closed.
 func TestClientCertificate(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
@@ -524,7 +524,7 @@ func TestClientCertificate(t *testing.T) {
 	}
 }
 
-// TestAlerts pins that an alert about certificates means the handshake on a new connection alone: on a kept one, or
+// TestAlerts pins that an alert about certificates means the handshake on a new connection alone. On a kept one, or
 // after the first byte of a response, Cable may have processed the call.
 func TestAlerts(t *testing.T) {
 	t.Parallel()
@@ -767,7 +767,7 @@ func (p *proxy) serve(conn net.Conn) {
 	_, _ = io.Copy(conn, upstream)
 }
 
-// TestProxy pins that proxies come from the environment: https uses one, in a tunnel that hides the key from it;
+// TestProxy pins that proxies come from the environment. https uses one, in a tunnel that hides the key from it;
 // loopback never does; and no error contains the proxy's password.
 func TestProxy(t *testing.T) { // not parallel, because of the environment
 	const host = "example.com" // the simulator's certificate is valid for it

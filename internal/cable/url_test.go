@@ -133,7 +133,7 @@ func TestParseTokenURL(t *testing.T) {
 	}
 }
 
-// TestHostForDisplay pins which hosts are shown: those with a shape that a secret does not have.
+// TestHostForDisplay pins which hosts are shown, namely those with a shape that a secret does not have.
 func TestHostForDisplay(t *testing.T) {
 	t.Parallel()
 	label := strings.Repeat("a", 40)
@@ -211,7 +211,7 @@ func FuzzTokenURL(f *testing.F) {
 		if dialled == "" {
 			return // no such host can be called
 		}
-		// By hand, without net/url: a reader sees the host between "//" and the next slash.
+		// By hand, without net/url, as a reader sees the host between "//" and the next slash.
 		_, rest, _ := strings.Cut(raw, "://")
 		host, path, slash := strings.Cut(rest, "/")
 		if slash {

@@ -162,7 +162,7 @@ func TestRequestRules(t *testing.T) {
 	}
 	tests := map[string]struct {
 		body   string
-		fields []string // named by the 400's errors; nil: the request is good
+		fields []string // named by the 400's errors; nil if the request is good
 		opaque bool     // a 400 that names no field
 	}{
 		"shortest": {body: body("300", good)},
