@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
-	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -22,10 +21,9 @@ import (
 // own rules in reuse.go and lifetimes.go decide what each read returns. This file
 // adds Agents, Cable, and a Vault that responds at once.
 //
-//	go test -run 'TestFleet$' -v -timeout 20m -fleet fleet.csv .
-//	go run -C tools/chart . -title 'Calls to Cable in a day' -lines -log < fleet.csv > docs/fleet.svg
+//	go test -run 'TestFleet$' -v -timeout 20m -fleet .
 
-var fleetCSV = flag.String("fleet", "", "simulate a day of up to 1,000,000 Agents, print the table, and write the chart's CSV to this `file`")
+var fleetTable = flag.Bool("fleet", false, "simulate a day of up to 1,000,000 Agents and print the table of docs/performance.md")
 
 // tick is the clock's step, and Cable's latency.
 const tick = 50 * time.Millisecond
@@ -216,8 +214,8 @@ var fleets = []fleet{
 // TestFleet protects the bounds that docs/performance.md states, whenever an
 // outage begins.
 func TestFleet(t *testing.T) {
-	if *fleetCSV != "" {
-		printFleet(t)
+	if *fleetTable {
+		printFleet()
 		return
 	}
 	t.Parallel()
@@ -264,12 +262,10 @@ func (f fleet) outages(leaderLost time.Duration) string {
 	return fmt.Sprintf("%d (%d %%)", some, (expired*100+12*f.agents)/(24*f.agents))
 }
 
-// printFleet prints the table of docs/performance.md and writes the CSV of its
-// chart.
-func printFleet(t *testing.T) {
+// printFleet prints the table of docs/performance.md.
+func printFleet() {
 	sizes := []int{10, 1000, 100_000, 1_000_000}
 	rows := make([]string, 2*len(sizes)*len(fleets))
-	calls := make([]int, len(rows))
 	free := make(chan struct{}, runtime.GOMAXPROCS(0))
 	var wg sync.WaitGroup
 	for i := range rows {
@@ -279,26 +275,12 @@ func printFleet(t *testing.T) {
 		wg.Go(func() {
 			defer func() { <-free }()
 			d := f.day(8*time.Hour, 16*time.Hour)
-			calls[i] = d.calls
-			rows[i] = fmt.Sprintf("| %d | %s | %s | %d | %d | %d | %d | %d | %d | %s | %s |", f.agents, f.name, choose(i, "over an hour", "at once"), d.calls, d.peakCalls,
-				d.reads, d.peakReads, d.failedReads, (d.reads-d.failedReads)/d.tokens, f.outages(24*time.Hour), f.outages(10*time.Minute))
+			rows[i] = fmt.Sprintf("| %d | %s | %s | %d | %d | %d | %d | %d | %d | %s | %s |",
+				f.agents, f.name, choose(i, "over an hour", "at once"), d.calls, d.peakCalls, d.reads, d.peakReads, d.failedReads, (d.reads-d.failedReads)/d.tokens, f.outages(24*time.Hour), f.outages(10*time.Minute))
 		})
 	}
 	wg.Wait()
-	fmt.Printf("| Agents | role | first reads | calls to Cable | most in a second | reads | most in a second | failed reads | readers per token | of 24 outages, leave Agents without a token | with the leader lost in the middle |\n|%s\n%s\n",
-		strings.Repeat(" --- |", 11), strings.Join(rows, "\n"))
-
-	csv := "Agents"
-	for _, f := range fleets[:4] {
-		csv += "," + f.name
-	}
-	for i, size := range sizes {
-		csv += fmt.Sprintf("\n%d", size)
-		for role := range 4 {
-			csv += fmt.Sprintf(",%d", calls[2*(i*len(fleets)+role)])
-		}
-	}
-	if err := os.WriteFile(*fleetCSV, []byte(csv+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fmt.Println("| Agents | role | first reads | calls to Cable | most in 1 s | reads | most in 1 s | failed reads " +
+		"| readers per token | outages that leave Agents without a token | with the leader lost |\n|" +
+		strings.Repeat(" --- |", 11) + "\n" + strings.Join(rows, "\n"))
 }
