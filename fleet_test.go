@@ -23,7 +23,8 @@ import (
 //
 //	go test -run 'TestFleet$' -v -timeout 20m -fleet .
 
-var fleetTable = flag.Bool("fleet", false, "simulate a day of up to 1,000,000 Agents and print the table of docs/performance.md")
+var fleetTable = flag.Bool("fleet", false,
+	"simulate a day of up to 1,000,000 Agents and print the table of docs/performance.md")
 
 // tick is the clock's step, and Cable's latency.
 const tick = 50 * time.Millisecond
@@ -276,7 +277,8 @@ func printFleet() {
 			defer func() { <-free }()
 			d := f.day(8*time.Hour, 16*time.Hour)
 			rows[i] = fmt.Sprintf("| %d | %s | %s | %d | %d | %d | %d | %d | %d | %s | %s |",
-				f.agents, f.name, choose(i, "over an hour", "at once"), d.calls, d.peakCalls, d.reads, d.peakReads, d.failedReads, (d.reads-d.failedReads)/d.tokens, f.outages(24*time.Hour), f.outages(10*time.Minute))
+				f.agents, f.name, choose(i, "over an hour", "at once"), d.calls, d.peakCalls, d.reads, d.peakReads,
+				d.failedReads, (d.reads-d.failedReads)/d.tokens, f.outages(24*time.Hour), f.outages(10*time.Minute))
 		})
 	}
 	wg.Wait()
