@@ -58,34 +58,6 @@ func TestReadsAtOnce(t *testing.T) {
 	}
 }
 
-// TestReadsInAPause: while Cable asked for a pause, nobody calls it.
-func TestReadsInAPause(t *testing.T) {
-	t.Parallel()
-	m := newMount(t, sharedServer(t), nil)
-	m.configure(t)
-	m.sim.SetFault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "120"}})
-	m.do(t, "GET", m.path+"/creds/app", nil)
-	for _, a := range m.readAll(t, 64) {
-		if a.status != 429 {
-			t.Errorf("in the pause: %s", a)
-		}
-	}
-	if n := m.sim.CallCount(); n != 1 {
-		t.Errorf("%d calls, want 1", n)
-	}
-
-	// The pause is for this key at this URL: a new key starts without it.
-	key := cabletest.NewRefreshKey()
-	m.sim.SetRefreshKey(key)
-	m.sim.ClearFaults()
-	m.ok(t, "POST", m.path+"/config", map[string]any{"organization_id": cabletest.DefaultOrganizationID})
-	if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != 429 {
-		t.Errorf("after a write of something else: %s, want the pause to go on", a)
-	}
-	m.ok(t, "POST", m.path+"/config", map[string]any{"refresh_key": key, "token_url": m.sim.URL})
-	m.read(t)
-}
-
 // TestSlowMint: a mint that takes long holds up no write, and ends with its
 // caller; then nothing was minted.
 func TestSlowMint(t *testing.T) {

@@ -369,51 +369,6 @@ func TestReuseManyReaders(t *testing.T) {
 	}
 }
 
-// TestReuseDropped: each write of the role or of the configuration drops the
-// token, also one that changes nothing: that is how a leaked one is dropped. A
-// read with parameters neither uses nor drops it, nor does the end of leases.
-func TestReuseDropped(t *testing.T) {
-	t.Parallel()
-	m := newMount(t, sharedServer(t), nil)
-	m.shareRole(t, 300)
-	last := m.read(t).token()
-	for _, w := range []struct {
-		method, path string
-		body         map[string]any
-		drops        bool
-	}{
-		{"PATCH", "roles/app", map[string]any{"reuse_for": 300}, true},
-		{"POST", "roles/app", map[string]any{"scopes": "transactions:read,transactions:write"}, true},
-		{"POST", "config", map[string]any{"organization_id": cabletest.DefaultOrganizationID}, true},
-		{"PATCH", "config", map[string]any{"auth_scheme": "raw"}, true},
-		{"POST", "roles/other", map[string]any{"scopes": "transactions:read"}, false},
-		{"GET", "creds/app?ttl=5m", nil, false},
-		{"GET", "creds/app?scopes=transactions:read", nil, false},
-		{"POST", "creds/app", map[string]any{"ttl": "5m"}, false},
-	} {
-		r := request{method: w.method, path: m.path + "/" + w.path, body: w.body, token: m.root}
-		if w.method == "PATCH" {
-			r.header = map[string]string{"Content-Type": "application/merge-patch+json"}
-		}
-		if a, err := m.call(r); err != nil || a.status >= 300 || a.token() == last {
-			t.Errorf("%s %s: %v, %v; want another token, if any", w.method, w.path, a, err)
-		}
-		got := m.read(t).token()
-		if (got != last) != w.drops {
-			t.Errorf("%s %s: dropped the token is %t, want %t", w.method, w.path, got != last, w.drops)
-		}
-		last = got
-	}
-	m.ok(t, "PUT", "sys/leases/revoke-prefix/"+m.path, nil)
-	if m.read(t).token() != last {
-		t.Error("the end of all leases dropped the token")
-	}
-	m.ok(t, "POST", m.path+"/roles/app", map[string]any{"disabled": true})
-	if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != 400 || a.token() != "" {
-		t.Errorf("a disabled role: %s", a)
-	}
-}
-
 // TestReuseWrapped: a reused read can be wrapped.
 func TestReuseWrapped(t *testing.T) {
 	t.Parallel()
