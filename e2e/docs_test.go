@@ -35,7 +35,7 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
-// TestPathHelp pins what `vault path-help` prints, as for a mount at cable.
+// TestPathHelp pins the output of `vault path-help`, as for a mount at cable.
 func TestPathHelp(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)

@@ -11,8 +11,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// message is the one error of an answer, without Vault's frame around it.
-func message(a *answer) string {
+// message is the one error of a response, without Vault's frame around it.
+func message(a *response) string {
 	if len(a.Errors) != 1 {
 		return a.String()
 	}
@@ -31,8 +31,8 @@ type failure struct {
 	text    string // part of the error
 }
 
-// failures has one failure for each outcome. What leads to which outcome, with
-// which error, is tested in internal/cable and in the root package.
+// failures has one failure for each outcome. The causes of each outcome, with
+// their errors, are tested in internal/cable and in the root package.
 var failures = []failure{
 	{outcome: "key_rejected", fault: cabletest.Fault{Status: 401, Message: "no, {refresh_key}"}, status: 400, text: "no, [redacted]; the refresh key was sent with auth_scheme=raw"},
 	{outcome: "rejected_by_cable", fault: cabletest.Fault{Status: 403}, status: 400, text: "403: Forbidden; check the organization and the scopes of roles/app"},
@@ -45,7 +45,7 @@ var failures = []failure{
 }
 
 // fail has Cable fail one read.
-func (m *mount) fail(t *testing.T, f failure) *answer {
+func (m *mount) fail(t *testing.T, f failure) *response {
 	t.Helper()
 	if f.timeout != "" {
 		m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": f.timeout})

@@ -22,8 +22,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// Reuse, on a real Vault. The rules themselves are proven in the root package;
-// here it is what readers, operators and Cable see of them.
+// Reuse, on a real Vault: its rules are tested in the root package, its effects on
+// readers, operators and Cable here.
 
 // shareRole configures the mount, and makes app a role whose readers share a
 // token for reuseFor seconds.
@@ -67,7 +67,7 @@ type outage struct {
 	orphan  int    // tokens that Cable may have issued
 }
 
-// TestReuseInOutage: Cable is down for longer than reuse_for and shorter than
+// TestReuseInOutage shows that Cable is down for longer than reuse_for and shorter than
 // the token's lifetime. No read fails, each response says why it has the
 // previous token, operators see it, and Cable is called once in 5 seconds.
 func TestReuseInOutage(t *testing.T) {
@@ -120,7 +120,7 @@ func TestReuseInOutage(t *testing.T) {
 			began := time.Now()
 			t.Logf("%s", read())
 
-			// What operators see.
+			// Operators see it in status, metrics and the log.
 			status := m.ok(t, "GET", m.path+"/status", nil)
 			if down, _ := status.Data["reuse_fallbacks"].(map[string]any); down["app"] != o.outcome {
 				t.Errorf("status: reuse_fallbacks %v, want app: %s", status.Data["reuse_fallbacks"], o.outcome)
@@ -170,7 +170,7 @@ func TestReuseInOutage(t *testing.T) {
 
 			// Cable is back.
 			m.sim.ClearFaults()
-			var a *answer
+			var a *response
 			waitFor(t, 15*time.Second, "a new token", func() bool { a = m.read(t); return a.token() != first.token() })
 			if len(a.Warnings) > 0 {
 				t.Errorf("when Cable is back: warnings %q", a.Warnings)
@@ -183,14 +183,14 @@ func TestReuseInOutage(t *testing.T) {
 	}
 }
 
-// TestReuseHidesNoFault: what only an operator can fix fails reads, although the
-// previous token is still valid.
+// TestReuseHidesNoFault shows that a fault that only an operator can fix fails
+// reads, although the previous token is still valid.
 func TestReuseHidesNoFault(t *testing.T) {
 	t.Parallel()
 	v := sharedServer(t)
 	fails := func(t *testing.T, m *mount, status int, outcome, text string) {
 		t.Helper()
-		var a *answer
+		var a *response
 		waitFor(t, 10*time.Second, "a read that fails", func() bool {
 			a = m.do(t, "GET", m.path+"/creds/app", nil)
 			if len(a.Warnings) > 0 {
@@ -265,7 +265,7 @@ func newGate(t *testing.T, m *mount) *gate {
 	return g
 }
 
-// TestReuseReadersLeave: a reader that leaves does not end the call that others
+// TestReuseReadersLeave shows that a reader that leaves does not end the call that others
 // wait for. If all leave, its token is kept for the next reader.
 func TestReuseReadersLeave(t *testing.T) {
 	t.Parallel()
@@ -289,7 +289,7 @@ func TestReuseReadersLeave(t *testing.T) {
 				}()
 			}
 			waitFor(t, 10*time.Second, "the call", func() bool { return g.arrived.Load() > 0 })
-			stayed := make(chan *answer, 1)
+			stayed := make(chan *response, 1)
 			if stays {
 				go func() {
 					a, err := m.call(read)
@@ -310,7 +310,7 @@ func TestReuseReadersLeave(t *testing.T) {
 			waitFor(t, 10*time.Second, "the engine knows that readers left", func() bool { return m.requests(t, "canceled") > 0 })
 			close(g.opened)
 
-			var got *answer
+			var got *response
 			if stays {
 				got = <-stayed
 			} else {
@@ -327,7 +327,7 @@ func TestReuseReadersLeave(t *testing.T) {
 	}
 }
 
-// TestReuseManyReaders: many readers at once get one token, by one call, each
+// TestReuseManyReaders shows that many readers at once get one token, by one call, each
 // with a lease of its own that ends no later than the one of the read that
 // minted.
 func TestReuseManyReaders(t *testing.T) {
@@ -369,7 +369,7 @@ func TestReuseManyReaders(t *testing.T) {
 	}
 }
 
-// TestReuseWrapped: a reused read can be wrapped.
+// TestReuseWrapped shows that a reused read can be wrapped.
 func TestReuseWrapped(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)
