@@ -57,7 +57,8 @@ func (v *vaultServer) leaks(from position) (leaks []string) {
 		}
 		for line := range bytes.Lines(data[min(offset, int64(len(data))):]) {
 			if secret := findSecret(string(line), false); secret != "" {
-				leaks = append(leaks, fmt.Sprintf("%s contains %s: %s", filepath.Base(path), secret, bytes.TrimSpace(line)))
+				leaks = append(leaks,
+					fmt.Sprintf("%s contains %s: %s", filepath.Base(path), secret, bytes.TrimSpace(line)))
 			}
 		}
 	}
@@ -96,7 +97,8 @@ func TestCanaryIsFound(t *testing.T) {
 	plant(v.log, "[TRACE] started\n[TRACE] "+key+"\n")
 	plant(v.audit, "{}\n")
 	before := v.position()
-	if got := v.leaks(position{}); len(got) != 1 || !strings.Contains(got[0], "vault.log contains the refresh key: [TRACE] "+key) {
+	if got := v.leaks(position{}); len(got) != 1 ||
+		!strings.Contains(got[0], "vault.log contains the refresh key: [TRACE] "+key) {
 		t.Errorf("the log with a key: %q", got)
 	}
 	if got := v.leaks(before); len(got) != 0 {

@@ -117,7 +117,8 @@ func TestOpenAPI(t *testing.T) {
 				continue // not a method
 			}
 			if other := operations[id]; other != "" {
-				t.Errorf("%s %s and %s share the operation id %q: an OpenAPI document must not", method, path, other, id)
+				t.Errorf("%s %s and %s share the operation id %q: an OpenAPI document must not", method, path, other,
+					id)
 			}
 			operations[id] = method + " " + path
 		}

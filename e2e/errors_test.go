@@ -34,14 +34,52 @@ type failure struct {
 // failures has one failure for each outcome. The causes of each outcome, with
 // their errors, are tested in internal/cable and in the root package.
 var failures = []failure{
-	{outcome: "key_rejected", fault: cabletest.Fault{Status: 401, Message: "no, {refresh_key}"}, status: 400, text: "no, [redacted]; the refresh key was sent with auth_scheme=raw"},
-	{outcome: "rejected_by_cable", fault: cabletest.Fault{Status: 403}, status: 400, text: "403: Forbidden; check the organization and the scopes of roles/app"},
+	{
+		outcome: "key_rejected",
+		fault:   cabletest.Fault{Status: 401, Message: "no, {refresh_key}"},
+		status:  400,
+		text:    "no, [redacted]; the refresh key was sent with auth_scheme=raw",
+	},
+	{
+		outcome: "rejected_by_cable",
+		fault:   cabletest.Fault{Status: 403},
+		status:  400,
+		text:    "403: Forbidden; check the organization and the scopes of roles/app",
+	},
 	{outcome: "cable_error", fault: cabletest.Fault{Status: 500}, status: 502, text: "500: Internal Server Error"},
-	{outcome: "unreachable", fault: cabletest.Fault{Reset: cabletest.ResetAfter}, status: 502, text: "cable could not be reached"},
-	{outcome: "timed_out", fault: cabletest.Fault{Delay: time.Minute}, timeout: "1s", status: 504, text: "the budget of 1s ran out"},
-	{outcome: "invalid_response", fault: cabletest.Fault{Body: "<html></html>"}, status: 502, text: "it is not a JSON object"},
-	{outcome: "grant_mismatch", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("org_other"), ScopesOrganizationID: ptr("org_other")}}, status: 502, text: `"org_other"`},
-	{outcome: "rate_limited", fault: cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "70"}}, status: 429, text: "70s"},
+	{
+		outcome: "unreachable",
+		fault:   cabletest.Fault{Reset: cabletest.ResetAfter},
+		status:  502,
+		text:    "cable could not be reached",
+	},
+	{
+		outcome: "timed_out",
+		fault:   cabletest.Fault{Delay: time.Minute},
+		timeout: "1s",
+		status:  504,
+		text:    "the budget of 1s ran out",
+	},
+	{
+		outcome: "invalid_response",
+		fault:   cabletest.Fault{Body: "<html></html>"},
+		status:  502,
+		text:    "it is not a JSON object",
+	},
+	{
+		outcome: "grant_mismatch",
+		fault: cabletest.Fault{
+			Grant: &cabletest.Grant{OrganizationID: ptr("org_other"), ScopesOrganizationID: ptr("org_other")},
+		},
+		status: 502,
+		text:   `"org_other"`,
+	},
+	{
+		outcome: "rate_limited",
+		fault:   cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "70"}},
+		status:  429,
+		text:    "70s",
+	},
 }
 
 // fail has Cable fail one read.
@@ -85,10 +123,12 @@ func TestCableFails(t *testing.T) {
 				return
 			}
 			// Cable is not called until the time that it named.
-			m.ok(t, "POST", "sys/mounts/"+m.path+"/tune", map[string]any{"allowed_response_headers": []string{"Retry-After"}})
+			m.ok(t, "POST", "sys/mounts/"+m.path+"/tune",
+				map[string]any{"allowed_response_headers": []string{"Retry-After"}})
 			for _, paused := range m.readAll(t, 16) {
 				if n := m.sim.CallCount(); paused.status != 429 || paused.header.Get("Retry-After") == "" || n != 1 {
-					t.Errorf("in the pause, after %d calls: %s, with Retry-After %q", n, paused, paused.header.Get("Retry-After"))
+					t.Errorf("in the pause, after %d calls: %s, with Retry-After %q", n, paused,
+						paused.header.Get("Retry-After"))
 				}
 			}
 		})

@@ -81,7 +81,8 @@ func TestVaultEndsLeases(t *testing.T) {
 	v := sharedServer(t)
 	policy := func(t *testing.T, m *mount) string {
 		name := m.path + "-app"
-		m.ok(t, "PUT", "sys/policies/acl/"+name, map[string]any{"policy": fmt.Sprintf("path %q { capabilities = [\"read\"] }", m.path+"/creds/app")})
+		m.ok(t, "PUT", "sys/policies/acl/"+name,
+			map[string]any{"policy": fmt.Sprintf("path %q { capabilities = [\"read\"] }", m.path+"/creds/app")})
 		return name
 	}
 	login := func(t *testing.T, m *mount, body map[string]any) string {
@@ -99,7 +100,8 @@ func TestVaultEndsLeases(t *testing.T) {
 		if n := m.leaseCount(m.path + "/creds/app"); n < 1 {
 			t.Errorf("%d leases, want some that are to end", n)
 		}
-		waitFor(t, 30*time.Second, "Vault ends the leases", func() bool { return m.leaseCount(m.path+"/creds/app") == 0 })
+		waitFor(t, 30*time.Second, "Vault ends the leases",
+			func() bool { return m.leaseCount(m.path+"/creds/app") == 0 })
 		a := m.ok(t, "GET", "sys/leases?type=irrevocable", nil)
 		if n := a.number("lease_count"); n != 0 || a.Data["lease_count"] == nil {
 			t.Errorf("irrevocable leases: %s", a)
@@ -132,7 +134,8 @@ func TestVaultEndsLeases(t *testing.T) {
 		m.configure(t)
 		token := login(t, m, map[string]any{"type": "batch", "ttl": "10m"})
 		a := read(t, m, token)
-		if end := m.expireTime(t, a.LeaseID); end.After(time.Unix(a.number("expiry"), 0)) || end.After(time.Now().Add(10*time.Minute)) {
+		if end := m.expireTime(t, a.LeaseID); end.After(time.Unix(a.number("expiry"), 0)) ||
+			end.After(time.Now().Add(10*time.Minute)) {
 			t.Errorf("the lease ends %s, after Vault's token or Cable's", end)
 		}
 		m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": a.LeaseID, "sync": true})
@@ -153,6 +156,7 @@ func TestRevokeSaysSo(t *testing.T) {
 	a := m.ok(t, "GET", m.path+"/creds/"+role, nil)
 	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": a.LeaseID, "sync": true})
 	waitFor(t, 10*time.Second, "a line in the log", func() bool {
-		return m.logHas("[INFO]", "lease ended before its token; Cable cannot revoke tokens, so it stays valid", "role="+role, fmt.Sprintf("expires_at=%s", a.Data["expires_at"]))
+		return m.logHas("[INFO]", "lease ended before its token; Cable cannot revoke tokens, so it stays valid",
+			"role="+role, fmt.Sprintf("expires_at=%s", a.Data["expires_at"]))
 	})
 }

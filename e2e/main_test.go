@@ -93,7 +93,8 @@ func runTests(m *testing.M) (status int) {
 	}
 	status = m.Run()
 	if server != nil {
-		switch a, err := server.call(request{method: "GET", path: "sys/metrics?format=prometheus", token: server.root}); {
+		metrics := request{method: "GET", path: "sys/metrics?format=prometheus", token: server.root}
+		switch a, err := server.call(metrics); {
 		case err != nil || a.status != 200:
 			fmt.Fprintln(os.Stderr, "e2e: reading Vault's metrics:", a, err)
 			status = 1

@@ -77,7 +77,12 @@ func TestReuseInOutage(t *testing.T) {
 		{outcome: "cable_error", fault: cabletest.Fault{Status: 500}, timeout: "20s", status: 500, orphan: 1},
 		{outcome: "unreachable", fault: cabletest.Fault{Reset: cabletest.ResetBefore}, timeout: "20s", orphan: 1},
 		{outcome: "timed_out", fault: cabletest.Fault{Delay: time.Minute}, timeout: "1s", orphan: 1},
-		{outcome: "rate_limited", fault: cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "120"}}, timeout: "20s", status: 429},
+		{
+			outcome: "rate_limited",
+			fault:   cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "120"}},
+			timeout: "20s",
+			status:  429,
+		},
 	} {
 		t.Run(o.outcome, func(t *testing.T) {
 			t.Parallel()
@@ -107,7 +112,8 @@ func TestReuseInOutage(t *testing.T) {
 				return ""
 			}
 			fallsBackFor := func(outcome string) func() bool {
-				text := "Cable is down (" + outcome + "), so the previous token is returned, valid until " + first.Data["expires_at"].(string) + ": "
+				text := "Cable is down (" + outcome + "), so the previous token is returned, valid until " +
+					first.Data["expires_at"].(string) + ": "
 				return func() bool {
 					warning := read()
 					if warning != "" && !strings.HasPrefix(warning, text) {
@@ -234,7 +240,8 @@ func TestReuseHidesNoFault(t *testing.T) {
 		srv.StartTLS()
 		t.Cleanup(srv.Close)
 		_, port, _ := strings.Cut(strings.TrimPrefix(srv.URL, "https://"), ":")
-		m.shareRole(t, 1, map[string]any{"token_url": "https://localhost:" + port + m.sim.Path(), "ca_cert": string(root)})
+		m.shareRole(t, 1, map[string]any{"token_url": "https://localhost:" + port + m.sim.Path(),
+			"ca_cert": string(root)})
 		m.read(t)
 		shown.Store(&bad)
 		srv.CloseClientConnections()
@@ -307,7 +314,8 @@ func TestReuseReadersLeave(t *testing.T) {
 			}
 			// Vault ends the requests of callers that left; one may not have come to
 			// the engine at all.
-			waitFor(t, 10*time.Second, "the engine knows that readers left", func() bool { return m.requests(t, "canceled") > 0 })
+			waitFor(t, 10*time.Second, "the engine knows that readers left",
+				func() bool { return m.requests(t, "canceled") > 0 })
 			close(g.opened)
 
 			var got *response
@@ -317,7 +325,8 @@ func TestReuseReadersLeave(t *testing.T) {
 				waitFor(t, 10*time.Second, "the end of the call", func() bool { return len(m.sim.Minted()) == 1 })
 				got = m.read(t)
 			}
-			if n := g.arrived.Load(); got == nil || got.status != 200 || n != 1 || m.sim.Stats().Minted != 1 || got.token() != m.sim.Minted()[0].Token {
+			if n := g.arrived.Load(); got == nil || got.status != 200 || n != 1 || m.sim.Stats().Minted != 1 ||
+				got.token() != m.sim.Minted()[0].Token {
 				t.Errorf("%d calls, %+v: want one call, and its token", n, m.sim.Stats())
 			}
 			if n := m.figure(t, "vault_cable_undelivered_tokens_total"); n != 0 {
@@ -364,7 +373,8 @@ func TestReuseManyReaders(t *testing.T) {
 		a := m.read(t)
 		end := m.expireTime(t, a.LeaseID)
 		if a.token() != first.token() || end.After(firstEnd) || firstEnd.Sub(end) > 5*time.Second {
-			t.Errorf("a lease ends %s after the first one, with the same token: %t", end.Sub(firstEnd), a.token() == first.token())
+			t.Errorf("a lease ends %s after the first one, with the same token: %t", end.Sub(firstEnd),
+				a.token() == first.token())
 		}
 	}
 }
@@ -375,7 +385,8 @@ func TestReuseWrapped(t *testing.T) {
 	m := newMount(t, sharedServer(t), nil)
 	m.shareRole(t, 300)
 	token := m.read(t).token()
-	a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: m.root, header: map[string]string{"X-Vault-Wrap-TTL": "60"}})
+	a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: m.root,
+		header: map[string]string{"X-Vault-Wrap-TTL": "60"}})
 	if err != nil || a.status != 200 || a.WrapInfo == nil {
 		t.Fatalf("wrapping: %s, %v", a, err)
 	}

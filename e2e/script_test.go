@@ -139,7 +139,8 @@ func cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	a, err := mountOf(ts).call(r)
 	ts.Check(err)
-	checkOutput(ts, fmt.Sprint(a.text, a.header), a.status == 200 && strings.HasPrefix(r.path, mountOf(ts).path+"/creds/"))
+	checkOutput(ts, fmt.Sprint(a.text, a.header), a.status == 200 &&
+		strings.HasPrefix(r.path, mountOf(ts).path+"/creds/"))
 	fmt.Fprintf(ts.Stdout(), "HTTP %d\n", a.status)
 	if s := a.header.Get("Retry-After"); s != "" {
 		fmt.Fprintf(ts.Stdout(), "Retry-After: %s\n", s)

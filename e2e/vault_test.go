@@ -137,7 +137,8 @@ func (v *vaultServer) call(r request) (*response, error) {
 
 // callContext is call for a caller that may leave.
 func (v *vaultServer) callContext(ctx context.Context, r request) (*response, error) {
-	resp, err := v.Do(ctx, vaulttest.Request{Method: r.method, Path: r.path, Body: r.body, Token: r.token, Header: r.header})
+	resp, err := v.Do(ctx,
+		vaulttest.Request{Method: r.method, Path: r.path, Body: r.body, Token: r.token, Header: r.header})
 	if err != nil {
 		return nil, err
 	}
