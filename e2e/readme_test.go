@@ -89,10 +89,10 @@ func TestDemo(t *testing.T) {
 		`refresh_key=mistyped .*\nCode: 400.*\n.* failed and nothing was stored`,
 		`refresh_key_version cable/config\n2$`, // rotated
 		`cable/creds/fleet \| cksum\n(\d+ \d+)$`,
-		`vault read cable/creds/reports\nCode: 502`,                     // an outage
-		`Cable is down \(cable_error\), so the previous token is ret`,   // and reuse
+		`vault read cable/creds/reports\nCode: 502`,                    // an outage
+		`Cable is down \(cable_error\), so the previous token is ret`,  // and reuse
 		`disabled=true\n(?s:.*)may\s+be\s+valid until 20\d\d-`,         // a role
-		`vault read cable/creds/reports\nCode: 400.*\n.* is disabled`,   // that mints no more
+		`vault read cable/creds/reports\nCode: 400.*\n.* is disabled`,  // that mints no more
 		`^map\[cable_error:1 invalid_request:2 minted:\d reused:\d\]$`, // each read in status
 		`^Success! Disabled the secrets engine .* cable/$`,
 	} {
