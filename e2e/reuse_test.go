@@ -240,8 +240,10 @@ func TestReuseHidesNoFault(t *testing.T) {
 		srv.StartTLS()
 		t.Cleanup(srv.Close)
 		_, port, _ := strings.Cut(strings.TrimPrefix(srv.URL, "https://"), ":")
-		m.shareRole(t, 1, map[string]any{"token_url": "https://localhost:" + port + m.sim.Path(),
-			"ca_cert": string(root)})
+		m.shareRole(t, 1, map[string]any{
+			"token_url": "https://localhost:" + port + m.sim.Path(),
+			"ca_cert":   string(root),
+		})
 		m.read(t)
 		shown.Store(&bad)
 		srv.CloseClientConnections()
@@ -385,8 +387,10 @@ func TestReuseWrapped(t *testing.T) {
 	m := newMount(t, sharedServer(t), nil)
 	m.shareRole(t, 300)
 	token := m.read(t).token()
-	a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: m.root,
-		header: map[string]string{"X-Vault-Wrap-TTL": "60"}})
+	a, err := m.call(request{
+		method: "GET", path: m.path + "/creds/app", token: m.root,
+		header: map[string]string{"X-Vault-Wrap-TTL": "60"},
+	})
 	if err != nil || a.status != 200 || a.WrapInfo == nil {
 		t.Fatalf("wrapping: %s, %v", a, err)
 	}
