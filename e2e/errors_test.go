@@ -51,7 +51,7 @@ var failures = []failure{
 		outcome: "unreachable",
 		fault:   cabletest.Fault{Reset: cabletest.ResetAfter},
 		status:  502,
-		text:    "cable could not be reached",
+		text:    "Cable could not be reached",
 	},
 	{
 		outcome: "timed_out",
