@@ -40,7 +40,7 @@ type result struct {
 	cpu            float64 // of the plugin, in microseconds per read
 	peak           float64 // of the plugin's memory, in MiB
 	calls, conns   float64 // to Cable, per 1000 reads
-	reads          float64 // as a part of the floor's per second: the median of the rounds
+	reads          float64 // median of the rounds, as a part of the floor's per second
 	cpuRatio, more float64 // CPU per read and peak memory, as a multiple of the floor's
 }
 

@@ -20,7 +20,7 @@ import (
 )
 
 // A fleet of Vault Agents that read one role, with a virtual clock. The engine's
-// own rules, in this package and in lifetime, decide what each read returns. This
+// own rules, in this package and in lifetime, decide the result of each read. This
 // file adds Agents, Cable, and a Vault that responds at once.
 //
 //	go test -run 'TestFleet$' -v -timeout 20m ./internal/share -fleet
@@ -36,7 +36,7 @@ type fleet struct {
 	name          string
 	agents        int
 	ttl, reuseFor time.Duration // of the role; each read mints if reuseFor is 0
-	threshold     float64       // of the lease, after which Agents read again: lease_renewal_threshold
+	threshold     float64       // lease_renewal_threshold, the part of the lease after which Agents read again
 	start         time.Duration // over which the first reads are spread
 	length        time.Duration // of the simulation
 	outage        time.Duration // when Cable begins to respond 503
@@ -44,7 +44,7 @@ type fleet struct {
 	leaderLost    time.Duration // when a node takes over that has nothing in memory
 }
 
-// fleetResult is what a simulation counted.
+// fleetResult has the counts of a simulation.
 type fleetResult struct {
 	calls, failedCalls   int // to Cable; those that Cable did not grant
 	reads, failedReads   int // of creds/NAME
@@ -63,9 +63,9 @@ type agent struct {
 // retryWait is how long a Vault Agent 1.21 with default settings waits after so
 // many failed reads in a row. Its HTTP client reads three times, 1 s to 1.5 s
 // and 2 s to 3 s apart (vault/api: DefaultConfig). After that its template waits
-// for 250 ms, doubling up to 1 minute, 12 times (consul-template: config/retry.go).
+// for 250 ms, doubling up to 1 minute, 12 times (config/retry.go of consul-template).
 // After that Agent starts its templates again, 1 s later, doubling up to 5 minutes
-// (vault: command/agent/template).
+// (command/agent/template of Vault).
 func retryWait(failures int32, random *rand.Rand) time.Duration {
 	n, request := (failures-1)/3, (failures-1)%3
 	switch restart, retry := n/13, n%13; {
@@ -116,7 +116,7 @@ func (f fleet) run() (d fleetResult) {
 			d.expired++
 		}
 		a.failures, a.leaseEnd = 0, now+int32(lease/tick)
-		// As leaseCheckWait of consul-template: the threshold, give or take a twentieth.
+		// The threshold, give or take a twentieth, as in leaseCheckWait of consul-template.
 		readLater(i, now, time.Duration((f.threshold-0.05+random.Float64()*0.1)*float64(lease)))
 	}
 	// call is Cable's response to a call sent at the tick before t.
