@@ -53,7 +53,6 @@ var pageTests = map[string]string{
 var notRun = map[string]string{
 	"examples/clients/README.md#Python/1":            "needs a package: TestExampleClientsInstalled runs it",
 	"examples/clients/README.md#Node/1":              "needs Node: TestExampleClientsInstalled runs it",
-	"examples/clients/README.md#Node/2":              "needs Node: TestExampleClientsInstalled runs it",
 	"examples/clients/README.md#Ansible/1":           "needs a package: TestExampleClientsInstalled runs it",
 	"examples/consul-template/README.md#Run/2":       "runs until it is ended: TestExampleConsulTemplate starts it",
 	"examples/vault-agent/README.md#Run/2":           "runs until it is ended: TestExampleVaultAgent starts it",
