@@ -6,6 +6,7 @@ package e2e
 import (
 	"archive/zip"
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -14,7 +15,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -24,39 +24,34 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// The modules of examples/terraform run with the OpenTofu that tools/opentofu
-// pins, and with Terraform if it is on PATH. Their provider is that of
-// tools/terraform-provider-vault, which says how it differs from the current one.
+// The modules of examples/terraform run with each program on PATH, terraform and
+// tofu, and with the provider from its registry, or from the mirror that
+// TF_CLI_CONFIG_FILE names. With TERRAFORM=require in the environment, as in CI,
+// a test without one of these fails; elsewhere it is skipped.
 
 // withTerraform runs a test with each program.
-func withTerraform(t *testing.T, test func(t *testing.T, program, cliConfig string)) {
+func withTerraform(t *testing.T, test func(t *testing.T, program string)) {
 	t.Helper()
 	needExamples(t)
 	needVault(t)
-	programs := map[string]string{"OpenTofu": filepath.Join(needTool(t, "opentofu"), "tofu")}
-	if path, err := exec.LookPath("terraform"); err == nil {
-		programs["Terraform"] = path
+	for _, name := range []string{"terraform", "tofu"} {
+		t.Run(name, func(t *testing.T) {
+			program, err := exec.LookPath(name)
+			if err != nil {
+				noTerraform(t, err.Error())
+			}
+			test(t, program)
+		})
 	}
-	provider := filepath.Join(needTool(t, "terraform-provider-vault"), "terraform-provider-vault")
+}
 
-	// A mirror in which the provider is of the version that the modules ask for.
-	mirror := t.TempDir()
-	for _, host := range []string{"registry.terraform.io", "registry.opentofu.org"} {
-		dir := filepath.Join(mirror, host, "hashicorp/vault/5.10.0", runtime.GOOS+"_"+runtime.GOARCH)
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Symlink(provider, filepath.Join(dir, "terraform-provider-vault_v5.10.0")); err != nil {
-			t.Fatal(err)
-		}
+// noTerraform skips or fails a test that lacks the program or the provider.
+func noTerraform(t *testing.T, reason string) {
+	t.Helper()
+	if os.Getenv("TERRAFORM") == "require" {
+		t.Fatal("TERRAFORM=require: ", reason)
 	}
-	cliConfig := filepath.Join(mirror, "terraformrc")
-	if err := os.WriteFile(cliConfig, fmt.Appendf(nil, "provider_installation {\n  filesystem_mirror {\n    path = %q\n  }\n}\n", mirror), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for name, program := range programs {
-		t.Run(name, func(t *testing.T) { test(t, program, cliConfig) })
-	}
+	t.Skip(reason)
 }
 
 // terraform is a person in a copy of a module.
@@ -66,15 +61,33 @@ type terraform struct {
 	sim *cabletest.Server
 }
 
-// newTerraform copies a module, for a person who is root on v.
-func newTerraform(t *testing.T, v *vaultServer, sim *cabletest.Server, module, program, cliConfig string) *terraform {
+// newTerraform copies a module, for a person who is root on v, and installs its
+// provider, in a minute at most.
+func newTerraform(t *testing.T, v *vaultServer, sim *cabletest.Server, module, program string) *terraform {
 	t.Helper()
 	p := &terraform{shell: newShell(t, v, map[string]string{"terraform": program}), v: v, sim: sim}
 	if err := os.CopyFS(p.dir, os.DirFS(filepath.Join("../examples/terraform", module))); err != nil {
 		t.Fatal(err)
 	}
-	p.env = append(p.env, "TF_CLI_CONFIG_FILE="+cliConfig, "TF_IN_AUTOMATION=1", "TF_CLI_ARGS=-no-color", "CHECKPOINT_DISABLE=1")
+	settings := []string{"TF_IN_AUTOMATION=1", "TF_CLI_ARGS=-no-color", "CHECKPOINT_DISABLE=1"}
+	p.env = append(p.env, settings...)
 	p.run("terraform fmt -check -diff")
+
+	// With the home and the proxy of the test's own environment, unlike the page.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, "init", "-input=false")
+	cmd.Dir, cmd.Env, cmd.WaitDelay = p.dir, append(os.Environ(), settings...), time.Second
+	out, err := cmd.CombinedOutput()
+	unreachable := regexp.MustCompile(`(?s)Failed to (query available provider packages|install provider).*`)
+	switch reason := unreachable.FindString(string(out)); {
+	case ctx.Err() != nil:
+		noTerraform(t, "the provider was not installed within a minute")
+	case err != nil && reason != "":
+		noTerraform(t, "the provider cannot be installed. "+strings.Join(strings.Fields(reason), " "))
+	case err != nil:
+		t.Fatalf("init: %v\n%s", err, out)
+	}
 	return p
 }
 
@@ -217,7 +230,7 @@ func (p *terraform) minimal(name string) {
 // TestExampleTerraformPlatform follows the page of the module for the platform.
 func TestExampleTerraformPlatform(t *testing.T) {
 	t.Parallel()
-	withTerraform(t, func(t *testing.T, program, cliConfig string) {
+	withTerraform(t, func(t *testing.T, program string) {
 		next, err := nextPlugin()
 		if err != nil {
 			t.Fatal(err)
@@ -243,9 +256,9 @@ func TestExampleTerraformPlatform(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(v.stop)
-		watch(t, v)
 		sim := cabletest.NewServer(t, nil)
-		p := newTerraform(t, v, sim, "platform", program, cliConfig)
+		p := newTerraform(t, v, sim, "platform", program)
+		watch(t, v)
 
 		// The values of the example, but for sums, versions and Cable's address.
 		values := readFile(t, p.place("terraform.tfvars"))
@@ -400,9 +413,9 @@ func TestExampleTerraformPlatform(t *testing.T) {
 // TestExampleTerraformApp follows the page of the module for an app.
 func TestExampleTerraformApp(t *testing.T) {
 	t.Parallel()
-	withTerraform(t, func(t *testing.T, program, cliConfig string) {
+	withTerraform(t, func(t *testing.T, program string) {
 		_, m := newApplication(t)
-		p := newTerraform(t, m.vaultServer, m.sim, "app", program, cliConfig)
+		p := newTerraform(t, m.vaultServer, m.sim, "app", program)
 		calls := func(do func()) int {
 			t.Helper()
 			before := m.sim.CallCount()
