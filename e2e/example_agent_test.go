@@ -50,6 +50,24 @@ func (m *mount) smallest(t *testing.T, file string, needed map[string]request, r
 	}
 }
 
+// costs fails the test unless do makes this number of API calls.
+func (m *mount) costs(t *testing.T, want int, of string, do func()) {
+	t.Helper()
+	before := m.sim.CallCount()
+	do()
+	if n := m.sim.CallCount() - before; n != want {
+		t.Errorf("%s: %d API calls, want %d", of, n, want)
+	}
+}
+
+// requested fails the test unless the last API call requested this lifetime.
+func (m *mount) requested(t *testing.T, seconds int64) {
+	t.Helper()
+	if calls := m.sim.Calls(); calls[len(calls)-1].ExpirySeconds != seconds {
+		t.Errorf("%ds were requested, want %ds", calls[len(calls)-1].ExpirySeconds, seconds)
+	}
+}
+
 // newExample returns a server with the role reports, and a shell in a copy of an
 // example's folder, for somebody who follows its page.
 func newExample(t *testing.T, name string) (*shell, *mount) {
