@@ -160,8 +160,8 @@ func (m *mount) front(
 	return server.URL, ""
 }
 
-// endsWithTheReason: an application that has no token, and that a retry cannot
-// help, ends at once with an error that says why.
+// endsWithTheReason shows that an application that has no token, and that a retry
+// cannot help, ends at once with an error that says why.
 func (s *shell) endsWithTheReason(m *mount, token, command string) {
 	t := s.t
 	t.Helper()
@@ -268,7 +268,7 @@ func (s *shell) readsInTime(m *mount, token, command string, suspends bool) {
 	if out := readFile(t, s.place("out")); !strings.Contains(out, "no backend") {
 		t.Errorf("while the application waits, it says:\n%s", out)
 	}
-	// The outage: the next read fails once, and the current token is used.
+	// In the outage, the next read fails once, and the current token is used.
 	waitFor(t, 40*time.Second, "the application reads the next token", func() bool { return calls() == 3 })
 	failed := time.Now()
 	used := func() int { return strings.Count(readFile(t, s.place("out")), "have a token") }
@@ -287,7 +287,9 @@ func (s *shell) readsInTime(m *mount, token, command string, suspends bool) {
 	}
 	if suspends {
 		s.write("suspended", "")
-		waitFor(t, 20*time.Second, "the application reads again after a suspension", func() bool { return calls() == 6 })
+		waitFor(t, 20*time.Second, "the application reads again after a suspension", func() bool {
+			return calls() == 6
+		})
 	}
 	if out := readFile(t, s.place("out")); strings.Contains(out, cabletest.TokenMarker) {
 		t.Error("the application printed the token")

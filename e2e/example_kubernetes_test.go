@@ -38,8 +38,10 @@ type csiObject struct {
 	Encoding       string         `yaml:"encoding"`
 }
 
-// csiObjects returns the objects of a SecretProviderClass, decoded strictly.
-func csiObjects(t *testing.T, file string) (objects []csiObject) {
+// csiCalls returns the requests of the CSI provider for a SecretProviderClass, which
+// is decoded strictly. The provider sends one for each path and method, with the
+// arguments as a body.
+func csiCalls(t *testing.T, file string) (calls []request) {
 	t.Helper()
 	var class struct {
 		Spec struct {
@@ -60,19 +62,13 @@ func csiObjects(t *testing.T, file string) (objects []csiObject) {
 		}
 	}
 	decode(readFile(t, "../examples/kubernetes/"+file), false, &class)
+	var objects []csiObject
 	decode(class.Spec.Parameters.Objects, true, &objects)
 	if class.Spec.Provider != "vault" || class.Spec.Parameters.RoleName != "reports" {
 		t.Fatalf("%s: %+v", file, class.Spec)
 	}
-	return objects
-}
-
-// csiCalls returns the requests of the CSI provider, which sends one for each path
-// and method, with the arguments as a body.
-func csiCalls(t *testing.T, file string) (calls []request) {
-	t.Helper()
 	seen := map[string]bool{}
-	for _, o := range csiObjects(t, file) {
+	for _, o := range objects {
 		call := request{method: cmp.Or(o.Method, "GET"), path: o.SecretPath}
 		if o.SecretArgs != nil {
 			call.body = o.SecretArgs
@@ -152,7 +148,6 @@ func TestExampleKubernetes(t *testing.T) {
 		{"", testKubernetesAuth},
 		{"vault-secrets-operator", testOperator},
 		{"external-secrets", testExternalSecrets},
-		{"csi", testCSI},
 		{"injector", testInjector},
 	} {
 		t.Run(cmp.Or(tt.folder, "auth"), func(t *testing.T) {
@@ -411,106 +406,6 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 	case !strings.Contains(out, "getParameters"):
 		t.Errorf("read.yaml: %v\n%s", err, out)
 	}
-
-	// A store reads once for each property.
-	k.write("store.yaml", fmt.Sprintf(`
-apiVersion: external-secrets.io/v1
-kind: SecretStore
-metadata: {name: cable, namespace: reports}
-spec:
-  provider:
-    vault:
-      server: %s
-      path: cable
-      version: v1
-      auth: {kubernetes: {mountPath: kubernetes, role: reports, serviceAccountRef: {name: reports, audiences: [vault]}}}
----
-apiVersion: external-secrets.io/v1
-kind: ExternalSecret
-metadata: {name: store, namespace: reports}
-spec:
-  refreshInterval: 30m
-  secretStoreRef: {kind: SecretStore, name: cable}
-  target: {name: store}
-  data:
-    - {secretKey: token, remoteRef: {key: creds/reports, property: token}}
-    - {secretKey: scope, remoteRef: {key: creds/reports, property: scope}}
-    - {secretKey: expires_at, remoteRef: {key: creds/reports, property: expires_at}}
-`, k.m.addr))
-	before = k.m.sim.Stats().Minted
-	k.run("kubectl apply -f store.yaml")
-	k.reports("wait --for=condition=Ready --timeout=60s externalsecret/store")
-	if n := k.m.sim.Stats().Minted - before; n != 3 {
-		t.Errorf("a store minted %d tokens for 3 properties", n)
-	}
-	k.run("kubectl delete -f store.yaml")
-}
-
-// testCSI applies examples/kubernetes/csi, and replays the provider's login and
-// requests for a pod.
-func testCSI(t *testing.T, k *kubernetes) {
-	// The driver's CRD cannot be had; this one knows the fields that are used.
-	k.write("crd.yaml", `
-apiVersion: apiextensions.k8s.io/v1
-kind: CustomResourceDefinition
-metadata: {name: secretproviderclasses.secrets-store.csi.x-k8s.io}
-spec:
-  group: secrets-store.csi.x-k8s.io
-  scope: Namespaced
-  names: {kind: SecretProviderClass, plural: secretproviderclasses, singular: secretproviderclass}
-  versions:
-    - name: v1
-      served: true
-      storage: true
-      schema:
-        openAPIV3Schema:
-          type: object
-          properties:
-            spec:
-              type: object
-              properties:
-                provider: {type: string}
-                parameters: {type: object, additionalProperties: {type: string}}
-`)
-	k.run("kubectl apply -f crd.yaml && kubectl wait --for=condition=Established crd --all")
-	replay := func(file string) (data map[string]any) {
-		t.Helper()
-		token := strings.TrimSpace(k.run(loginAs("reports", "reports", "reports", "--audience vault")))
-		for _, r := range csiCalls(t, file) {
-			r.token = token
-			a, err := k.m.call(r)
-			if err != nil || a.status != 200 {
-				t.Fatalf("%s: %+v: %v %v", file, r, a, err)
-			}
-			data = a.Data
-		}
-		return data
-	}
-	k.runPage("examples/kubernetes/csi/README.md", map[string]step{
-		"Run it/1": {
-			want: []string{
-				"secretproviderclass.secrets-store.csi.x-k8s.io/cable created",
-				"deployment.apps/reports created",
-			},
-			after: func(string) {
-				k.m.costs(t, 1, "a pod", func() {
-					data := replay("csi/secret.yaml")
-					for _, o := range csiObjects(t, "csi/secret.yaml") {
-						if text, ok := data[o.SecretKey].(string); !ok || text == "" || o.FilePermission != 0o444 {
-							t.Errorf("%s has the mode %v, and a %T", o.ObjectName, o.FilePermission, data[o.SecretKey])
-						}
-					}
-				})
-			},
-		},
-		"Run it/2": {
-			want: []string{"cable-short created"},
-			after: func(string) {
-				replay("csi/parameters/secret.yaml")
-				k.m.requested(t, 600)
-			},
-		},
-	})
 }
 
 // testInjector runs examples/kubernetes/injector. The API server has the injector

@@ -464,7 +464,8 @@ func TestExampleTerraformApp(t *testing.T) {
 		m.sim.SetFault(cabletest.Fault{Status: 500})
 		for retries, want := range map[string]int{"true": 3, "export VAULT_MAX_RETRIES=0": 1} {
 			m.costs(t, want, retries+"; while Cable is down, a plan", func() {
-				if out, err := p.try(retries + "; terraform plan"); err == nil || !strings.Contains(out, "responded 500") {
+				out, err := p.try(retries + "; terraform plan")
+				if err == nil || !strings.Contains(out, "responded 500") {
 					t.Errorf("while Cable is down: %v %s", err, out)
 				}
 			})
