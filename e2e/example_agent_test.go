@@ -162,11 +162,11 @@ func TestExampleVaultAgent(t *testing.T) {
 
 	newSecretID := "vault write -f -field=secret_id auth/approle/role/reports/secret-id > secret-id"
 	s.run(newSecretID)
-	once := strings.NewReplacer("auto_auth {", "exit_after_auth = true\nauto_auth {")
-	agent := func(name, text string) (string, error) {
+	// once runs an Agent that exits when it has written its file.
+	once := func(text string) (string, error) {
 		t.Helper()
-		s.write(name, text)
-		return s.try("rm -f app.env; timeout 50 vault agent -config=" + name)
+		s.write("once.hcl", "exit_after_auth = true\n"+text)
+		return s.try("rm -f app.env; timeout 50 vault agent -config=login.hcl -config=once.hcl")
 	}
 	file := readFile(t, s.place("file.hcl"))
 
@@ -175,7 +175,7 @@ func TestExampleVaultAgent(t *testing.T) {
 		s.run("rm app.env")
 		s.write("soon.hcl", strings.Replace(file, "0.75", soon, 1))
 		calls := m.sim.CallCount()
-		stop := s.start(t, "vault", "agent", "-config=soon.hcl")
+		stop := s.start(t, "vault", "agent", "-config=login.hcl", "-config=soon.hcl")
 		waitFor(t, 30*time.Second, "Agent writes the file", func() bool { return s.exists("app.env") })
 		s.rendered(fileText)
 		first := readFile(t, s.place("app.env"))
@@ -193,27 +193,25 @@ func TestExampleVaultAgent(t *testing.T) {
 	}
 
 	// Without perms, each user of the host can read the token.
-	open := once.Replace(strings.Replace(file, `perms                = "0600"`, "", 1))
-	if out, err := agent("open.hcl", open); err != nil {
+	if out, err := once(strings.Replace(file, `perms                = "0600"`, "", 1)); err != nil {
 		t.Errorf("without perms: %v\n%s", err, out)
 	} else if info, err := os.Stat(s.place("app.env")); err != nil || info.Mode()&0o044 == 0 {
 		t.Errorf("without perms: %v, %v", info.Mode(), err)
 	}
 	// Of a name that the secret does not have, Agent writes nothing, or a file that
 	// looks well.
-	misspelled := once.Replace(strings.Replace(file, ".Data.token", ".Data.tokn", 1))
-	out, err := agent("misspelled.hcl", misspelled)
+	misspelled := strings.Replace(file, ".Data.token", ".Data.tokn", 1)
+	out, err := once(misspelled)
 	if err == nil || s.exists("app.env") || !strings.Contains(out, "tokn") {
 		t.Errorf("with a misspelled field: %v\n%s", err, out)
 	}
-	out, err = agent("misspelled.hcl", strings.Replace(misspelled, "error_on_missing_key = true", "", 1))
+	out, err = once(strings.Replace(misspelled, "error_on_missing_key = true", "", 1))
 	if err != nil || !strings.HasPrefix(readFile(t, s.place("app.env")), "CABLE_TOKEN=<no value>") {
 		t.Errorf("with a misspelled field and without error_on_missing_key: %v\n%s", err, out)
 	}
 	// A list takes sprig_join, not join.
 	joined := func(function string) error {
-		list := strings.Replace(file, ".Data.scope ", `.Data.scopes | `+function+` "," `, 1)
-		_, err := agent("join.hcl", once.Replace(list))
+		_, err := once(strings.Replace(file, ".Data.scope ", `.Data.scopes | `+function+` "," `, 1))
 		return err
 	}
 	if err := joined("sprig_join"); err != nil {
@@ -225,14 +223,14 @@ func TestExampleVaultAgent(t *testing.T) {
 		t.Error("join takes the list")
 	}
 	// Parameters are an update.
-	short := once.Replace(strings.Replace(file, `"cable/creds/reports"`, `"cable/creds/reports" "ttl=5m"`, 1))
-	if _, err := agent("ttl.hcl", short); err == nil {
+	short := strings.Replace(file, `"cable/creds/reports"`, `"cable/creds/reports" "ttl=5m"`, 1)
+	if _, err := once(short); err == nil {
 		t.Error("a template with parameters needs no update")
 	}
 	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{
 		"policy": `path "cable/creds/reports" { capabilities = ["update"] }`,
 	})
-	if out, err := agent("ttl.hcl", short); err != nil {
+	if out, err := once(short); err != nil {
 		t.Errorf("a template with parameters: %v\n%s", err, out)
 	}
 	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{"policy": readFile(t, s.place("policy.hcl"))})
@@ -240,7 +238,7 @@ func TestExampleVaultAgent(t *testing.T) {
 	s.write("app.env", "the last token")
 	m.sim.SetFault(cabletest.Fault{Status: 500})
 	s.write("down.hcl", failsFast+file)
-	out, err = s.try("timeout 50 vault agent -config=down.hcl")
+	out, err = s.try("timeout 50 vault agent -config=login.hcl -config=down.hcl")
 	if err == nil || !strings.Contains(err.Error(), "exit status 1") || !strings.Contains(out, "responded 500") {
 		t.Errorf("while Cable is down, Agent ends with %v:\n%s", err, out)
 	}
@@ -274,7 +272,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	if lacks(vaulttest.RenewalThreshold) == "" {
 		s.change("supervisor.hcl", "0.75", soon)
 		calls := m.sim.CallCount()
-		stop := s.start(t, "vault", "agent", "-config=supervisor.hcl")
+		stop := s.start(t, "vault", "agent", "-config=login.hcl", "-config=supervisor.hcl")
 		waitFor(t, time.Minute, "the application starts again", func() bool { return starts() >= 2 })
 		stop()
 		// Two variables of one path take one read.
@@ -296,7 +294,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	// While Cable is down, the application runs on.
 	s.write("supervisor.hcl", failsFast+readFile(t, s.place("supervisor.hcl")))
 	before := starts()
-	stop := s.start(t, "vault", "agent", "-config=supervisor.hcl")
+	stop := s.start(t, "vault", "agent", "-config=login.hcl", "-config=supervisor.hcl")
 	waitFor(t, 30*time.Second, "the application starts", func() bool { return starts() > before && alive() })
 	m.sim.SetFault(cabletest.Fault{Status: 500})
 	calls := m.sim.CallCount()
@@ -315,7 +313,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	before = starts()
 	exited := make(chan error, 1)
 	go func() {
-		_, err := s.try("timeout 50 vault agent -config=supervisor.hcl > agent.log 2>&1")
+		_, err := s.try("timeout 50 vault agent -config=login.hcl -config=supervisor.hcl > agent.log 2>&1")
 		exited <- err
 	}()
 	waitFor(t, 30*time.Second, "the application starts", func() bool { return starts() > before && alive() })
