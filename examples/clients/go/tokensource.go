@@ -22,9 +22,9 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// The wait after a failed read is what the response's Retry-After asks for, up
-// to longestWait; else retryWait, or refusedWait if a retry cannot help, such as
-// after a 403.
+// After a failed read, the wait is that of the response's Retry-After, up to
+// longestWait; else retryWait, or refusedWait if a retry cannot help, such as after
+// a 403.
 const (
 	retryWait   = 5 * time.Second
 	refusedWait = time.Minute
@@ -34,9 +34,9 @@ const (
 var errNoToken = errors.New("the response has no token with a lease")
 
 // TokenSource keeps a valid access token of Cable for all goroutines of a
-// program. One goroutine reads from Vault, one request at a time: the next token
-// when two thirds of the lease have passed. If that fails, the current token is
-// used until its lease ends.
+// program. One goroutine reads from Vault, one request at a time. It reads the next
+// token when two thirds of the lease have passed. If that fails, the current token
+// is used until its lease ends.
 type TokenSource struct {
 	client *api.Client
 	path   string
@@ -50,8 +50,8 @@ type TokenSource struct {
 }
 
 // NewTokenSource reads tokens from a path such as "cable/creds/reports" until
-// ctx ends. It switches off the client's retries, because each may mint: give it
-// a client of its own.
+// ctx ends. It switches off the client's retries, because each may mint, so give
+// it a client of its own.
 func NewTokenSource(ctx context.Context, client *api.Client, path string) *TokenSource {
 	client.SetMaxRetries(0)
 	s := &TokenSource{client: client, path: path, done: ctx.Done(), changed: make(chan struct{})}
@@ -169,15 +169,16 @@ func tenth(d time.Duration) time.Duration {
 	return time.Duration(rand.Float64() * float64(d) / 10) //nolint:gosec // no secret
 }
 
-// passed reports whether t has passed by one of two clocks: the monotonic clock
-// stands still while the machine is suspended, the wall clock can be set back.
+// passed reports whether t has passed by one of two clocks, because the monotonic
+// clock stands still while the machine is suspended, and the wall clock can be set
+// back.
 func passed(t time.Time) bool {
 	now := time.Now()
 	return !now.Before(t) || !now.Round(0).Before(t.Round(0))
 }
 
-// retryAfter returns the wait that a Retry-After header asks for: seconds, or a
-// date.
+// retryAfter returns the wait that a Retry-After header asks for, in seconds or as a
+// date, else wait.
 func retryAfter(header string, wait time.Duration) time.Duration {
 	var asked time.Duration
 	if seconds, err := strconv.Atoi(header); err == nil {

@@ -11,8 +11,8 @@ import (
 	"unsafe"
 )
 
-// TestSuspended: a token whose lease ended while the machine was suspended is
-// not returned, though the monotonic clock says that it is valid.
+// TestSuspended shows that a token is not returned if its lease ended while the
+// machine was suspended, though it is valid by the monotonic clock.
 func TestSuspended(t *testing.T) {
 	validUntil := time.Now().Add(time.Hour)
 	s := &TokenSource{token: "the token", validUntil: validUntil, changed: make(chan struct{})}
@@ -31,7 +31,7 @@ func TestSuspended(t *testing.T) {
 	}
 }
 
-// TestEnded: the callers of a source whose context has ended do not wait.
+// TestEnded shows that callers do not wait for a source whose context has ended.
 func TestEnded(t *testing.T) {
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -41,7 +41,7 @@ func TestEnded(t *testing.T) {
 	}
 }
 
-// TestRetryAfter: the header has seconds or a date, or nothing that helps.
+// TestRetryAfter shows which wait each form of the header leads to.
 func TestRetryAfter(t *testing.T) {
 	in := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
 	for header, want := range map[string]time.Duration{

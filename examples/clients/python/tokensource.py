@@ -38,7 +38,7 @@ class TokenSource:
             os.register_at_fork(after_in_child=self._start)
 
     def _start(self):
-        """Makes what a forked process does not share with its parent."""
+        """Makes the parts that a forked process does not share with its parent."""
         self._client = hvac.Client(  # sends each request once, and reads VAULT_CACERT
             os.environ["VAULT_ADDR"], os.environ["VAULT_TOKEN"], namespace=os.environ.get("VAULT_NAMESPACE")
         )
