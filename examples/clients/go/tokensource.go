@@ -182,7 +182,7 @@ func passed(t time.Time) bool {
 func retryAfter(header string, wait time.Duration) time.Duration {
 	var asked time.Duration
 	if seconds, err := strconv.Atoi(header); err == nil {
-		asked = time.Duration(min(seconds, int(longestWait/time.Second))) * time.Second
+		asked = time.Duration(max(0, min(seconds, int(longestWait/time.Second)))) * time.Second
 	} else if date, err := http.ParseTime(header); err == nil {
 		asked = min(time.Until(date), longestWait)
 	}
@@ -197,11 +197,15 @@ func retryAfter(header string, wait time.Duration) time.Duration {
 // another error of TLS.
 func temporary(err error) bool {
 	var response *api.ResponseError
-	if errors.As(err, &response) {
-		return response.StatusCode == http.StatusTooManyRequests || response.StatusCode >= 500
-	}
 	var certificate *tls.CertificateVerificationError
 	var alert *net.OpError
-	return !errors.Is(err, errNoToken) && !errors.Is(err, http.ErrSchemeMismatch) && !errors.As(err, &certificate) &&
-		!(errors.As(err, &alert) && (alert.Op == "remote error" || alert.Op == "local error"))
+	switch {
+	case errors.As(err, &response):
+		return response.StatusCode == http.StatusTooManyRequests || response.StatusCode >= 500
+	case errors.As(err, &certificate), errors.Is(err, http.ErrSchemeMismatch), errors.Is(err, errNoToken):
+		return false
+	case errors.As(err, &alert):
+		return alert.Op != "remote error" && alert.Op != "local error"
+	}
+	return true
 }
