@@ -101,7 +101,7 @@ func TestExampleKubernetesCalls(t *testing.T) {
 		t.Error("the README shows another policy-parameters.hcl")
 	}
 
-	// Parameters of a GET: in its query they count, in a body they do not.
+	// The parameters of a GET count in its query, and not in a body.
 	var generator struct {
 		Spec struct {
 			Path          string
@@ -113,14 +113,22 @@ func TestExampleKubernetesCalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	read := strings.TrimPrefix(generator.Spec.Path, "/")
+	csi := func(file string) request {
+		t.Helper()
+		calls := csiCalls(t, file)
+		if len(calls) != 1 {
+			t.Fatalf("%s: %+v, want one request for all objects", file, calls)
+		}
+		return calls[0]
+	}
 	for _, tt := range []struct {
 		request
 		want int64
 	}{
 		{request{method: "GET", path: read + "?" + generator.Spec.GetParameters.Encode()}, 600},
 		{request{method: "GET", path: read, body: withTTL}, 900},
-		{csiCalls(t, "csi/secret.yaml")[0], 900},
-		{csiCalls(t, "csi/parameters/secret.yaml")[0], 600},
+		{csi("csi/secret.yaml"), 900},
+		{csi("csi/parameters/secret.yaml"), 600},
 	} {
 		tt.token = m.root
 		a, err := m.call(tt.request)
