@@ -58,7 +58,7 @@ compat: ## Run the end-to-end tests on the SERVERS of docs/compatibility.md
 .PHONY: examples
 examples: ## Run the examples, with the consumers whose build takes minutes
 	@$(MAKE) -s servers
-	@for t in opentofu terraform-provider-vault operators external-secrets kubernetes; do scripts/tool $$t >/dev/null || exit; done
+	@for t in consumers kubernetes; do scripts/tool $$t >/dev/null || exit; done
 	EXAMPLES=all go test -count=1 -timeout 60m -run '^TestExample' ./e2e
 
 # The servers and tools of all end-to-end tests, built before go test's clock runs.
@@ -66,7 +66,7 @@ examples: ## Run the examples, with the consumers whose build takes minutes
 servers:
 	@scripts/vault --path >/dev/null
 	@scripts/prometheus --path >/dev/null
-	@for t in ci consul-template jq; do scripts/tool $$t >/dev/null || exit; done
+	@for t in ci consumers/consul-template jq; do scripts/tool $$t >/dev/null || exit; done
 
 .PHONY: lint
 lint: ## Run the linters that .golangci.yml names
