@@ -15,7 +15,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -84,13 +86,7 @@ func (o Outcome) Level() hclog.Level { return handlings[o].level }
 func (o Outcome) IsFailure() bool { return handlings[o].failure }
 
 // All returns every outcome, in no order.
-func All() []Outcome {
-	all := make([]Outcome, 0, len(handlings))
-	for o := range handlings {
-		all = append(all, o)
-	}
-	return all
-}
+func All() []Outcome { return slices.Collect(maps.Keys(handlings)) }
 
 // Token is an access token that was checked and may be returned.
 type Token struct {
@@ -164,18 +160,12 @@ func (f *Failure) Unwrap() error { return f.Cause }
 // Classify makes a Failure of an error; nil of nil.
 func Classify(err error) *Failure {
 	if err == nil {
-		return nil // the common case, before the targets of errors.As are allocated
+		return nil
 	}
-	var (
-		f        *Failure
-		ce       *cable.Error
-		refusal  Refusal
-		mismatch Mismatch
-	)
-	switch {
-	case errors.As(err, &f):
+	if f, ok := errors.AsType[*Failure](err); ok {
 		return f
-	case errors.As(err, &ce):
+	}
+	if ce, ok := errors.AsType[*cable.Error](err); ok {
 		return &Failure{
 			Outcome:     ofCall(ce),
 			Message:     ce.Error(),
@@ -187,11 +177,13 @@ func Classify(err error) *Failure {
 			Certificate: ce.Certificate,
 		}
 	}
-	f = &Failure{Outcome: VaultError, Message: err.Error(), Detail: err.Error(), Cause: err}
+	f := &Failure{Outcome: VaultError, Message: err.Error(), Detail: err.Error(), Cause: err}
+	_, isRefusal := errors.AsType[Refusal](err)
+	_, isMismatch := errors.AsType[Mismatch](err)
 	switch {
-	case errors.As(err, &refusal):
+	case isRefusal:
 		f.Outcome = InvalidRequest
-	case errors.As(err, &mismatch):
+	case isMismatch:
 		f.Outcome = GrantMismatch
 	case errors.Is(err, context.Canceled), status.Code(err) == codes.Canceled:
 		f.Outcome = Canceled
