@@ -59,7 +59,7 @@ var notRun = map[string]string{
 	"examples/vault-proxy/README.md#Run/1":           "runs until it is ended: TestExampleVaultProxy starts it",
 	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
 	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
-	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestMlock runs it",
+	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestLockedMemory runs it",
 	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
 	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
 	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
