@@ -286,10 +286,10 @@ func (s *shell) readsInTime(m *mount, token, command string, suspends bool) {
 	// In the outage, the next read fails once, and the current token is used.
 	waitFor(t, 40*time.Second, "the application reads the next token", func() bool { return calls() == 3 })
 	failed := time.Now()
+	unleased.Store(true)
 	used := func() int { return strings.Count(readFile(t, s.place("out")), "have a token") }
 	lines := used()
 	waitFor(t, 8*time.Second, "the application works during the outage", func() bool { return used() > lines+1 })
-	unleased.Store(true)
 	m.sim.ClearFaults()
 	waitFor(t, time.Minute, "the application recovers", func() bool { return calls() == 4 })
 	recovered := time.Now()
