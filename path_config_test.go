@@ -146,7 +146,7 @@ func TestConfigRefusals(t *testing.T) {
 		{kv{"refresh_key": key, "token_url": "https://api.cable.tech:0/"}, "port"},
 		{kv{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": "nonsense"}, "ca_cert is not PEM"},
 		{kv{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "PRIVATE KEY")}, "ca_cert contains a private key"},
-		{kv{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "SOMETHING")}, "write CERTIFICATE blocks and no other text"},
+		{kv{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "SOMETHING")}, "CERTIFICATE blocks only"},
 		{kv{"refresh_key": key}, "writing refresh_key needs token_url in the same request"},
 		{kv{"refresh_key_version": 2}, "refresh_key_version is read-only"},
 		{kv{"auth_scheme": "basic"}, `auth_scheme is "basic": write "raw" or "bearer"`},
