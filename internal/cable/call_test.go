@@ -307,6 +307,7 @@ func TestHostileServer(t *testing.T) {
 		return Error{Kind: Unreachable, Detail: detail, MaybeIssued: true, Attempts: 1}
 	}
 	timedOut := Error{Kind: TimedOut, Detail: budgetRanOut, MaybeIssued: true, Attempts: 1}
+	const longHead = "the head of its response is larger than 65536 bytes"
 	for _, tt := range []struct {
 		name    string
 		respond func(conn net.Conn, sent string)
@@ -322,7 +323,7 @@ func TestHostileServer(t *testing.T) {
 		{
 			"endless garbage",
 			func(c net.Conn, _ string) { writeUntilGone(c, strings.Repeat("x", 4096), 0) },
-			unreachable(notHTTP),
+			unreachable(longHead),
 		},
 		{"the request itself", func(c net.Conn, sent string) { _, _ = io.WriteString(c, sent) }, unreachable(notHTTP)},
 		{"the request in the status line", func(c net.Conn, sent string) {
@@ -350,7 +351,7 @@ func TestHostileServer(t *testing.T) {
 		{"endless header", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n")
 			writeUntilGone(c, "X-Y: "+strings.Repeat("z", 1000)+"\r\n", 0)
-		}, unreachable(notHTTP)},
+		}, unreachable(longHead)},
 		{"dripping header", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n")
 			writeUntilGone(c, "X: y\r\n", 10*time.Millisecond)
@@ -358,7 +359,7 @@ func TestHostileServer(t *testing.T) {
 		{
 			"storm of 1xx",
 			func(c net.Conn, _ string) { writeUntilGone(c, "HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n", 0) },
-			unreachable(notHTTP),
+			unreachable(longHead),
 		},
 		{"dripping 1xx", func(c net.Conn, _ string) {
 			writeUntilGone(c, "HTTP/1.1 102 Processing\r\n\r\n", 10*time.Millisecond)

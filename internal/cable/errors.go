@@ -49,23 +49,15 @@ func (k Kind) String() string {
 // Cable's response it contains only the envelope's message and errors, and the name of a coding, bounded, escaped, and
 // with the refresh key redacted.
 type Error struct {
-	Kind Kind
-
-	// StatusCode is the HTTP status of the response, or 0 if none arrived.
-	StatusCode int
-
-	// Detail is Cable's message, made safe to show, or the fault.
-	Detail string
-
-	// RetryAfter is the time until the pause ends, set if Kind is Paused, or Responded with 429.
-	RetryAfter time.Duration
+	Kind       Kind
+	StatusCode int           // of the response, or 0 if none arrived
+	Detail     string        // Cable's message, made safe to show, or the fault
+	RetryAfter time.Duration // until the pause ends, set if Kind is Paused, or Responded with 429
+	Attempts   int           // API calls
 
 	// MaybeIssued reports that Cable may have issued a token that was not delivered, because the request was sent, and
 	// no response shows that it was refused.
 	MaybeIssued bool
-
-	// Attempts counts the API calls.
-	Attempts int
 
 	// Certificate reports that Kind is Unreachable because the server's certificate was refused, or because the server
 	// refused a client without one. It is a fault of the configuration, not of the network.
@@ -76,11 +68,7 @@ type Error struct {
 func (e *Error) Error() string {
 	switch e.Kind {
 	case Responded:
-		text := fmt.Sprintf("Cable responded %d", e.StatusCode)
-		if e.Detail != "" {
-			text += ": " + e.Detail
-		}
-		return text
+		return strings.TrimSuffix(fmt.Sprintf("Cable responded %d: %s", e.StatusCode, e.Detail), ": ")
 	case Paused:
 		seconds := (e.RetryAfter + time.Second - 1) / time.Second
 		return fmt.Sprintf("paused after Cable's 429: no API call for another %ds", seconds)
@@ -140,6 +128,8 @@ func describe(err error, stage string) string {
 			text = "the TLS connection failed: "
 		}
 		text += strings.TrimPrefix(op.Err.Error(), "tls: ")
+	case says(err, "server response headers exceeded"):
+		text = fmt.Sprintf("the head of its response is larger than %d bytes", maxHeader)
 	case errors.Is(err, errNotLoopback):
 		text = errNotLoopback.Error()
 	case isAny(err, syscall.ECONNREFUSED, wsaECONNREFUSED):
