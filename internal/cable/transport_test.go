@@ -820,9 +820,7 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 	t.Run("is not one", func(t *testing.T) {
 		ssh, _ := rawServer(t, func(c net.Conn) {
 			readRequest(c)
-			_, _ = io.WriteString(
-				c, "SSH-2.0-OpenSSH_9.6\r\n\r\n",
-			)
+			_, _ = io.WriteString(c, "SSH-2.0-OpenSSH_9.6\r\n\r\n")
 		})
 		gone, _ := rawServer(t, func(net.Conn) {})
 		closed, _ := rawServer(t, func(net.Conn) {})
