@@ -6,10 +6,13 @@
 .DEFAULT_GOAL := help
 SHELL := bash
 
-VERSION ?= $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
-COMMIT  ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
+# Go gives a build its version, from the tag or commit, but not in a linked work tree
+# of git, where .git is a file: there it is written into the build.
 PKG     := github.com/cablesecrets/vault-plugin-secrets-cable
-LDFLAGS := -s -w -X $(PKG)/internal/version.stamped=$(VERSION) -X $(PKG)/internal/version.commit=$(COMMIT)
+LINKED  := $(shell test -f .git && TZ=UTC git show -s --abbrev=12 --date=format-local:%Y%m%d%H%M%S \
+	--format='v0.0.0-%cd-%h %h' && git status --porcelain | head -n 1 | tr -c '\n' d)
+LDFLAGS := -s -w $(if $(LINKED),-X $(PKG)/internal/version.commit=$(word 2,$(LINKED)) \
+	-X $(PKG)/internal/version.stamped=$(firstword $(LINKED))$(if $(word 3,$(LINKED)),.dirty))
 FUZZTIME ?= 30s
 
 # The programs that tools/NAME pins, for the command that follows: $(call with,NAME...).
@@ -22,7 +25,7 @@ help: ## Print the targets
 .PHONY: build
 build: ## Build the plugin into bin/, which Vault takes as -dev-plugin-dir
 	@rm -rf bin
-	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
+	CGO_ENABLED=0 go build -buildvcs=auto -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
 
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
@@ -36,15 +39,16 @@ ha-demo: ## Kill the leader of a cluster of three under load, and count the toke
 dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
 	@scripts/dev
 
+# A test that needs more than Vault is skipped if that is not there. With E2E=require it fails.
 .PHONY: test
 test: ## Run the unit tests and the end-to-end tests on a real Vault
-	@$(MAKE) -s servers
-	go test -shuffle=on -p 1 ./...
+	@scripts/vault --path >/dev/null
+	go test -shuffle=on -p 1 $(TESTFLAGS) ./...
 
 .PHONY: check
-check: tidy lint shellcheck cross actionlint release-test ## Run what must be green before a change lands
-	@$(MAKE) -s servers
-	go test -shuffle=on -p 1 -race ./...
+check: export E2E ?= require
+check: tidy lint shellcheck cross actionlint release-test servers ## Run what must be green before a change lands
+	@$(MAKE) -s test TESTFLAGS=-race
 
 .PHONY: compat
 compat: ## Run the end-to-end tests on the SERVERS of docs/compatibility.md
@@ -54,15 +58,15 @@ compat: ## Run the end-to-end tests on the SERVERS of docs/compatibility.md
 .PHONY: examples
 examples: ## Run the examples, with the consumers whose build takes minutes
 	@$(MAKE) -s servers
-	@for t in opentofu terraform-provider-vault operators external-secrets kubernetes; do scripts/tool $$t >/dev/null || exit; done
+	@for t in consumers kubernetes; do scripts/tool $$t >/dev/null || exit; done
 	EXAMPLES=all go test -count=1 -timeout 60m -run '^TestExample' ./e2e
 
-# What the end-to-end tests run beside the plugin, built before go test's clock runs.
+# The servers and tools of all end-to-end tests, built before go test's clock runs.
 .PHONY: servers
 servers:
 	@scripts/vault --path >/dev/null
 	@scripts/prometheus --path >/dev/null
-	@for t in ci consul-template jq; do scripts/tool $$t >/dev/null || exit; done
+	@for t in ci consumers/consul-template jq; do scripts/tool $$t >/dev/null || exit; done
 
 .PHONY: lint
 lint: ## Run the linters that .golangci.yml names
@@ -92,7 +96,8 @@ bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for 
 
 # Releases: docs/releasing.md. A tag is compiled by the Go that is pinned, which Go
 # fetches if another one is installed; a snapshot by the Go that is there.
-RELEASE_GO ?= $(if $(VERSION),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
+TAG = $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
+RELEASE_GO ?= $(if $(TAG),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
 
 .PHONY: release
 release: export GOTOOLCHAIN = $(RELEASE_GO)

@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"os"
@@ -19,7 +18,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"google.golang.org/grpc"
+	goplugin "github.com/hashicorp/go-plugin"
+	"google.golang.org/grpc/stats"
 )
 
 // TestWatch pins when the plugin ends, by a clock that is not the real one.
@@ -28,78 +28,89 @@ func TestWatch(t *testing.T) {
 	// session is a plugin for which wait runs.
 	type session struct {
 		*watch
-		gone atomic.Bool   // what the system says of the parent
-		over chan struct{} // closed at the end of the test
+		gone atomic.Bool // whether the system says that the parent is gone
 	}
-	// open opens a stream and returns a function that ends it.
+	// open opens a connection and returns a function that closes it.
 	open := func(s *session) (end func()) {
-		done := make(chan struct{})
-		go func() {
-			_ = s.stream(nil, nil, nil, func(any, grpc.ServerStream) error {
-				select {
-				case <-done:
-				case <-s.over:
-				}
-				return nil
-			})
-		}()
-		synctest.Wait()
-		return func() { close(done); synctest.Wait() }
+		s.HandleConn(t.Context(), &stats.ConnBegin{})
+		return func() { s.HandleConn(t.Context(), &stats.ConnEnd{}) }
 	}
-	call := func(s *session) {
-		_, _ = s.unary(t.Context(), nil, nil, func(context.Context, any) (any, error) { return nil, nil })
+	signal := func(s *session) {
+		s.signals <- syscall.SIGTERM
+		synctest.Wait()
 	}
 	const day, halfLook = 24 * time.Hour, lookEvery / 2
 	tests := map[string]struct {
 		gone  bool // from the start
 		do    func(*session)
-		ended time.Duration // since the start; 0: not within two days
+		ended time.Duration // since the start, or 0 if not within two days
 	}{
 		"never connected, parent there": {do: func(*session) {}},
-		"never connected, parent gone":  {do: func(s *session) { time.Sleep(time.Hour + halfLook); s.gone.Store(true) }, ended: time.Hour + connectWithin},
-		"connected":                     {do: func(s *session) { open(s) }},
-		"connected, parent gone":        {do: func(s *session) { open(s); s.gone.Store(true) }},
-		"one stream of two ended":       {do: func(s *session) { open(s); open(s)(); s.gone.Store(true) }},
-		"connection and parent gone":    {do: func(s *session) { end := open(s); time.Sleep(day); s.gone.Store(true); end() }, ended: day},
-		"first connection, then parent": {do: func(s *session) {
-			end := open(s)
-			time.Sleep(day)
-			end()
-			time.Sleep(1500 * time.Millisecond)
-			s.gone.Store(true)
-		}, ended: day + 2*time.Second},
-		"connection gone, no other sign": {do: func(s *session) { end := open(s); time.Sleep(day); end() }, ended: day + time.Minute},
-		"calls without a stream": {do: func(s *session) {
-			end := open(s)
-			time.Sleep(day)
-			end()
-			time.Sleep(halfLook)
-			for range 10 {
-				time.Sleep(59 * time.Second)
-				call(s)
-			}
-		}, ended: day + 591*time.Second + time.Minute},
-		"connected again": {do: func(s *session) {
-			end := open(s)
-			time.Sleep(day)
-			end()
-			time.Sleep(alone - halfLook)
-			open(s)
-			s.gone.Store(true)
-		}},
-		"connected again, at once": {do: func(s *session) {
-			for range 100 {
-				open(s)()
-			}
-			open(s)
-			s.gone.Store(true)
-		}},
+		"never connected, parent gone": {
+			do:    func(s *session) { time.Sleep(time.Hour + halfLook); s.gone.Store(true) },
+			ended: time.Hour + connectWithin,
+		},
+		"never connected, signal": {
+			do:    func(s *session) { time.Sleep(time.Hour + halfLook); signal(s) },
+			ended: time.Hour + halfLook + countWithin,
+		},
+		"signal during the handshake": {do: func(s *session) { signal(s); open(s) }},
+		"connected":                   {do: func(s *session) { open(s) }},
+		"connected, parent gone":      {do: func(s *session) { open(s); s.gone.Store(true) }},
+		"connected, signals":          {do: func(s *session) { open(s); s.gone.Store(true); signal(s); signal(s) }},
+		"one connection of two ended": {do: func(s *session) { open(s); open(s)(); s.gone.Store(true); signal(s) }},
+		"connection and parent gone": {
+			do:    func(s *session) { end := open(s); time.Sleep(day); s.gone.Store(true); end() },
+			ended: day,
+		},
+		"first connection, then parent": {
+			do: func(s *session) {
+				end := open(s)
+				time.Sleep(day)
+				end()
+				time.Sleep(1500 * time.Millisecond)
+				s.gone.Store(true)
+			},
+			ended: day + 2*time.Second,
+		},
+		"connection gone, no other sign": {
+			do:    func(s *session) { end := open(s); time.Sleep(day); end() },
+			ended: day + alone,
+		},
+		"connection gone, signal": {
+			do:    func(s *session) { end := open(s); time.Sleep(day); end(); time.Sleep(halfLook); signal(s) },
+			ended: day + halfLook + countWithin,
+		},
+		"signal, then connection gone": {
+			do:    func(s *session) { end := open(s); time.Sleep(day); signal(s); end() },
+			ended: day + alone,
+		},
+		"short connection": {do: func(s *session) { open(s)() }, ended: alone},
+		"connected again": {
+			do: func(s *session) {
+				end := open(s)
+				time.Sleep(day)
+				end()
+				time.Sleep(alone - halfLook)
+				open(s)
+				s.gone.Store(true)
+			},
+		},
+		"connected again, at once": {
+			do: func(s *session) {
+				for range 100 {
+					open(s)()
+				}
+				open(s)
+				s.gone.Store(true)
+			},
+		},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				s := &session{over: make(chan struct{})}
+				s := &session{}
 				s.gone.Store(tt.gone)
 				s.watch = newWatch(s.gone.Load)
 				start := time.Now()
@@ -117,9 +128,9 @@ func TestWatch(t *testing.T) {
 				if got != tt.ended {
 					t.Errorf("ended after %s, want %s (0s: not at all)", got, tt.ended)
 				}
-				s.gone.Store(true)
-				close(s.over)
-				if got == 0 {
+				if got == 0 { // wait has to end with the test
+					s.open.Store(0)
+					s.signals <- syscall.SIGTERM
 					<-ended
 				}
 			})
@@ -127,7 +138,7 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// hostArg makes this test program a server that starts a plugin: see host.
+// hostArg makes this test program the server that host is.
 const hostArg = "host-of-a-plugin"
 
 // host starts a plugin by a command as Vault does, connects unless the first word
@@ -159,20 +170,23 @@ const (
 	namespace   = `exec unshare --pid --fork --mount-proc "$0" "$@"`
 )
 
-// TestServerKilled: a plugin whose server was killed ends, however it was started.
+// TestServerKilled checks that a plugin ends if its server was killed, however the
+// plugin was started.
 func TestServerKilled(t *testing.T) {
 	t.Parallel()
 	plugin := build(t)
 	tests := map[string][]string{
-		"child":                      {plugin},
-		"child, not connected":       {"unconnected", plugin},
-		"script":                     {"/bin/sh", "-c", script, plugin},
-		"script, not connected":      {"unconnected", "/bin/sh", "-c", script, plugin},
-		"script, log redirected":     {"/bin/sh", "-c", scriptQuiet, plugin},
-		"script in a script":         {"/bin/sh", "-c", `sh -c '"$0"; exit $?' "$0"; exit $?`, plugin},
-		"in the background":          {"/bin/sh", "-c", `exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`, plugin},
-		"PID namespace":              {"/bin/sh", "-c", namespace, plugin},
-		"script in a PID namespace":  {"/bin/sh", "-c", `exec unshare --pid --fork --mount-proc sh -c '"$0"; exit $?' "$0"`, plugin},
+		"child":                  {plugin},
+		"child, not connected":   {"unconnected", plugin},
+		"script":                 {"/bin/sh", "-c", script, plugin},
+		"script, not connected":  {"unconnected", "/bin/sh", "-c", script, plugin},
+		"script, log redirected": {"/bin/sh", "-c", scriptQuiet, plugin},
+		"script in a script":     {"/bin/sh", "-c", `sh -c '"$0"; exit $?' "$0"; exit $?`, plugin},
+		"in the background":      {"/bin/sh", "-c", `exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`, plugin},
+		"PID namespace":          {"/bin/sh", "-c", namespace, plugin},
+		"script in a PID namespace": {
+			"/bin/sh", "-c", `exec unshare --pid --fork --mount-proc sh -c '"$0"; exit $?' "$0"`, plugin,
+		},
 		"PID namespace, log to file": {"/bin/sh", "-c", namespace + ` 2>/dev/null`, plugin},
 	}
 	for name, command := range tests {
@@ -184,8 +198,8 @@ func TestServerKilled(t *testing.T) {
 			if strings.Contains(name, "namespace") {
 				needNamespace(t)
 			}
-			// The plugin inherits standard input, and nobody else has its read end in
-			// the end: writing tells whether one is left.
+			// The plugin inherits the reading end of standard input. Once all of its
+			// processes have ended, writing fails.
 			r, w, err := os.Pipe()
 			if err != nil {
 				t.Fatal(err)
@@ -241,30 +255,38 @@ func needNamespace(t *testing.T) {
 	}
 }
 
-// TestServerRuns: a plugin whose server runs goes on, whatever happens to its
-// parent, its pipes and itself.
+// TestServerRuns checks that a plugin runs while its server does, whatever happens to
+// the plugin's parent, its pipes and itself.
 func TestServerRuns(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
 		t.Skip("Windows has no shell scripts")
 	}
 	plugin := build(t)
+	// signal sends s again and again, as an operator does.
 	signal := func(s os.Signal) func(*testing.T, *os.Process) {
 		return func(t *testing.T, p *os.Process) {
 			t.Helper()
-			if err := p.Signal(s); err != nil {
-				t.Error(err)
+			for range 5 {
+				if err := p.Signal(s); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(10 * time.Millisecond)
 			}
 		}
 	}
+	const withPID = `echo $$ >"$1"; exec "$0"`
 	tests := map[string]struct {
 		script string // $0 is the plugin, $1 a file for a process id
 		do     func(t *testing.T, p *os.Process)
 	}{
-		"nothing happens":              {script: `exec "$0"`},
-		"SIGHUP":                       {`echo $$ >"$1"; exec "$0"`, signal(syscall.SIGHUP)},
-		"SIGINT":                       {`echo $$ >"$1"; exec "$0"`, signal(os.Interrupt)},
-		"the script is killed":         {`echo $$ >"$1"; ` + script, signal(os.Kill)},
+		"nothing happens": {script: `exec "$0"`},
+		"SIGHUP":          {withPID, signal(syscall.SIGHUP)},
+		"SIGINT":          {withPID, signal(os.Interrupt)},
+		"SIGTERM":         {withPID, signal(syscall.SIGTERM)},
+		"the script is killed": {`echo $$ >"$1"; ` + script, func(_ *testing.T, p *os.Process) {
+			_ = p.Kill()
+		}},
 		"the script ends":              {script: `"$0" &`},
 		"the log goes to /dev/null":    {script: scriptQuiet},
 		"the log goes to a file":       {script: `"$0" 2>"$1"; exit $?`},
@@ -300,7 +322,51 @@ func TestServerRuns(t *testing.T) {
 	}
 }
 
-// TestBroken: an error is no sign that nobody reads.
+// TestSignal checks that a plugin without a connection ends at once on a signal, and
+// leaves no socket behind.
+func TestSignal(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no signals that one process sends to another")
+	}
+	for _, connected := range []bool{false, true} {
+		for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+			t.Run(fmt.Sprintf("%v, was connected %t", signal, connected), func(t *testing.T) {
+				t.Parallel()
+				cmd := exec.Command(build(t))
+				cmd.Env = []string{"TMPDIR=" + t.TempDir()}
+				client := client(io.Discard, cmd)
+				t.Cleanup(client.Kill)
+				if _, err := client.Start(); err != nil {
+					t.Fatal(err)
+				}
+				if connected {
+					protocol, err := client.Client()
+					if err == nil {
+						err = protocol.Ping()
+					}
+					if err == nil {
+						err = protocol.(*goplugin.GRPCClient).Conn.Close()
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+				}
+				for end := time.Now().Add(20 * time.Second); !client.Exited(); time.Sleep(20 * time.Millisecond) {
+					_ = cmd.Process.Signal(signal) // the plugin may not yet know that its connection is closed
+					if time.Now().After(end) {
+						t.Fatal("the plugin runs 20s after the signal")
+					}
+				}
+				if left, _ := filepath.Glob(filepath.Join(cmd.Env[0][len("TMPDIR="):], "plugin*")); len(left) > 0 {
+					t.Errorf("left behind: %q", left)
+				}
+			})
+		}
+	}
+}
+
+// TestBroken checks that an error is no sign of a missing reader.
 func TestBroken(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
@@ -314,7 +380,8 @@ func TestBroken(t *testing.T) {
 	_ = r.Close()
 	// Another test may be about to start a process, which has the read end as well
 	// until it runs.
-	for end := time.Now().Add(10 * time.Second); runtime.GOOS != "windows" && !gone(); time.Sleep(10 * time.Millisecond) {
+	end := time.Now().Add(10 * time.Second)
+	for ; runtime.GOOS != "windows" && !gone(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("there is no reader")
 		}

@@ -185,12 +185,6 @@ func TestFaults(t *testing.T) {
 			responded(401, "Unauthorized"),
 			0,
 		},
-		{
-			"over",
-			cabletest.Fault{Grant: &cabletest.Grant{Lifetime: new(time.Duration)}},
-			invalid("its token has already expired, by Cable's own clock"),
-			1,
-		},
 
 		{"201", cabletest.Fault{Status: 201}, other(201, ""), 0},
 		{"202", cabletest.Fault{Status: 202, Header: now}, other(202, ""), 0},
