@@ -38,11 +38,14 @@ const (
 
 // String returns a stable lower-case name, for a log field or a label.
 func (k Kind) String() string {
-	names := []string{"unknown", "responded", "paused", "unreachable", "invalid_response", "timed_out", "canceled"}
-	if k < 0 || int(k) >= len(names) {
-		k = 0
+	name, ok := map[Kind]string{
+		Responded: "responded", Paused: "paused", Unreachable: "unreachable", InvalidResponse: "invalid_response",
+		TimedOut: "timed_out", Canceled: "canceled",
+	}[k]
+	if !ok {
+		return "unknown"
 	}
-	return names[k]
+	return name
 }
 
 // Error says why a token request failed. Its text is safe to show, because it contains no secret and no raw body. Of
