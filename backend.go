@@ -94,20 +94,17 @@ func newBackend() *backend {
 	}
 	b.maxLeaseTTL = mount.NewLeaseSetting(func() time.Duration { return b.System().MaxLeaseTTL() })
 	b.defaultLeaseTTL = mount.NewLeaseSetting(func() time.Duration { return b.System().DefaultLeaseTTL() })
-	b.report = report.New(b.Logger, b.Backend, func(ctx context.Context) bool {
-		return mount.IsEnterprise(ctx, b.System())
-	})
+	b.report = report.New(b.Logger)
 	b.shared = share.NewRoles(b.report.SharedTokenDropped)
 	b.state = state.New(b.report.APICallEnded, b.shared.Retire)
 	return b
 }
 
-// clean ends the mount on this node. It waits for no write, no call and no event,
-// because the SDK holds a lock of all the process's mounts meanwhile.
+// clean ends the mount on this node. It waits for no write and no call, because the SDK
+// holds a lock of all the process's mounts meanwhile.
 func (b *backend) clean() {
 	b.cancel()
 	b.state.Close()
-	b.report.Close()
 }
 
 // invalidate is called by Vault when another node has changed a key of the mount's

@@ -6,7 +6,6 @@ package mount
 import (
 	"context"
 	"errors"
-	"strings"
 	"sync"
 	"time"
 
@@ -63,10 +62,4 @@ func (s *view) ReplicationState() consts.ReplicationState {
 	s.state, s.readAt = state, now
 	s.mu.Unlock()
 	return state
-}
-
-// IsEnterprise reports whether the server says that it is Vault Enterprise.
-func IsEnterprise(ctx context.Context, system logical.SystemView) bool {
-	env, err := system.PluginEnv(ctx)
-	return err == nil && strings.Contains(env.GetVaultVersionMetadata(), "ent")
 }

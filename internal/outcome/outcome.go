@@ -4,7 +4,7 @@
 // Package outcome says how a token request ended, and what follows from that.
 //
 // Each request ends with one [Outcome], a word that is the same in the log, the
-// metrics, status and events. One table gives each word its HTTP status, its log
+// metrics and status. One table gives each word its HTTP status, its log
 // level, and whether it counts as a failure. [Classify] is the one place that
 // tells errors apart, and [Failure.Respond] the one that gives them a status.
 //
@@ -142,8 +142,8 @@ const ErrBudget = Timeout("request_timeout ran out while Vault's storage or sett
 var ErrChanged = errors.New("the settings have changed")
 
 // Failure is a token request that ended without a token. It is classified once,
-// and has everything that the response, the log, the metrics and the events say
-// of it. As an error its text is safe to show.
+// and has everything that the response, the log and the metrics say of it. As an error its
+// text is safe to show.
 type Failure struct {
 	Outcome Outcome
 	Message string // for the caller

@@ -21,7 +21,7 @@ import (
 )
 
 // Metric labels are bounded. Role names are only those of roles that exist, and at
-// most maxMeteredRoles of them; code, outcome, cause and result are closed lists.
+// most maxMeteredRoles of them; code, outcome and cause are closed lists.
 
 const (
 	// metricsNamespace begins the name of each metric of the engine's own.
@@ -66,7 +66,6 @@ type metrics struct {
 	reuseFallbacks        *prometheus.CounterVec // cause
 	reusedTokenAge        prometheus.Histogram
 	reusedTokenReaders    prometheus.Histogram
-	events                *prometheus.CounterVec // result
 	panics                prometheus.Counter
 
 	rolesMu sync.Mutex
@@ -136,8 +135,6 @@ func newMetrics() *metrics {
 	m.reusedTokenReaders = histogram("reused_token_readers",
 		"Reads that a shared token was returned to, observed when it is dropped.",
 		1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000)
-	m.events = counters("events_total",
-		"Events for Vault's event system: sent, failed, or dropped because Vault accepted them too slowly.", "result")
 	m.panics = counter("panics_total",
 		"Requests that failed because of an internal error in the engine.")
 	gauge("build_info", "The build of the engine, as labels; always 1.",
@@ -155,9 +152,6 @@ func newMetrics() *metrics {
 		if (&outcome.Failure{Outcome: o, Attempts: 1}).MeansDown() {
 			m.reuseFallbacks.WithLabelValues(string(o))
 		}
-	}
-	for _, result := range []string{eventSent, eventFailed, eventDropped} {
-		m.events.WithLabelValues(result)
 	}
 	return m
 }
@@ -211,9 +205,6 @@ func (m *metrics) callEnded(r *TokenRequest, o outcome.Outcome) {
 		m.undeliveredTokens.Inc()
 	}
 }
-
-// eventEnded counts an event.
-func (m *metrics) eventEnded(result string) { m.events.WithLabelValues(result).Inc() }
 
 // roleLabel is the label for the role of a token request. A role gets a series only
 // if its settings are still current, because a request that ends after its role was

@@ -1,21 +1,19 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package report says what a mount did: in Vault's log, in the metrics, in status,
-// and in Vault's events. It receives values and asks nothing, so that it can
-// neither delay nor change a request.
+// Package report reports the work of a mount in Vault's log, in the metrics and in
+// status. It receives values and asks nothing, so that it can neither delay nor change
+// a request.
 //
-//   - Each token request has one [TokenRequest], assembled at its end, from which
-//     all four are derived, in the same words.
-//   - A line is a fixed phrase, then fields. No line, label or event contains a
-//     token, a key, a header or a raw body, at any level.
+//   - Each token request has one [TokenRequest], assembled at its end, from which all
+//     three are derived, in the same words.
+//   - A line is a fixed phrase, then fields. No line or label contains a token, a key, a
+//     header or a raw body, at any level.
 //   - Metric labels are bounded; see metrics.
 package report
 
 import (
-	"context"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
@@ -38,27 +36,15 @@ type Reporter struct {
 	logger  func() hclog.Logger
 	metrics *metrics
 	tally   *tally
-	events  *events
 
 	mu     sync.Mutex
 	longer map[string]time.Time // when a longer grant was last logged, by role
 }
 
-// New returns the reporter of a new mount. Events are sent by sender, if
-// isEnterprise returns true; it is called once, before the first event.
-func New(logger func() hclog.Logger, sender logical.EventSender, isEnterprise func(context.Context) bool) *Reporter {
-	m := newMetrics()
-	return &Reporter{
-		logger:  logger,
-		metrics: m,
-		tally:   newTally(),
-		events:  newEvents(sender, isEnterprise, m.eventEnded),
-		longer:  make(map[string]time.Time),
-	}
+// New returns the reporter of a new mount.
+func New(logger func() hclog.Logger) *Reporter {
+	return &Reporter{logger: logger, metrics: newMetrics(), tally: newTally(), longer: make(map[string]time.Time)}
 }
-
-// Close flushes the events, as far as Vault accepts them at once.
-func (p *Reporter) Close() { p.events.close() }
 
 // Source names the request that a report is about.
 type Source struct {
@@ -157,7 +143,6 @@ func (p *Reporter) TokenRequestEnded(r TokenRequest) {
 	}
 	if r.Kind != Reader {
 		p.metrics.callEnded(&r, o)
-		p.events.tokenRequestEnded(&r, o)
 	}
 	p.tally.keepLast(&r, o)
 }
@@ -268,27 +253,23 @@ func (p *Reporter) RoleGone(name string) { p.metrics.roleGone(name) }
 // ConfigWritten reports a write of config.
 func (p *Reporter) ConfigWritten(s Source, c *state.Config) {
 	p.log(s).Info("config written", "refresh_key_version", c.RefreshKeyVersion, "disabled", c.Disabled)
-	p.events.send(eventConfigWrite, s.Operation, "config", "refresh_key_version", fmt.Sprint(c.RefreshKeyVersion))
 }
 
 // ConfigDeleted reports the deletion of config.
 func (p *Reporter) ConfigDeleted(s Source) {
 	p.log(s).Info("config deleted")
-	p.events.send(eventConfigDelete, s.Operation, "config")
 }
 
 // RoleWritten reports a write of a role.
 func (p *Reporter) RoleWritten(s Source, name string, r *state.Role) {
-	organization := fields.Organization.Redact(r.OrganizationID)
-	p.log(s).Info("role written", "role", name, "organization", organization, "disabled", r.Disabled)
-	p.events.send(eventRoleWrite, s.Operation, "roles/"+name, "role", name, "organization_id", organization)
+	p.log(s).Info("role written",
+		"role", name, "organization", fields.Organization.Redact(r.OrganizationID), "disabled", r.Disabled)
 }
 
 // RoleDeleted reports the deletion of a role.
 func (p *Reporter) RoleDeleted(s Source, name string) {
 	p.log(s).Info("role deleted", "role", name)
 	p.metrics.roleGone(name)
-	p.events.send(eventRoleDelete, s.Operation, "roles/"+name, "role", name)
 }
 
 // WriteFailed reports a write that failed in Vault's storage. trial is the token
@@ -317,32 +298,23 @@ func (p *Reporter) Panicked(s Source, value any, stack []byte) {
 // LeaseEnded reports the end of a lease, revoked or expired. expiry is that of the
 // token in Unix seconds, and 0 if it is not known.
 func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64, expired bool) {
-	organization = fields.Organization.Redact(organization)
-	log := p.log(s).With("role", role, "organization", organization)
-	metadata := []string{"role", role, "organization_id", organization}
+	log := p.log(s).With("role", role, "organization", fields.Organization.Redact(organization))
 	p.metrics.leasesEnded.Inc()
 	p.tally.leaseEnded()
 	if expiry == 0 {
 		log.Info("lease ended; token expiry unknown")
-	} else {
-		left := max(0, time.Until(time.Unix(expiry, 0)))
-		expiresAt, remaining := outcome.UnixTime(expiry), seconds(left)
-		if left > 0 && !expired {
-			log.Info("lease ended before its token; Cable cannot revoke tokens, so it stays valid",
-				"expires_at", expiresAt, "remaining_seconds", remaining)
-		} else {
-			log.Debug("lease ended", "expires_at", expiresAt)
-		}
-		p.metrics.leaseEndedRemaining.Observe(left.Seconds())
-		metadata = append(metadata,
-			"expiry", fmt.Sprint(expiry), "expires_at", expiresAt, "remaining_seconds", fmt.Sprint(remaining))
+		return
 	}
-	p.events.send(eventLeaseRevoke, logical.RevokeOperation, "creds/"+role, metadata...)
+	left := max(0, time.Until(time.Unix(expiry, 0)))
+	p.metrics.leaseEndedRemaining.Observe(left.Seconds())
+	if left > 0 && !expired {
+		log.Info("lease ended before its token; Cable cannot revoke tokens, so it stays valid",
+			"expires_at", outcome.UnixTime(expiry), "remaining_seconds", seconds(left))
+	} else {
+		log.Debug("lease ended", "expires_at", outcome.UnixTime(expiry))
+	}
 }
 
 func seconds(d time.Duration) int64 { return int64(d / time.Second) }
 
 func microseconds(d time.Duration) string { return d.Round(time.Microsecond).String() }
-
-// join lists scopes for an event.
-func join(scopes []string) string { return strings.Join(fields.Scope.RedactAll(scopes), ",") }
