@@ -1,14 +1,13 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package report reports the work of a mount in Vault's log, in the metrics and in
-// status. It receives values and asks nothing, so that it can neither delay nor change
-// a request.
+// Package report reports the work of a mount in Vault's log, in the metrics and in status. It receives values and asks
+// nothing, so that it can neither delay nor change a request.
 //
-//   - Each token request has one [TokenRequest], assembled at its end, from which all
-//     three are derived, in the same words.
-//   - A line is a fixed phrase, then fields. No line or label contains a token, a key, a
-//     header or a raw body, at any level.
+//   - Each token request has one [TokenRequest], assembled at its end, from which all three are derived, in the same
+//     words.
+//   - A line is a fixed phrase, then fields. No line or label contains a token, a key, a header or a raw body, at any
+//     level.
 //   - Metric labels are bounded; see metrics.
 package report
 
@@ -52,16 +51,15 @@ type Source struct {
 	Operation       logical.Operation
 }
 
-// SourceOf returns the names of a request. It keeps nothing else of it, because a
-// report may outlive the request, whose storage must not be kept.
+// SourceOf returns the names of a request. It keeps nothing else of it, because a report may outlive the request, whose
+// storage must not be kept.
 func SourceOf(req *logical.Request) Source {
 	return Source{ID: req.ID, Mount: req.MountPoint, Path: req.Path, Operation: req.Operation}
 }
 
 // log is for lines about a request.
 //
-// NOTE: one process serves all mounts of the engine, and Vault's log has its lines
-// under the name of the first of them.
+// NOTE: one process serves all mounts of the engine, and Vault's log has its lines under the name of the first of them.
 func (p *Reporter) log(s Source) hclog.Logger {
 	log := p.logger().With("mount", s.Mount)
 	if s.ID != "" { // leases end without a request
@@ -86,8 +84,8 @@ type TokenRequest struct {
 	Kind Kind
 	Took time.Duration
 
-	// Role is the name, even of a role that does not exist. RoleExists says that
-	// the role was read, RoleIsCurrent that it has not changed since.
+	// Role is the name, even of a role that does not exist. RoleExists says that the role was read, RoleIsCurrent that
+	// it has not changed since.
 	Role                      string
 	RoleExists, RoleIsCurrent bool
 
@@ -125,8 +123,8 @@ func (r *TokenRequest) roleName() string {
 	return r.Role
 }
 
-// TokenRequestEnded reports how a token request ended. A shared call is reported
-// once; each of its readers has its outcome counted and a line at debug level.
+// TokenRequestEnded reports how a token request ended. A shared call is reported once; each of its readers has its
+// outcome counted and a line at debug level.
 func (p *Reporter) TokenRequestEnded(r TokenRequest) {
 	o := r.Outcome()
 	if r.Kind == Reader && (r.Failure == nil || r.Shared.CallFailed) {
@@ -216,9 +214,8 @@ func (p *Reporter) logTokenRequest(r *TokenRequest, o outcome.Outcome) {
 	p.log(r.Source).Log(level, phrase, line...)
 }
 
-// isNewLongerGrant reports whether a longer grant to this role is logged. It is
-// once a minute, because a Cable that ignores the requested lifetime does so each
-// time.
+// isNewLongerGrant reports whether a longer grant to this role is logged. It is once a minute, because a Cable that
+// ignores the requested lifetime does so each time.
 func (p *Reporter) isNewLongerGrant(role string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -272,8 +269,8 @@ func (p *Reporter) RoleDeleted(s Source, name string) {
 	p.metrics.roleGone(name)
 }
 
-// WriteFailed reports a write that failed in Vault's storage. trial is the token
-// that verify_role minted in vain, "" if there is none.
+// WriteFailed reports a write that failed in Vault's storage. trial is the token that verify_role minted in vain, "" if
+// there is none.
 func (p *Reporter) WriteFailed(s Source, err error, trial string) {
 	p.log(s).Warn("write failed in Vault's storage; whether it was stored is not known", "detail", err.Error())
 	if trial != "" {
@@ -287,16 +284,15 @@ func (p *Reporter) NoConfigGauges(s Source, err error) {
 		"detail", err.Error())
 }
 
-// Panicked reports an internal error. The value of the panic is not shown, because
-// it may contain anything.
+// Panicked reports an internal error. The value of the panic is not shown, because it may contain anything.
 func (p *Reporter) Panicked(s Source, value any, stack []byte) {
 	p.metrics.panics.Inc()
 	p.log(s).Error("panic in a handler; the request failed and the engine continues",
 		"operation", s.Operation, "path", s.Path, "panic_type", fmt.Sprintf("%T", value), "stack", string(stack))
 }
 
-// LeaseEnded reports the end of a lease, revoked or expired. expiry is that of the
-// token in Unix seconds, and 0 if it is not known.
+// LeaseEnded reports the end of a lease, revoked or expired. expiry is that of the token in Unix seconds, and 0 if it
+// is not known.
 func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64, expired bool) {
 	log := p.log(s).With("role", role, "organization", fields.Organization.Redact(organization))
 	p.metrics.leasesEnded.Inc()

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 
@@ -93,29 +92,6 @@ func TestWorkflows(t *testing.T) {
 	}
 	if targets < 10 || len(pins) < 5 {
 		t.Errorf("%d targets, %d actions", targets, len(pins))
-	}
-}
-
-// TestDependabot checks that no Go module is forgotten.
-func TestDependabot(t *testing.T) {
-	t.Parallel()
-	var config struct {
-		Updates []struct{ Directories []string }
-	}
-	if err := yaml.Unmarshal([]byte(read(t, filepath.Join(root, ".github/dependabot.yml"))), &config); err != nil {
-		t.Fatal(err)
-	}
-	out, err := output(root, nil, "git", "ls-files", "-co", "--exclude-standard", "go.mod", "*/go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var want []string
-	for file := range strings.Lines(out) {
-		want = append(want, strings.TrimSuffix("/"+strings.TrimSuffix(strings.TrimSpace(file), "/go.mod"), "go.mod"))
-	}
-	slices.Sort(want)
-	if got := slices.Sorted(slices.Values(config.Updates[0].Directories)); !slices.Equal(got, want) {
-		t.Errorf("dependabot.yml lists %q, the modules are %q", got, want)
 	}
 }
 
