@@ -31,14 +31,18 @@ const undelivered = "token request failed after it was sent; Cable may have issu
 // the same word in the log, in metrics and in status.
 func TestOutcomes(t *testing.T) {
 	t.Parallel()
-	const warn, fail, debug = "warn", "error", "debug"
+	const (
+		warn, fail, debug = "warn", "error", "debug"
+
+		failed  = "token request failed"
+		refused = "Cable's response was refused and its token dropped" // and so not delivered
+	)
 	for _, tt := range []struct {
-		outcome     outcome.Outcome
-		fault       Fault
-		before      func(m *testMount) // besides the fault
-		level, log  string
-		cable       int // its status
-		undelivered bool
+		outcome    outcome.Outcome
+		fault      Fault
+		before     func(m *testMount) // besides the fault
+		level, log string
+		cable      int // its status
 
 		notCalled bool // Cable
 		noFailure bool
@@ -48,32 +52,33 @@ func TestOutcomes(t *testing.T) {
 			outcome: outcome.InvalidRequest, notCalled: true, noFailure: true, level: debug, log: "token request refused",
 			before: func(m *testMount) { m.write("roles/ci", kv{"disabled": true}) },
 		},
-		{outcome: outcome.KeyRejected, fault: Fault{Status: 401}, level: warn, log: "token request failed", cable: 401},
-		{outcome: outcome.RejectedByCable, fault: Fault{Status: 403}, level: warn, log: "token request failed", cable: 403},
-		{outcome: outcome.RateLimited, fault: Fault{Status: 429}, level: warn, log: "token request failed", cable: 429},
+		{outcome: outcome.KeyRejected, fault: Fault{Status: 401}, level: warn, log: failed, cable: 401},
+		{outcome: outcome.RejectedByCable, fault: Fault{Status: 403}, level: warn, log: failed, cable: 403},
+		{outcome: outcome.RateLimited, fault: Fault{Status: 429}, level: warn, log: failed, cable: 429},
 		{
-			outcome: outcome.Paused, notCalled: true, fault: Fault{Status: 429}, level: debug, log: "token request failed",
+			outcome: outcome.Paused, notCalled: true, fault: Fault{Status: 429}, level: debug, log: failed,
 			before: func(m *testMount) { m.refused(429, opRead, "creds/ci", nil) },
 		},
-		{outcome: outcome.CableError, fault: Fault{Status: 503}, level: warn, log: undelivered, cable: 503, undelivered: true},
-		{outcome: outcome.CableError, fault: Fault{Status: 500}, level: warn, log: undelivered, cable: 500, undelivered: true},
-		{outcome: outcome.CableError, fault: Fault{Status: 408}, level: warn, log: undelivered, cable: 408, undelivered: true},
-		{outcome: outcome.Unreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: "token request failed"},
-		{outcome: outcome.Unreachable, fault: Fault{Reset: cabletest.ResetAfter}, level: warn, log: undelivered, undelivered: true},
-		{outcome: outcome.TimedOut, fault: Fault{Delay: time.Minute}, level: warn, log: undelivered, undelivered: true},
-		{outcome: outcome.InvalidResponse, fault: Fault{Body: "<html>"}, level: fail, log: "Cable's response was refused and its token dropped", cable: 200, undelivered: true},
+		{outcome: outcome.CableError, fault: Fault{Status: 503}, level: warn, log: undelivered, cable: 503},
+		{outcome: outcome.CableError, fault: Fault{Status: 500}, level: warn, log: undelivered, cable: 500},
+		{outcome: outcome.CableError, fault: Fault{Status: 408}, level: warn, log: undelivered, cable: 408},
+		{outcome: outcome.Unreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: failed},
+		{outcome: outcome.Unreachable, fault: Fault{Reset: cabletest.ResetAfter}, level: warn, log: undelivered},
+		{outcome: outcome.TimedOut, fault: Fault{Delay: time.Minute}, level: warn, log: undelivered},
+		{outcome: outcome.InvalidResponse, fault: Fault{Body: "<html>"}, level: fail, log: refused, cable: 200},
 		{
 			outcome: outcome.GrantMismatch, fault: Fault{Grant: &Grant{Scopes: &[]string{"everything:write"}}},
-			level: fail, log: "Cable's response was refused and its token dropped", cable: 200, undelivered: true,
+			level: fail, log: refused, cable: 200,
 		},
 		{
 			outcome: outcome.VaultError, notCalled: true, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
-			level: fail, log: "token request failed",
+			level: fail, log: failed,
 		},
 	} {
 		t.Run(string(tt.outcome), func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
+			isUndelivered := tt.log == undelivered || tt.log == refused
 			m.write("config", kv{"request_timeout": 1})
 			m.sim.SetFault(tt.fault)
 			if tt.before != nil {
@@ -94,7 +99,7 @@ func TestOutcomes(t *testing.T) {
 			if got, _ := line["cable_status"].(float64); tt.outcome != outcome.Minted && int(got) != tt.cable {
 				t.Errorf("cable_status in the log: %v, want %d", line["cable_status"], tt.cable)
 			}
-			if _, got := line["undelivered_until"]; got != tt.undelivered {
+			if _, got := line["undelivered_until"]; got != isUndelivered {
 				t.Errorf("undelivered_until in the log: %v", line)
 			}
 
@@ -103,7 +108,7 @@ func TestOutcomes(t *testing.T) {
 			if n := moved(`vault_cable_token_requests_total{outcome="` + string(tt.outcome) + `",role="ci"}`); n != 1 {
 				t.Errorf("token_requests_total moved by %v", n)
 			}
-			if n := moved("vault_cable_undelivered_tokens_total"); (n == 1) != tt.undelivered || n > 1 {
+			if n := moved("vault_cable_undelivered_tokens_total"); (n == 1) != isUndelivered || n > 1 {
 				t.Errorf("undelivered_tokens_total moved by %v", n)
 			}
 			if n := moved("vault_cable_token_request_duration_seconds_count"); (n == 1) == tt.notCalled {
