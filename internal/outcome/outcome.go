@@ -110,11 +110,10 @@ func (e Refusal) Error() string { return string(e) }
 // Refuse returns a Refusal with a formatted text.
 func Refuse(format string, args ...any) error { return Refusal(fmt.Sprintf(format, args...)) }
 
-// Mismatch is the error for a grant of more than was requested.
-type Mismatch string
-
-// Error implements error.
-func (e Mismatch) Error() string { return string(e) }
+// Mismatch is the failure for a grant of something other than requested.
+func Mismatch(text string) *Failure {
+	return &Failure{Outcome: GrantMismatch, Message: text, Detail: text}
+}
 
 // Timeout is the error for a wait that ended without a result. It becomes a 504.
 type Timeout string
@@ -179,12 +178,9 @@ func Classify(err error) *Failure {
 	}
 	f := &Failure{Outcome: VaultError, Message: err.Error(), Detail: err.Error(), Cause: err}
 	_, isRefusal := errors.AsType[Refusal](err)
-	_, isMismatch := errors.AsType[Mismatch](err)
 	switch {
 	case isRefusal:
 		f.Outcome = InvalidRequest
-	case isMismatch:
-		f.Outcome = GrantMismatch
 	case errors.Is(err, context.Canceled), status.Code(err) == codes.Canceled:
 		f.Outcome = Canceled
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded:
