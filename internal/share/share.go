@@ -245,34 +245,34 @@ func (s *role) read(ctx context.Context, r Reader) (Result, error) {
 }
 
 // wait waits for a shared call on behalf of one reader. again says that the reader must start over.
-func (s *role) wait(ctx context.Context, t *token, r Reader, outOfPatience <-chan time.Time) (_ Result, err error, again bool) {
+func (s *role) wait(
+	ctx context.Context, t *token, r Reader, outOfPatience <-chan time.Time,
+) (result Result, err error, again bool) {
+	var f *outcome.Failure
 	select {
 	case <-t.done:
+		f = outcome.Classify(t.err)
 	case <-outOfPatience:
-		s.release(t)
-		result, err := s.fallBack(notInTime("the API call is still under way"), r, true)
-		return result, err, false
+		f = notInTime("the API call is still under way")
 	case <-ctx.Done():
-		s.release(t)
 		if cause := context.Cause(ctx); !errors.Is(cause, outcome.ErrBudget) {
+			s.release(t)
 			return Result{Waited: true}, cause, false
 		}
-		result, err := s.fallBack(notInTime("request_timeout ran out"), r, true)
+		f = notInTime("request_timeout ran out")
+	}
+	if f == nil && t.requested <= r.Lifetime {
+		result, err = s.deliver(t, r, Result{Waited: true})
 		return result, err, false
 	}
+	s.release(t)
 	switch {
-	case errors.Is(t.err, outcome.ErrChanged):
-		s.release(t)
-		return Result{}, outcome.ErrChanged, false
-	case t.err != nil:
-		s.release(t)
-		result, err := s.fallBack(outcome.Classify(t.err), r, true)
-		return result, err, false
-	case t.requested > r.Lifetime: // the ceiling was lowered meanwhile
-		s.release(t)
+	case f == nil: // the ceiling was lowered meanwhile
 		return Result{}, nil, true
+	case errors.Is(f, outcome.ErrChanged):
+		return Result{}, outcome.ErrChanged, false
 	}
-	result, err := s.deliver(t, r, Result{Waited: true})
+	result, err = s.fallBack(f, r, true)
 	return result, err, false
 }
 
@@ -338,7 +338,8 @@ func (s *role) backingOff(now time.Time) *outcome.Failure {
 	}
 	later := *s.failure
 	later.RetryAfter = max(wait, s.failure.RetryAfter-now.Sub(s.failedAt))
-	later.Message += fmt.Sprintf("; this role makes no API call for another %ds", outcome.WholeSeconds(later.RetryAfter))
+	later.Message += fmt.Sprintf("; this role makes no API call for another %ds",
+		outcome.WholeSeconds(later.RetryAfter))
 	return &later
 }
 
