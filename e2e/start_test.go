@@ -28,8 +28,9 @@ func TestArguments(t *testing.T) {
 		"several": {"-log-level=debug", "-help", cabletest.TokenMarker},
 	} {
 		plugin := pluginName + "-" + name
-		command := []string{"plugin", "register",
-			"-sha256=" + suite.sha256, "-command=" + pluginName, "-version=" + pluginVersion}
+		command := []string{
+			"plugin", "register", "-sha256=" + suite.sha256, "-command=" + pluginName, "-version=" + pluginVersion,
+		}
 		for _, arg := range args {
 			command = append(command, "-args="+arg)
 		}
