@@ -4,9 +4,9 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"fmt"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -61,7 +61,8 @@ var notRun = map[string]string{
 	"examples/vault-proxy/README.md#Run/1":           "runs until it is ended: TestExampleVaultProxy starts it",
 	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
 	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
-	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestMlock runs it",
+	"docs/runbook.md#setcap":                         "needs root: TestCapability runs it",
+	"docs/runbook.md#remove-capability":              "needs root: TestCapability runs it",
 	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
 	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
 	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
@@ -77,12 +78,15 @@ var notRun = map[string]string{
 
 // block is a fenced block of a page: commands, a transcript, or HCL.
 type block struct {
-	id             string // such as "docs/runbook.md#Rotate the refresh key/2"
+	// id is the page with the block's name, such as "docs/runbook.md#rotate" for
+	// "```sh name=rotate"; without a name, with heading and number, such as
+	// "README.md#Install/2".
+	id             string
 	language, text string
 }
 
-// fence finds a block with its language, and the indent of a list around it.
-var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl)(?: \\w+)?\n(.*?)^ *```")
+// fence finds a block with its language and name, and the indent of a list around it.
+var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl)(?: name=([\\w-]+)| \\w+)?\n(.*?)^ *```")
 
 // blocksOf returns the blocks of a page that somebody may type or copy.
 func blocksOf(t *testing.T, page string) (found []block) {
@@ -91,13 +95,23 @@ func blocksOf(t *testing.T, page string) (found []block) {
 		heading, body, _ := strings.Cut(part, "\n")
 		for i, m := range fence.FindAllStringSubmatch(body, -1) {
 			found = append(found, block{
-				id:       fmt.Sprintf("%s#%s/%d", page, heading, i+1),
+				id:       page + "#" + cmp.Or(m[3], fmt.Sprintf("%s/%d", heading, i+1)),
 				language: m[2],
-				text:     regexp.MustCompile(`(?m)^`+m[1]).ReplaceAllString(m[3], ""),
+				text:     regexp.MustCompile(`(?m)^`+m[1]).ReplaceAllString(m[4], ""),
 			})
 		}
 	}
 	return found
+}
+
+// named returns the blocks of a page by the part of their id after the page.
+func named(t *testing.T, page string) map[string]string {
+	t.Helper()
+	texts := map[string]string{}
+	for _, b := range blocksOf(t, page) {
+		texts[strings.TrimPrefix(b.id, page+"#")] = b.text
+	}
+	return texts
 }
 
 // pages returns the Markdown files of the repository.
@@ -232,21 +246,43 @@ func (s *shell) run(commands string) string {
 	return out
 }
 
-// runPage runs the blocks of commands of a page in order, each with its step.
+// runPage runs all blocks of commands of a page, in order.
 func (s *shell) runPage(page string, steps map[string]step) {
 	s.t.Helper()
-	done := map[string]bool{}
-	for _, b := range blocksOf(s.t, page) {
-		if b.language != "sh" || notRun[b.id] != "" {
+	checkSteps(s.t, page, steps)
+	s.runSteps(page, steps)
+}
+
+// checkSteps makes sure that each block of commands of a page has a step, unless
+// it is in notRun, and each step a block.
+func checkSteps(t *testing.T, page string, steps map[string]step) {
+	t.Helper()
+	known := map[string]bool{}
+	for _, b := range blocksOf(t, page) {
+		name := strings.TrimPrefix(b.id, page+"#")
+		if known[name] = true; b.language != "sh" || notRun[b.id] != "" {
 			continue
 		}
+		if _, ok := steps[name]; !ok {
+			t.Errorf("no step for %q:\n%s", name, b.text)
+		}
+	}
+	for name := range steps {
+		if !known[name] {
+			t.Errorf("%s has no block %q", page, name)
+		}
+	}
+}
+
+// runSteps runs those blocks of a page that have a step, in the page's order.
+func (s *shell) runSteps(page string, steps map[string]step) {
+	s.t.Helper()
+	for _, b := range blocksOf(s.t, page) {
 		name := strings.TrimPrefix(b.id, page+"#")
 		step, ok := steps[name]
 		if !ok {
-			s.t.Errorf("no step for %q:\n%s", name, b.text)
 			continue
 		}
-		done[name] = true
 		if step.skip != "" {
 			s.t.Run(name, func(t *testing.T) { t.Skip(step.skip) })
 			continue
@@ -265,11 +301,6 @@ func (s *shell) runPage(page string, steps map[string]step) {
 		}
 		if step.after != nil {
 			step.after(out)
-		}
-	}
-	for _, name := range slices.Sorted(maps.Keys(steps)) {
-		if !done[name] {
-			s.t.Errorf("%s has no block %q", page, name)
 		}
 	}
 }
@@ -332,7 +363,7 @@ func TestPageForm(t *testing.T) {
 		return texts
 	}
 	short := install("README.md", "Install/2", "Install/3", "Install/4")
-	if long := install("docs/runbook.md", "Install/1", "Install/3", "Configure/1"); len(short) != 3 || !slices.Equal(short, long) {
+	if long := install("docs/runbook.md", "install", "register", "configure"); len(short) != 3 || !slices.Equal(short, long) {
 		t.Errorf("the README and the runbook install in two ways:\n%q\n%q", short, long)
 	}
 }

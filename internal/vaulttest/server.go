@@ -39,6 +39,8 @@ type Config struct {
 
 	LockMemory bool // as in production; default: disable_mlock
 
+	Extra string // more of the configuration file
+
 	// PluginDir is the plugin folder; default: the one that holds the first of
 	// Plugins, which are those to register.
 	PluginDir string
@@ -165,7 +167,7 @@ func (s *Server) configuration(c Config, addr string) (string, error) {
 			return "", err
 		}
 	}
-	text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = %t\napi_addr = %q\n", folder, !c.LockMemory, s.Addr) + s.Product.configuration()
+	text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = %t\napi_addr = %q\n", folder, !c.LockMemory, s.Addr) + s.Product.configuration() + c.Extra + "\n"
 	if c.Raft == nil {
 		return text, nil
 	}
