@@ -66,6 +66,8 @@ var notRun = map[string]string{
 	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
 	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
 	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
+	"docs/security.md#search-log":                    "needs a log in either format: TestLogSearches runs it",
+	"docs/tutorial.md#forget":                        "an alias needs a shell at a terminal: TestTutorial runs it in one",
 	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
 	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
 	"docs/compatibility.md#OpenBao/1":                "needs an OpenBao server, which cannot be had here",

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -66,7 +67,7 @@ func TestSecurityPage(t *testing.T) {
 
 	s, m := newApplication(t)
 	s.runPage("docs/security.md", map[string]step{
-		"Hardening/1": {
+		"max-lease-ttl": {
 			want: []string{"Success! Tuned"},
 			after: func(string) {
 				m.ok(t, "POST", "cable/roles/long", map[string]any{"scopes": "person:read", "ttl": "8h"})
@@ -76,6 +77,33 @@ func TestSecurityPage(t *testing.T) {
 			},
 		},
 	})
+}
+
+// TestLogSearches: the searches of Vault's log that the pages show find their lines
+// in either log format.
+func TestLogSearches(t *testing.T) {
+	t.Parallel()
+	needVault(t)
+	search := named(t, "docs/security.md")["search-log"] + named(t, "docs/runbook.md")["refused"]
+	for _, format := range []string{"standard", "json"} {
+		v, err := startDevServer(t.TempDir(), "VAULT_LOG_FORMAT="+format, "BAO_LOG_FORMAT="+format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(v.stop)
+		m := newMount(t, v, nil)
+		m.configure(t)
+		for _, outcome := range []string{"key_rejected", "grant_mismatch"} {
+			i := slices.IndexFunc(failures, func(f failure) bool { return f.outcome == outcome })
+			m.fail(t, failures[i])
+		}
+		s := newShell(t, v, nil)
+		s.edit = strings.NewReplacer("/var/log/vault/vault.log", v.log)
+		out := s.run(search)
+		if got := strings.Count(out, "grant_mismatch"); got != 2 || strings.Count(out, "key_rejected") != 1 {
+			t.Errorf("%s: the searches find\n%s", format, out)
+		}
+	}
 }
 
 // TestMlock: under a Vault that locks its memory and is not root, the plugin

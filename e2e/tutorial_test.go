@@ -62,6 +62,11 @@ func TestTutorial(t *testing.T) {
 	s.env = append(s.env, "CABLE_CONTROL="+paste[3])
 
 	lease := ""
+	second := "shopt -s expand_aliases\nalias vault=" + paste[4] + "\nexport VAULT_ADDR=" + paste[1] + " CABLE_CONTROL=" + paste[3]
+	out2 := s.run(second + "\n" + named(t, "docs/tutorial.md")["forget"] + "type -t vault; echo \"${VAULT_ADDR-}${VAULT_TOKEN-}\"")
+	if out2 != "file\n\n" {
+		t.Errorf("the second shell still has an alias or an address:\n%s", out2)
+	}
 	s.runPage("docs/tutorial.md", map[string]step{
 		"What is there/1": {
 			want: []string{`token_url +http://127\.0\.0\.1:`, `(?m)^team-a$`, `scopes +\[person:read\]`},
