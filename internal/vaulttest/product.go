@@ -72,6 +72,8 @@ const (
 	MemoryLock       Feature = iota // the server locks its memory, and plugins theirs
 	PinnedVersions                  // sys/plugins/pins
 	RenewalThreshold                // lease_renewal_threshold of its Agent
+	DeclaredPlugins                 // plugin and initialize blocks in its configuration
+	Namespaces                      // sys/namespaces
 )
 
 // Lacks returns why the tests of a feature do not apply to a version of the
@@ -80,6 +82,12 @@ func (p Product) Lacks(version string, f Feature) string {
 	switch {
 	case p == Vault && f == RenewalThreshold && strings.HasPrefix(version, "1.16."):
 		return "Agent of Vault 1.16 ignores lease_renewal_threshold"
+	case p == Vault && f == DeclaredPlugins:
+		return "Vault's configuration declares no plugins"
+	case p == Vault && f == Namespaces:
+		return "Vault Community has no namespaces"
+	case f == DeclaredPlugins && !p.standbysServe(version):
+		return "OpenBao declares plugins from 2.5 on"
 	case p != OpenBao:
 		return ""
 	case f == RenewalThreshold:
@@ -91,6 +99,15 @@ func (p Product) Lacks(version string, f Feature) string {
 	}
 	return ""
 }
+
+// standbysServe reports whether standbys serve reads, and so run the plugin.
+func (p Product) standbysServe(version string) bool {
+	return p == OpenBao && !regexp.MustCompile(`^2\.[0-4]\.`).MatchString(version)
+}
+
+// ReloadsOneNode reports whether a reload concerns only the node that receives it,
+// while the others run the plugin, too, so that they have to be restarted.
+func (p Product) ReloadsOneNode(version string) bool { return p.standbysServe(version) }
 
 // Unaware reports whether a response comes from a standby that serves requests
 // itself and is about to learn of a new or changed mount. Standbys of OpenBao
