@@ -450,6 +450,33 @@ func noneIrrevocable(t *testing.T, v *vaultServer) {
 	}
 }
 
+// running is the version of the plugin that a node runs, as it says itself.
+func (c *cluster) running(t *testing.T, v *vaultServer) string {
+	t.Helper()
+	return fmt.Sprint(v.do(t, "GET", "sys/mounts/"+c.path, nil).Data["running_plugin_version"])
+}
+
+// restartStandbys follows docs/openbao.md after an upgrade on the leader: standbys
+// that run the plugin themselves keep the old version until they are restarted.
+func (c *cluster) restartStandbys(t *testing.T, leader int) {
+	t.Helper()
+	page := named(t, "docs/openbao.md")
+	for _, i := range others(leader) {
+		if got := c.running(t, c.node(i)); got != pluginVersion {
+			t.Errorf("after a reload on the leader, node %d runs %s", i, got)
+		}
+		shell := func() *shell { return newShell(t, c.node(i), map[string]string{"bao": suite.vault}) }
+		if got := shell().run(page["active-node"] + `echo -n "$BAO_ADDR"`); got != c.node(leader).addr {
+			t.Errorf("the page's command says that %s leads, not %s", got, c.node(leader).addr)
+		}
+		c.node(i).stop()
+		c.start(t, i)
+		c.unseal(t, i, 429)
+		waitFor(t, 30*time.Second, "the standby serves", func() bool { return c.running(t, c.node(i)) == nextVersion })
+		contains(t, shell().run(page["node-version"]), nextVersion)
+	}
+}
+
 // nextVersion is stamped into the plugin that nextPlugin builds.
 const nextVersion = "v0.0.2-e2e"
 
@@ -576,9 +603,10 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 		put(leader, "sys/mounts/"+c.path+"/tune", map[string]any{"plugin_version": nextVersion})
 		put(leader, "sys/plugins/reload/backend", map[string]any{"mounts": []string{c.path + "/"}})
 		return func() {
-			c.waitForAll(t, "runs "+nextVersion, func(v *vaultServer) bool {
-				return v.do(t, "GET", "sys/mounts/"+c.path, nil).Data["running_plugin_version"] == nextVersion
-			})
+			if suite.product.ReloadsOneNode(suite.version) {
+				c.restartStandbys(t, leader)
+			}
+			c.waitForAll(t, "runs "+nextVersion, func(v *vaultServer) bool { return c.running(t, v) == nextVersion })
 		}
 	})
 	calls := c.sim.Calls()
