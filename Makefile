@@ -6,10 +6,13 @@
 .DEFAULT_GOAL := help
 SHELL := bash
 
-VERSION ?= $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
-COMMIT  ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
+# Go gives a build its version, from the tag or commit, but not in a linked work tree
+# of git, where .git is a file: there it is written into the build.
 PKG     := github.com/cablesecrets/vault-plugin-secrets-cable
-LDFLAGS := -s -w -X $(PKG)/internal/version.stamped=$(VERSION) -X $(PKG)/internal/version.commit=$(COMMIT)
+LINKED  := $(shell test -f .git && TZ=UTC git show -s --abbrev=12 --date=format-local:%Y%m%d%H%M%S \
+	--format='v0.0.0-%cd-%h %h' && git status --porcelain | head -n 1 | tr -c '\n' d)
+LDFLAGS := -s -w $(if $(LINKED),-X $(PKG)/internal/version.commit=$(word 2,$(LINKED)) \
+	-X $(PKG)/internal/version.stamped=$(firstword $(LINKED))$(if $(word 3,$(LINKED)),.dirty))
 FUZZTIME ?= 30s
 
 # The programs that tools/NAME pins, for the command that follows: $(call with,NAME...).
@@ -22,7 +25,7 @@ help: ## Print the targets
 .PHONY: build
 build: ## Build the plugin into bin/, which Vault takes as -dev-plugin-dir
 	@rm -rf bin
-	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
+	CGO_ENABLED=0 go build -buildvcs=auto -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
 
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
@@ -92,7 +95,7 @@ bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for 
 
 # Releases: docs/releasing.md. A tag is compiled by the Go that is pinned, which Go
 # fetches if another one is installed; a snapshot by the Go that is there.
-RELEASE_GO ?= $(if $(VERSION),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
+RELEASE_GO ?= $(if $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
 
 .PHONY: release
 release: export GOTOOLCHAIN = $(RELEASE_GO)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -251,83 +252,37 @@ func needNamespace(t *testing.T) {
 	}
 }
 
-// TestVaultKilled: a plugin whose Vault was killed ends, however it was started
-// and if it has nothing to do: it has the refresh key in memory, and nobody else
-// ends it. While its Vault runs it does not end.
+// TestVaultKilled: a plugin whose Vault was killed ends. It has the refresh key in
+// memory, and nothing else would end it. TestServerKilled has the wrapper scripts.
 func TestVaultKilled(t *testing.T) {
 	t.Parallel()
-	const self = `plugin="$(dirname "$0")/` + pluginName + `"; `
-	tests := map[string]struct {
-		namespace    bool
-		vault        string // a script that runs Vault, $VAULT; default: none
-		plugin       string // a script that runs the plugin, $plugin; default: none
-		scriptKilled bool   // before Vault is
-	}{
-		"child":                     {},
-		"script":                    {plugin: `"$plugin" "$@"; exit $?`},
-		"script, killed":            {plugin: `echo $$ >"$0.pid"; "$plugin" "$@"; exit $?`, scriptKilled: true},
-		"script, log redirected":    {plugin: `"$plugin" "$@" 2>/dev/null; exit $?`},
-		"plugin in a PID namespace": {namespace: true, plugin: `exec unshare --pid --fork --mount-proc "$plugin" "$@"`},
-		// As in a container with an init process, which outlives Vault.
-		"all in a PID namespace":              {namespace: true, vault: `[ "$1" = server ] || exec "$VAULT" "$@"; exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`},
-		"all in a PID namespace, with script": {namespace: true, vault: `[ "$1" = server ] || exec "$VAULT" "$@"; exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`, plugin: `"$plugin" "$@"; exit $?`},
-	}
-	for name, tt := range tests {
+	for name, namespace := range map[string]bool{"child": false, "all in a PID namespace": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			needVault(t)
-			if tt.namespace {
-				needNamespace(t)
-			}
 			dir := t.TempDir()
 			folder, plugin := pluginFolder(t)
 			v := &vaultServer{plugins: folder}
-			if tt.vault != "" {
+			if namespace { // as in a container with an init process, which outlives Vault
+				needNamespace(t)
 				v.binary = filepath.Join(dir, "vault-script")
-				writeScript(t, v.binary, "export VAULT="+suite.vault+"\n"+tt.vault)
+				writeScript(t, v.binary, "export VAULT="+suite.vault+`; [ "$1" = server ] || exec "$VAULT" "$@"
+exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`)
 			}
 			if err := v.startDev(dir); err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(v.stop)
 			t.Cleanup(func() { _ = v.Process.Kill() }) // with it, its namespace
-			watch(t, v)
-			command := pluginName
-			if tt.plugin != "" {
-				command = "wrapper"
-				script := filepath.Join(folder, command)
-				writeScript(t, script, self+tt.plugin)
-				sum, err := vaulttest.Plugin{File: script}.Sum()
-				if err != nil {
-					t.Fatal(err)
-				}
-				v.register(t, command, map[string]any{"command": command, "sha256": sum})
-			}
-			m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
-			v.ok(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": command})
-			m.configure(t)
+			m := newMountOf(t, v)
 			m.read(t)
-			plugins := processes(t, plugin)
 			t.Cleanup(func() {
 				for _, pid := range processes(t, plugin) { // the test has failed
 					kill(t, pid)
 				}
 			})
-			if len(plugins) != 1 {
+			if plugins := processes(t, plugin); len(plugins) != 1 {
 				t.Fatalf("plugin processes %v, want one", plugins)
-			}
-			if tt.scriptKilled {
-				pid, err := strconv.Atoi(strings.TrimSpace(readFile(t, filepath.Join(folder, command+".pid"))))
-				if err != nil {
-					t.Fatal(err)
-				}
-				kill(t, pid)
-				for end := time.Now().Add(2500 * time.Millisecond); time.Now().Before(end); time.Sleep(pollInterval) {
-					m.read(t)
-				}
-				if got := processes(t, plugin); !slices.Equal(got, plugins) {
-					t.Errorf("plugin processes %v, want %v, as Vault runs", got, plugins)
-				}
 			}
 			server := v.process(t)
 			kill(t, server)
@@ -335,6 +290,74 @@ func TestVaultKilled(t *testing.T) {
 			start := time.Now()
 			waitFor(t, 10*time.Second, "the plugin ends", func() bool { return len(processes(t, plugin)) == 0 })
 			t.Logf("ended after %s", time.Since(start).Round(10*time.Millisecond))
+		})
+	}
+}
+
+// newMountOf enables and configures the engine on a server that the test ends, so
+// that the mount is not disabled at the test's end.
+func newMountOf(t *testing.T, v *vaultServer) *mount {
+	t.Helper()
+	watch(t, v)
+	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
+	v.ok(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": pluginName})
+	m.configure(t)
+	return m
+}
+
+// TestGroupSignal: a terminal, a container's init and systemd send a signal to the
+// whole process group. Vault waits for the requests under way, and the plugin
+// serves them, so a reader gets its token. Then the plugin ends with Vault.
+func TestGroupSignal(t *testing.T) {
+	t.Parallel()
+	for _, signal := range []string{"TERM", "INT"} {
+		t.Run(signal, func(t *testing.T) {
+			t.Parallel()
+			needVault(t)
+			if _, err := exec.LookPath("setsid"); err != nil {
+				skipUnlessRequired(t, err)
+			}
+			dir := t.TempDir()
+			folder, plugin := pluginFolder(t)
+			v := &vaultServer{plugins: folder, binary: filepath.Join(dir, "vault-script")}
+			writeScript(t, v.binary, "exec setsid "+suite.vault+` "$@"`) // a process group of its own
+			// NOTE: in dev mode SIGHUP makes Vault panic.
+			if err := v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "data")}, suite.plugin); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(v.stop)
+			m := newMountOf(t, v)
+			m.read(t)
+			plugins := processes(t, plugin)
+			send := func(signal string) {
+				if _, err := run("/bin/sh", "-c", fmt.Sprintf("kill -%s -%d", signal, v.Process.Pid)); err != nil {
+					t.Error(err)
+				}
+			}
+			send("HUP") // Vault reads its configuration again
+			waitFor(t, 10*time.Second, "Vault has seen SIGHUP", func() bool { return v.logHas("Vault reload triggered") })
+			m.read(t)
+			if got := processes(t, plugin); len(got) != 1 || !slices.Equal(got, plugins) {
+				t.Errorf("plugin processes %v after SIGHUP, want %v", got, plugins)
+			}
+
+			m.sim.SetFault(cabletest.Fault{Delay: 2 * time.Second})
+			before := m.sim.CallCount()
+			read := make(chan *answer, 1)
+			go func() {
+				a, err := v.call(request{method: "GET", path: m.path + "/creds/app", token: v.root})
+				if err != nil {
+					t.Errorf("the read under way: %v", err)
+				}
+				read <- a
+			}()
+			waitFor(t, 10*time.Second, "Cable gets the call", func() bool { return m.sim.CallCount() > before })
+			send(signal)
+			if a := <-read; a == nil || a.status != 200 || a.token() == "" {
+				t.Errorf("the read under way: %s, want a token", a)
+			}
+			<-v.Exited
+			waitFor(t, 10*time.Second, "the plugin ends", func() bool { return len(processes(t, plugin)) == 0 })
 		})
 	}
 }

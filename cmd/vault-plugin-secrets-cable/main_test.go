@@ -15,22 +15,25 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/hashicorp/vault/sdk/plugin"
-
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 // canary stands where a secret could be put by mistake.
 const canary = "REFRESHKEYCANARY-0123456789"
+
+// testVersion is the version of the plugin that these tests build.
+const testVersion = "v0.0.1-test"
 
 // build builds the plugin, once for all tests.
 func build(t *testing.T) string {
@@ -46,7 +49,10 @@ var (
 	buildDir string
 	binary   = sync.OnceValues(func() (string, error) {
 		path := filepath.Join(buildDir, "vault-plugin-secrets-cable")
-		out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
+		const stamped = "github.com/cablesecrets/vault-plugin-secrets-cable/internal/version.stamped"
+		cmd := exec.Command("go", "build", "-ldflags", "-X "+stamped+"="+testVersion, "-o", path, ".")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // as in a release
+		out, err := cmd.CombinedOutput()
 		if err != nil {
 			err = errors.New(string(out))
 		}
@@ -81,7 +87,7 @@ func runTests(m *testing.M) int {
 }
 
 // client is Vault's own client of the plugin that cmd starts: AutoMTLS and
-// protocol version 5. What the plugin writes to standard error goes to stderr.
+// protocol version 5. The plugin's standard error goes to stderr.
 func client(stderr io.Writer, cmd *exec.Cmd) *goplugin.Client {
 	return goplugin.NewClient(&goplugin.ClientConfig{
 		HandshakeConfig:  plugin.HandshakeConfig,
@@ -97,18 +103,19 @@ func client(stderr io.Writer, cmd *exec.Cmd) *goplugin.Client {
 // underVault is the environment that Vault's go-plugin gives to a plugin, but for
 // the certificate.
 func underVault(more ...string) []string {
-	return append(append(os.Environ(), plugin.HandshakeConfig.MagicCookieKey+"="+plugin.HandshakeConfig.MagicCookieValue, "PLUGIN_PROTOCOL_VERSIONS=5"), more...)
+	cookie := plugin.HandshakeConfig.MagicCookieKey + "=" + plugin.HandshakeConfig.MagicCookieValue
+	return append(append(os.Environ(), cookie, "PLUGIN_PROTOCOL_VERSIONS=5"), more...)
 }
 
-// certificate is one that a server would send: it is never used to connect.
+// certificate is one that a server would send. It is never used to connect.
 var certificate = sync.OnceValue(func() string {
 	server := httptest.NewTLSServer(nil)
 	defer server.Close()
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
 })
 
-// skipUnlessRequired skips a test whose prerequisite is missing, or fails it
-// where the prerequisites are required: in CI, which runs on Linux as root.
+// skipUnlessRequired skips a test whose prerequisite is missing, or fails it if the
+// prerequisites are required, as in CI, which runs on Linux as root.
 func skipUnlessRequired(t *testing.T, reason string) {
 	t.Helper()
 	if os.Getenv("E2E") == "require" && runtime.GOOS == "linux" {
@@ -125,17 +132,18 @@ func needProgram(t *testing.T, name string) {
 	}
 }
 
-// TestServe starts the plugin as Vault does and calls it with Vault's own
-// client. What it responds is tested in e2e.
+// TestServe starts the plugin as Vault does and calls it with Vault's own client.
+// Arguments are given at registration by habit, and must not keep it from starting.
 func TestServe(t *testing.T) {
 	t.Parallel()
+	dir := t.TempDir()
 	tests := map[string][]string{
 		"no arguments": nil,
-		// Given at registration by habit: they must not keep the plugin from starting.
-		"-ca-cert": {"-ca-cert=/" + canary},
-		"several":  {"-ca-cert", "/" + canary, canary},
-		"-version": {"-version"},
-		"-help":    {"-help"},
+		"-ca-cert":     {"-ca-cert=/" + canary},
+		"several":      {"-ca-cert", "/" + canary, canary},
+		"-version":     {"-version"},
+		"-help":        {"-help"},
+		"-install":     {"-install", dir},
 	}
 	for name, args := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -164,16 +172,23 @@ func TestServe(t *testing.T) {
 			if !client.Exited() {
 				t.Error("the process has not ended")
 			}
+			var want []map[string]any
+			if args != nil {
+				want = []map[string]any{{
+					"@level":   "warn",
+					"@message": "arguments given at registration ignored: this plugin takes none",
+					"count":    float64(len(args)),
+				}}
+			}
 			lines := logLines(t, stderr.String())
-			if args == nil && len(lines) != 0 {
-				t.Errorf("log: %q, want none", &stderr)
+			for _, line := range lines {
+				delete(line, "@timestamp")
 			}
-			if args != nil && (len(lines) != 1 || lines[0]["@level"] != "warn" || lines[0]["count"] != float64(len(args)) ||
-				lines[0]["@message"] != "arguments given at registration ignored: this plugin takes none") {
-				t.Errorf("log: %q, want one warning with the number of arguments", &stderr)
+			if diff := cmp.Diff(want, lines); diff != "" || strings.Contains(stderr.String(), canary) {
+				t.Errorf("log (-want +got):\n%s", diff)
 			}
-			if strings.Contains(stderr.String(), canary) {
-				t.Errorf("the log repeats an argument: %q", &stderr)
+			if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+				t.Errorf("installed under a server: %v, %v", entries, err)
 			}
 		})
 	}
@@ -193,8 +208,8 @@ func logLines(t *testing.T, text string) (lines []map[string]any) {
 	return lines
 }
 
-// TestStdout: under Vault the handshake is all that is written to standard
-// output: one line, by which the protocol is agreed on.
+// TestStdout: under Vault the plugin writes one line to standard output, the
+// handshake, by which the protocol is agreed on.
 func TestStdout(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command(build(t))
@@ -222,30 +237,43 @@ func TestStdout(t *testing.T) {
 	rest, _ := io.ReadAll(stdout)
 	_ = cmd.Wait()
 	got = append(got, rest...)
-	if line := string(got); !strings.HasPrefix(line, "1|5|") || strings.Count(line, "\n") != 1 || !strings.HasSuffix(line, "\n") || !strings.Contains(line, "|grpc|") {
-		t.Errorf("standard output: %q, want one line: the handshake", line)
+	if !regexp.MustCompile(`^1\|5\|.*\|grpc\|.*\n$`).Match(got) {
+		t.Errorf("standard output: %q, want the handshake, in one line", got)
 	}
 }
 
-// TestByHand pins what a person sees who runs the plugin in a shell. Arguments
-// are never repeated: they may hold anything.
+// TestByHand pins the output in a shell. Wrong arguments are never repeated, because
+// they may contain anything.
 func TestByHand(t *testing.T) {
 	t.Parallel()
-	tests := map[string]struct {
+	const (
+		isEngine = "vault-plugin-secrets-cable " + testVersion + " is a secrets engine for HashiCorp Vault.\n"
+		isBuild  = "vault-plugin-secrets-cable " + testVersion + ", commit "
+		wrong    = "vault-plugin-secrets-cable takes no arguments but -version, -help and -install DIR: "
+	)
+	tests := []struct {
 		args           []string
 		status         int
-		stdout, stderr string // what it begins with; "" for nothing at all
+		stdout, stderr string // the beginning of the output; "" for none at all
 	}{
-		"no arguments":     {status: 1, stderr: "vault-plugin-secrets-cable " + version.String() + " is a secrets engine for HashiCorp Vault.\n"},
-		"unknown argument": {args: []string{canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but -version and -help"},
-		"unknown flag":     {args: []string{"-refresh-key=" + canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
-		"one too many":     {args: []string{"-version", canary}, status: 2, stderr: "vault-plugin-secrets-cable takes no arguments but"},
-		"version":          {args: []string{"-version"}, stdout: "vault-plugin-secrets-cable " + version.String() + ", commit "},
-		"long version":     {args: []string{"--version"}, stdout: "vault-plugin-secrets-cable " + version.String() + ", commit "},
-		"help":             {args: []string{"-help"}, stdout: "vault-plugin-secrets-cable " + version.String() + " is a secrets engine for HashiCorp Vault.\n"},
+		{status: 1, stderr: isEngine},
+		{args: []string{"-help"}, stdout: isEngine},
+		{args: []string{"-h"}, stdout: isEngine},
+		{args: []string{"-version"}, stdout: isBuild},
+		{args: []string{"--version"}, stdout: isBuild},
+		{args: []string{canary}, status: 2, stderr: wrong},
+		{args: []string{"-refresh-key=" + canary}, status: 2, stderr: wrong},
+		{args: []string{"-version", canary}, status: 2, stderr: wrong},
+		{args: []string{"-version=" + canary}, status: 2, stderr: wrong},
+		{args: []string{"-help", canary}, status: 2, stderr: wrong},
+		{args: []string{"-install"}, status: 2, stderr: wrong},
+		{args: []string{"-install", ""}, status: 2, stderr: wrong}, // of a variable that is not set
+		{args: []string{"-install="}, status: 2, stderr: wrong},
+		{args: []string{"-install", "/nonexistent", canary}, status: 2, stderr: wrong},
+		{args: []string{"-install", "/nonexistent", "-version"}, status: 2, stderr: wrong},
 	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
+	for _, tt := range tests {
+		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
 			t.Parallel()
 			var stdout, stderr strings.Builder
 			cmd := exec.Command(build(t), tt.args...)
@@ -254,19 +282,17 @@ func TestByHand(t *testing.T) {
 			if got := cmd.ProcessState.ExitCode(); got != tt.status {
 				t.Errorf("exit status %d, want %d", got, tt.status)
 			}
-			for _, s := range []struct{ name, got, want string }{{"standard output", stdout.String(), tt.stdout}, {"standard error", stderr.String(), tt.stderr}} {
-				if !strings.HasPrefix(s.got, s.want) || s.want == "" && s.got != "" {
-					t.Errorf("%s: %q, want %q", s.name, s.got, s.want)
+			for got, want := range map[*strings.Builder]string{&stdout: tt.stdout, &stderr: tt.stderr} {
+				text := got.String()
+				if !strings.HasPrefix(text, want) || want == "" && text != "" || strings.Contains(text, canary) {
+					t.Errorf("%q, want %q", text, want)
 				}
-				if strings.Contains(s.got, canary) {
-					t.Errorf("%s repeats an argument: %q", s.name, s.got)
+				if want == isEngine && !strings.Contains(text, "vault plugin register -sha256=") {
+					t.Error("the usage does not say how to register")
 				}
-			}
-			if tt.args != nil && tt.args[0] == "-version" && tt.status == 0 && !strings.HasSuffix(stdout.String(), ", "+runtime.Version()+"\n") {
-				t.Errorf("version: %q", &stdout)
-			}
-			if strings.Contains(stdout.String()+stderr.String(), "is a secrets engine") && !strings.Contains(stdout.String()+stderr.String(), "vault plugin register -sha256=") {
-				t.Error("the usage does not say how to register")
+				if want == isBuild && !strings.HasSuffix(text, ", "+runtime.Version()+"\n") {
+					t.Errorf("version: %q", text)
+				}
 			}
 		})
 	}

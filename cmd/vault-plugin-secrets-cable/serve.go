@@ -6,10 +6,8 @@ package main
 import (
 	"math"
 	"os"
-	"os/signal"
 	"runtime"
 	"runtime/debug"
-	"syscall"
 
 	"github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
@@ -60,9 +58,6 @@ func serve(args []string) (status int) {
 		start.fail(err)
 		return 1
 	}
-	// SIGHUP makes Vault reload its configuration. One that is sent to the whole
-	// process group, as by a terminal that closes, must not end the plugin.
-	signal.Ignore(syscall.SIGHUP)
 	// The engine keeps a few MiB in memory, so Go would collect after every few
 	// hundred mints; twice the room costs some MiB and saves a part of that.
 	if os.Getenv("GOGC") == "" {
@@ -70,6 +65,7 @@ func serve(args []string) (status int) {
 	}
 
 	watch := newWatch(newParent(stdout, logFile))
+	watch.catchSignals()
 	// What plugin.ServeMultiplex in Vault's SDK does, but for two things: it takes
 	// no options for the gRPC server, and it offers older plugin protocols, which
 	// Vault 1.16 and later do not speak with a plugin.

@@ -22,6 +22,9 @@ import (
 // log, with its remedy: all that Vault itself says of a plugin that ended is that
 // it may be compiled for another architecture.
 
+// setcap gives a file the capability to lock memory.
+const setcap = "setcap cap_ipc_lock=+ep"
+
 // startError keeps the plugin from starting.
 type startError struct {
 	err    error
@@ -37,7 +40,7 @@ func checkStart() *startError {
 	if err := pluginutil.OptionallyEnableMlock(); err != nil {
 		file, _ := os.Executable()
 		return &startError{fmt.Errorf("locking memory: %w", err), fmt.Sprintf(
-			"run \"setcap cap_ipc_lock=+ep %s\", again after each upgrade of this file, or set disable_mlock = true in Vault's configuration", file), ""}
+			"run \""+setcap+" %s\", again after each upgrade of this file, or set disable_mlock = true in Vault's configuration", file), ""}
 	}
 	// The server makes two pipes and a socket. If it gets no pipe, it ends the
 	// process with a word on os.Stderr, which nobody reads.

@@ -7,114 +7,140 @@ import (
 	"context"
 	"math"
 	"os"
+	"os/signal"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/stats"
 )
 
 // The plugin ends with its server, and never while its server runs. A server that
-// was killed ends no plugin, and this one has the refresh key in memory.
+// was killed ends no plugin, and the plugin has the refresh key in memory.
 //
-// The server opens streams to the plugin as soon as it has started (go-plugin's
-// client: standard output and error, and the broker) and leaves them open until
-// it ends the plugin; if it is killed, the system closes their connection. So:
+// The server connects as soon as the plugin has started, and stays connected until
+// it ends the plugin. If the server is killed, the system closes the connection. So
+// the rules are:
 //
-//   - While a stream is open the plugin runs, whatever else it sees. It waits for
-//     the end of the last one: nothing is polled.
-//   - When none is open it ends as soon as the parent is gone too: see newParent.
-//     Either sign alone can deceive: under a wrapper script the parent may end, or
-//     the pipes be closed, while the server runs.
-//   - If that sign never comes, as another process keeps the pipes open (a script
-//     with a pipeline, a container runtime), it ends after a minute without a
-//     stream and without a call. Nobody has seen a running server lose its streams;
-//     it would start another process at its next call.
+//   - While a connection is open the plugin runs, and ignores SIGINT, SIGTERM and
+//     SIGHUP: a terminal, a container's init and systemd send them to the whole
+//     process group, and the server needs the plugin for the requests under way.
+//   - While none is open, such a signal ends the plugin at once. That is how a
+//     container runtime stops a plugin that has lost its server.
+//   - While none is open, the plugin ends as soon as its parent is gone too: see
+//     newParent. Either sign alone can deceive: under a wrapper script the parent may
+//     end, or the pipes be closed, while the server runs.
+//   - If another process keeps the pipes open (a script with a pipeline, a container
+//     runtime), that sign never comes, so the plugin ends after a minute without a
+//     connection.
 
 const (
-	// lookEvery is the time between two looks when no stream is open.
+	// lookEvery is the time between two looks at the parent while no connection is
+	// open. While one is, nothing is polled.
 	lookEvery = time.Second
-	// connectWithin is how long a server may take to open its first stream: it
-	// takes some milliseconds. There are no secrets in memory until then.
+	// connectWithin is how long the plugin outlives its parent if no server has
+	// connected yet, which takes some milliseconds. There are no secrets in memory
+	// until then.
 	connectWithin = 4 * time.Second
-	// alone is how long the plugin runs without a stream, a call, or the sign that
-	// its parent is gone. go-plugin's client waits as long for a plugin to start.
+	// alone is how long the plugin runs without a connection if its parent is there.
+	// go-plugin's client waits as long for a plugin to start.
 	alone = time.Minute
+	// countWithin is how long a connection may be open at the server's end before it
+	// is counted here. A signal in between must not end the plugin.
+	countWithin = 200 * time.Millisecond
 	// stopWithin is how long the gRPC server may take to stop.
 	stopWithin = time.Second
 )
 
-// watch knows whether the server is there.
+// watch knows whether the server is connected. It is a stats.Handler of the gRPC
+// server.
 type watch struct {
-	gone    func() bool   // whether the parent is, by what the system says
-	streams atomic.Int64  // that are open
-	calls   atomic.Uint64 // so far
-	ended   chan struct{} // receives a value when the last stream has ended
+	gone    func() bool    // reports whether the parent is gone, by the system's account
+	open    atomic.Int64   // number of open connections
+	closed  chan struct{}  // receives a value when the last open connection has ended
+	signals chan os.Signal // receives the signals that end the plugin if no connection is open
 }
 
 func newWatch(gone func() bool) *watch {
-	return &watch{gone: gone, ended: make(chan struct{}, 1)}
+	return &watch{gone: gone, closed: make(chan struct{}, 1), signals: make(chan os.Signal, 1)}
 }
 
-// options are those that make a gRPC server report its streams and calls.
+// catchSignals makes wait decide what SIGINT, SIGTERM and SIGHUP do.
+func (w *watch) catchSignals() {
+	signal.Notify(w.signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+}
+
+// options are those that make a gRPC server report its connections.
 func (w *watch) options() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		// By default a gRPC server gives up a connection whose other end has been
-		// silent for two hours and does not respond: a Vault that was stopped, by a
+		// silent for two hours and does not respond. A Vault that was stopped, by a
 		// debugger or a snapshot, still runs.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: math.MaxInt64}),
-		grpc.StreamInterceptor(w.stream),
-		grpc.UnaryInterceptor(w.unary),
+		grpc.StatsHandler(w),
 	}
 }
 
-// stream counts a stream of the server while it is open.
-func (w *watch) stream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	w.streams.Add(1)
-	defer func() {
-		if w.streams.Add(-1) == 0 {
+// HandleConn counts the open connections. gRPC reports a connection only after its
+// TLS handshake, so only the server that started the plugin is counted.
+func (w *watch) HandleConn(_ context.Context, event stats.ConnStats) {
+	switch event.(type) {
+	case *stats.ConnBegin:
+		w.open.Add(1)
+	case *stats.ConnEnd:
+		if w.open.Add(-1) == 0 {
 			select {
-			case w.ended <- struct{}{}:
-			default: // wait has not yet received the last one
+			case w.closed <- struct{}{}:
+			default: // wait has not yet received the value before
 			}
 		}
-	}()
-	return handler(srv, stream)
+	}
 }
 
-// unary counts a call of the server.
-func (w *watch) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	w.calls.Add(1)
-	return handler(ctx, req)
-}
+// TagConn, TagRPC and HandleRPC complete the interface, and do nothing.
+func (w *watch) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }
+func (w *watch) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context   { return ctx }
+func (w *watch) HandleRPC(context.Context, stats.RPCStats)                         {}
 
-// wait returns when the server is gone.
+// wait returns when the plugin has to end.
 func (w *watch) wait() {
-	var connected bool  // it was, once
-	var calls uint64    // that were seen
-	there := time.Now() // when there last was a sign of it
-	for ; ; time.Sleep(lookEvery) {
-		for w.streams.Load() > 0 || len(w.ended) > 0 {
-			<-w.ended
-			connected, there = true, time.Now()
+	connected := false   // whether a server ever was
+	absent := time.Now() // since when there has been no sign of it
+	for {
+		var look <-chan time.Time
+		if w.open.Load() == 0 {
+			look = time.After(lookEvery)
 		}
-		if n := w.calls.Load(); n != calls {
-			calls, there = n, time.Now()
+		signaled := false
+		select {
+		case <-w.closed:
+			connected, absent = true, time.Now()
+		case <-w.signals:
+			signaled = true
+			if w.open.Load() == 0 {
+				time.Sleep(countWithin)
+			}
+		case <-look:
 		}
 		gone := w.gone()
-		switch absent := time.Since(there); {
-		case connected && (gone || absent >= alone):
+		switch {
+		case w.open.Load() > 0: // signals are ignored
+			connected, absent = true, time.Now()
+		case signaled, connected && (gone || time.Since(absent) >= alone):
 			return
 		case !connected && !gone:
-			there = time.Now()
-		case !connected && absent >= connectWithin:
+			absent = time.Now()
+		case !connected && time.Since(absent) >= connectWithin:
 			return
 		}
 	}
 }
 
-// stopWhenGone ends the process when the server is gone, without a word: nobody
-// reads it. Stopping the gRPC server removes its socket from the disk.
+// stopWhenGone ends the process when wait returns, without a log line, because no
+// server is there to read it. Stopping the gRPC server removes its socket from the
+// disk.
 func (w *watch) stopWhenGone(server *grpc.Server) {
 	w.wait()
 	time.AfterFunc(stopWithin, func() { os.Exit(1) })

@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"os"
@@ -19,7 +18,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"google.golang.org/grpc"
+	goplugin "github.com/hashicorp/go-plugin"
+	"google.golang.org/grpc/stats"
 )
 
 // TestWatch pins when the plugin ends, by a clock that is not the real one.
@@ -28,26 +28,16 @@ func TestWatch(t *testing.T) {
 	// session is a plugin for which wait runs.
 	type session struct {
 		*watch
-		gone atomic.Bool   // what the system says of the parent
-		over chan struct{} // closed at the end of the test
+		gone atomic.Bool // whether the system says that the parent is gone
 	}
-	// open opens a stream and returns a function that ends it.
+	// open opens a connection and returns a function that closes it.
 	open := func(s *session) (end func()) {
-		done := make(chan struct{})
-		go func() {
-			_ = s.stream(nil, nil, nil, func(any, grpc.ServerStream) error {
-				select {
-				case <-done:
-				case <-s.over:
-				}
-				return nil
-			})
-		}()
-		synctest.Wait()
-		return func() { close(done); synctest.Wait() }
+		s.HandleConn(t.Context(), &stats.ConnBegin{})
+		return func() { s.HandleConn(t.Context(), &stats.ConnEnd{}) }
 	}
-	call := func(s *session) {
-		_, _ = s.unary(t.Context(), nil, nil, func(context.Context, any) (any, error) { return nil, nil })
+	signal := func(s *session) {
+		s.signals <- syscall.SIGTERM
+		synctest.Wait()
 	}
 	const day, halfLook = 24 * time.Hour, lookEvery / 2
 	tests := map[string]struct {
@@ -56,50 +46,71 @@ func TestWatch(t *testing.T) {
 		ended time.Duration // since the start; 0: not within two days
 	}{
 		"never connected, parent there": {do: func(*session) {}},
-		"never connected, parent gone":  {do: func(s *session) { time.Sleep(time.Hour + halfLook); s.gone.Store(true) }, ended: time.Hour + connectWithin},
-		"connected":                     {do: func(s *session) { open(s) }},
-		"connected, parent gone":        {do: func(s *session) { open(s); s.gone.Store(true) }},
-		"one stream of two ended":       {do: func(s *session) { open(s); open(s)(); s.gone.Store(true) }},
-		"connection and parent gone":    {do: func(s *session) { end := open(s); time.Sleep(day); s.gone.Store(true); end() }, ended: day},
-		"first connection, then parent": {do: func(s *session) {
-			end := open(s)
-			time.Sleep(day)
-			end()
-			time.Sleep(1500 * time.Millisecond)
-			s.gone.Store(true)
-		}, ended: day + 2*time.Second},
-		"connection gone, no other sign": {do: func(s *session) { end := open(s); time.Sleep(day); end() }, ended: day + time.Minute},
-		"calls without a stream": {do: func(s *session) {
-			end := open(s)
-			time.Sleep(day)
-			end()
-			time.Sleep(halfLook)
-			for range 10 {
-				time.Sleep(59 * time.Second)
-				call(s)
-			}
-		}, ended: day + 591*time.Second + time.Minute},
-		"connected again": {do: func(s *session) {
-			end := open(s)
-			time.Sleep(day)
-			end()
-			time.Sleep(alone - halfLook)
-			open(s)
-			s.gone.Store(true)
-		}},
-		"connected again, at once": {do: func(s *session) {
-			for range 100 {
-				open(s)()
-			}
-			open(s)
-			s.gone.Store(true)
-		}},
+		"never connected, parent gone": {
+			do:    func(s *session) { time.Sleep(time.Hour + halfLook); s.gone.Store(true) },
+			ended: time.Hour + connectWithin,
+		},
+		"never connected, signal": {
+			do:    func(s *session) { time.Sleep(time.Hour + halfLook); signal(s) },
+			ended: time.Hour + halfLook + countWithin,
+		},
+		"signal during the handshake": {do: func(s *session) { signal(s); open(s) }},
+		"connected":                   {do: func(s *session) { open(s) }},
+		"connected, parent gone":      {do: func(s *session) { open(s); s.gone.Store(true) }},
+		"connected, signals":          {do: func(s *session) { open(s); s.gone.Store(true); signal(s); signal(s) }},
+		"one connection of two ended": {do: func(s *session) { open(s); open(s)(); s.gone.Store(true); signal(s) }},
+		"connection and parent gone": {
+			do:    func(s *session) { end := open(s); time.Sleep(day); s.gone.Store(true); end() },
+			ended: day,
+		},
+		"first connection, then parent": {
+			do: func(s *session) {
+				end := open(s)
+				time.Sleep(day)
+				end()
+				time.Sleep(1500 * time.Millisecond)
+				s.gone.Store(true)
+			},
+			ended: day + 2*time.Second,
+		},
+		"connection gone, no other sign": {
+			do:    func(s *session) { end := open(s); time.Sleep(day); end() },
+			ended: day + alone,
+		},
+		"connection gone, signal": {
+			do:    func(s *session) { end := open(s); time.Sleep(day); end(); time.Sleep(halfLook); signal(s) },
+			ended: day + halfLook + countWithin,
+		},
+		"signal, then connection gone": {
+			do:    func(s *session) { end := open(s); time.Sleep(day); signal(s); end() },
+			ended: day + alone,
+		},
+		"short connection": {do: func(s *session) { open(s)() }, ended: alone},
+		"connected again": {
+			do: func(s *session) {
+				end := open(s)
+				time.Sleep(day)
+				end()
+				time.Sleep(alone - halfLook)
+				open(s)
+				s.gone.Store(true)
+			},
+		},
+		"connected again, at once": {
+			do: func(s *session) {
+				for range 100 {
+					open(s)()
+				}
+				open(s)
+				s.gone.Store(true)
+			},
+		},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				s := &session{over: make(chan struct{})}
+				s := &session{}
 				s.gone.Store(tt.gone)
 				s.watch = newWatch(s.gone.Load)
 				start := time.Now()
@@ -117,9 +128,9 @@ func TestWatch(t *testing.T) {
 				if got != tt.ended {
 					t.Errorf("ended after %s, want %s (0s: not at all)", got, tt.ended)
 				}
-				s.gone.Store(true)
-				close(s.over)
-				if got == 0 {
+				if got == 0 { // wait has to end with the test
+					s.open.Store(0)
+					s.signals <- syscall.SIGTERM
 					<-ended
 				}
 			})
@@ -249,22 +260,30 @@ func TestServerRuns(t *testing.T) {
 		t.Skip("Windows has no shell scripts")
 	}
 	plugin := build(t)
+	// signal sends s again and again, as an operator does.
 	signal := func(s os.Signal) func(*testing.T, *os.Process) {
 		return func(t *testing.T, p *os.Process) {
 			t.Helper()
-			if err := p.Signal(s); err != nil {
-				t.Error(err)
+			for range 5 {
+				if err := p.Signal(s); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(10 * time.Millisecond)
 			}
 		}
 	}
+	const withPID = `echo $$ >"$1"; exec "$0"`
 	tests := map[string]struct {
 		script string // $0 is the plugin, $1 a file for a process id
 		do     func(t *testing.T, p *os.Process)
 	}{
-		"nothing happens":              {script: `exec "$0"`},
-		"SIGHUP":                       {`echo $$ >"$1"; exec "$0"`, signal(syscall.SIGHUP)},
-		"SIGINT":                       {`echo $$ >"$1"; exec "$0"`, signal(os.Interrupt)},
-		"the script is killed":         {`echo $$ >"$1"; ` + script, signal(os.Kill)},
+		"nothing happens": {script: `exec "$0"`},
+		"SIGHUP":          {withPID, signal(syscall.SIGHUP)},
+		"SIGINT":          {withPID, signal(os.Interrupt)},
+		"SIGTERM":         {withPID, signal(syscall.SIGTERM)},
+		"the script is killed": {`echo $$ >"$1"; ` + script, func(_ *testing.T, p *os.Process) {
+			_ = p.Kill()
+		}},
 		"the script ends":              {script: `"$0" &`},
 		"the log goes to /dev/null":    {script: scriptQuiet},
 		"the log goes to a file":       {script: `"$0" 2>"$1"; exit $?`},
@@ -297,6 +316,50 @@ func TestServerRuns(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestSignal: a plugin without a connection ends at once on a signal, and leaves
+// no socket behind. A container runtime stops a plugin that way.
+func TestSignal(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no signals that one process sends to another")
+	}
+	for _, connected := range []bool{false, true} {
+		for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+			t.Run(fmt.Sprintf("%v, was connected %t", signal, connected), func(t *testing.T) {
+				t.Parallel()
+				cmd := exec.Command(build(t))
+				cmd.Env = []string{"TMPDIR=" + t.TempDir()}
+				client := client(io.Discard, cmd)
+				t.Cleanup(client.Kill)
+				if _, err := client.Start(); err != nil {
+					t.Fatal(err)
+				}
+				if connected {
+					protocol, err := client.Client()
+					if err == nil {
+						err = protocol.Ping()
+					}
+					if err == nil {
+						err = protocol.(*goplugin.GRPCClient).Conn.Close()
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+				}
+				for end := time.Now().Add(20 * time.Second); !client.Exited(); time.Sleep(20 * time.Millisecond) {
+					_ = cmd.Process.Signal(signal) // the plugin may not yet know that its connection is closed
+					if time.Now().After(end) {
+						t.Fatal("the plugin runs 20s after the signal")
+					}
+				}
+				if left, _ := filepath.Glob(filepath.Join(cmd.Env[0][len("TMPDIR="):], "plugin*")); len(left) > 0 {
+					t.Errorf("left behind: %q", left)
+				}
+			})
+		}
 	}
 }
 

@@ -1,51 +1,54 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package version knows which build this is.
+// Package version knows which build this is. Builds from different commits have
+// different versions, because Go itself gives a version to each build.
 package version
 
 import (
-	"regexp"
 	"runtime/debug"
+	"strings"
 )
 
 // module is this module's path.
 const module = "github.com/cablesecrets/vault-plugin-secrets-cable"
 
-// development is the version of a build that is no release. A release's version
-// is its tag, and no file repeats it.
+// development is the version of a build outside version control.
 const development = "v0.0.0-dev"
 
-// stamped and commit are set at build, with
+// stamped and commit are set by builds to which Go gives no version, with
 // -ldflags "-X …/vault-plugin-secrets-cable/internal/version.stamped=v1.2.3 -X ….commit=…".
 var stamped, commit string
 
-// String is the engine's version: canonical semantic version with a leading
-// v, as Vault wants it for a plugin's registration. It is what the build set,
-// else the module version that `go install …@v1.2.3` records, else that of a
-// development build.
+// String returns the engine's version, a canonical semantic version with a leading v,
+// as Vault requires it for a plugin's registration. It is a tag, or a pseudo-version
+// with the commit (v0.1.1-0.20261125031400-54458d99f6f7), or either with "dirty" for
+// a changed work tree.
 func String() string {
 	info, _ := debug.ReadBuildInfo()
 	return version(stamped, info)
 }
 
-// pseudo matches the versions that the Go tool makes up for a commit without a
-// tag (v0.1.1-0.20261125031400-54458d99f6f7), and for a changed work tree.
-var pseudo = regexp.MustCompile(`[-.]\d{14}-[0-9a-f]{12}|\+dirty$`)
-
 func version(stamped string, info *debug.BuildInfo) string {
 	switch {
 	case stamped != "":
 		return stamped
-	case info != nil && info.Main.Path == module && len(info.Main.Version) > 1 && info.Main.Version[0] == 'v' && !pseudo.MatchString(info.Main.Version):
-		return info.Main.Version
-	default:
+	case info == nil || info.Main.Path != module || !strings.HasPrefix(info.Main.Version, "v"):
 		return development
+	}
+	// Go writes "+dirty". A version with "+" does not sort, and Vault compares it as text.
+	v, dirty := strings.CutSuffix(info.Main.Version, "+dirty")
+	switch {
+	case !dirty:
+		return v
+	case strings.Contains(v, "-"):
+		return v + ".dirty"
+	default: // of a tag
+		return v + "-dirty"
 	}
 }
 
-// Commit is the commit that the build set, or that the Go tool recorded, or
-// "unknown".
+// Commit returns the first 12 digits of the commit, or "unknown".
 func Commit() string {
 	if commit != "" {
 		return commit
@@ -53,7 +56,7 @@ func Commit() string {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" {
-				return s.Value
+				return s.Value[:min(12, len(s.Value))]
 			}
 		}
 	}

@@ -1,0 +1,219 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// installed is the name of the file that -install makes.
+var installed = "vault-plugin-secrets-cable-" + testVersion + map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
+
+// sumOf returns the SHA-256 of a file.
+func sumOf(t *testing.T, path string) string {
+	t.Helper()
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	sum, err := sha256Of(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sum
+}
+
+// onlyInstalled checks that a folder has a complete copy of the plugin, with its mode,
+// and nothing else.
+func onlyInstalled(t *testing.T, dir string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 || entries[0].Name() != installed {
+		t.Fatalf("the folder has %v (%v), want %s", entries, err, installed)
+	}
+	info, err := entries[0].Info()
+	if err != nil || runtime.GOOS != "windows" && info.Mode() != 0o755 {
+		t.Errorf("mode %v (%v), want 0755", info.Mode(), err)
+	}
+	if path := filepath.Join(dir, installed); sumOf(t, path) != sumOf(t, build(t)) {
+		t.Errorf("%s is another file", path)
+	}
+}
+
+// TestInstall: -install leaves a complete file that all users can run, or nothing,
+// and never replaces a file.
+func TestInstall(t *testing.T) {
+	t.Parallel()
+	plugin := build(t)
+	write := func(text string, mode os.FileMode) func(string) error {
+		return func(path string) error { return os.WriteFile(path, []byte(text), mode) }
+	}
+	content, err := os.ReadFile(plugin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]struct {
+		before func(path string) error // what is at the place of the new file; default: nothing
+		script string                  // runs the plugin, $0; default: as it is
+		form   string                  // of the option; default: two arguments
+		error  string                  // part of it; "" for success
+	}{
+		"nothing there":         {},
+		"one argument":          {form: "--install="},
+		"umask 077":             {script: `umask 077 && exec "$0" "$@"`},
+		"the same file":         {before: write(string(content), 0o755)},
+		"the same file, umask":  {before: write(string(content), 0o600)},
+		"another file":          {before: write("another", 0o755), error: "is there with other content, and is never replaced: its SHA-256 is "},
+		"the start of the file": {before: write(string(content[:1000]), 0o755), error: "is there with other content"},
+		"a folder":              {before: func(path string) error { return os.Mkdir(path, 0o755) }, error: "is not a regular file"},
+		"a link to the file":    {before: func(path string) error { return os.Symlink(plugin, path) }, error: "is not a regular file"},
+		"a link to nothing":     {before: func(path string) error { return os.Symlink("nothing", path) }, error: "is not a regular file"},
+		"no folder":             {before: func(path string) error { return os.Remove(filepath.Dir(path)) }, error: "no such file or directory"},
+		"the disk is full":      {script: `trap "" XFSZ && ulimit -f 100 && exec "$0" "$@"`, error: "file too large"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if runtime.GOOS == "windows" && (tt.script != "" || strings.Contains(name, "link")) {
+				t.Skip("Windows has no shell, and links need a right there")
+			}
+			dir := filepath.Join(t.TempDir(), "plugins")
+			path := filepath.Join(dir, installed)
+			if err := os.Mkdir(dir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if tt.before != nil {
+				if err := tt.before(path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before, _ := os.ReadDir(dir)
+			args := []string{"-install", dir}
+			if tt.form != "" {
+				args = []string{tt.form + dir}
+			}
+			cmd := exec.Command(plugin, args...)
+			if tt.script != "" {
+				cmd = exec.Command("/bin/sh", append([]string{"-c", tt.script, plugin}, args...)...)
+			}
+			var stdout, stderr strings.Builder
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			err := cmd.Run()
+			t.Log(stderr.String())
+			if tt.error == "" {
+				if want := fmt.Sprintf("%s  %s\n", sumOf(t, plugin), path); err != nil || stdout.String() != want {
+					t.Fatalf("%v, standard output %q, want %q", err, &stdout, want)
+				}
+				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr.String(), "run: setcap cap_ipc_lock=+ep "+path+"\n") {
+					t.Errorf("standard error: %q", &stderr)
+				}
+				onlyInstalled(t, dir)
+				return
+			}
+			if cmd.ProcessState.ExitCode() != 1 || stdout.Len() > 0 {
+				t.Errorf("%v, standard output %q", err, &stdout)
+			}
+			if got := stderr.String(); !strings.HasPrefix(got, "vault-plugin-secrets-cable was not installed: ") ||
+				runtime.GOOS != "windows" && !strings.Contains(got, tt.error) {
+				t.Errorf("standard error: %q, want %q", got, tt.error)
+			}
+			if after, _ := os.ReadDir(dir); fmt.Sprint(after) != fmt.Sprint(before) {
+				t.Errorf("the folder has %v, before %v", after, before)
+			}
+			if tt.before != nil && name == "another file" && readText(t, path) != "another" {
+				t.Error("the file was replaced")
+			}
+		})
+	}
+}
+
+// TestInstallAtOnce: of many processes that install at once, each succeeds, and one
+// that is ended meanwhile leaves a complete file or nothing.
+func TestInstallAtOnce(t *testing.T) {
+	t.Parallel()
+	plugin := build(t)
+	dir := t.TempDir()
+	var wg sync.WaitGroup
+	for range 5 {
+		wg.Go(func() {
+			if out, err := exec.Command(plugin, "-install", dir).CombinedOutput(); err != nil {
+				t.Errorf("%v: %s", err, out)
+			}
+		})
+	}
+	wg.Wait()
+	onlyInstalled(t, dir)
+	if runtime.GOOS == "windows" {
+		return // it has no signals that one process sends to another
+	}
+	ended := 0
+	for try := range 20 {
+		dir := t.TempDir()
+		cmd := exec.Command(plugin, "-install", dir)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(try) * 5 * time.Millisecond)
+		_ = cmd.Process.Signal(os.Interrupt)
+		if cmd.Wait() != nil {
+			ended++
+		}
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+			onlyInstalled(t, dir)
+		}
+	}
+	t.Logf("%d of 20 were ended before they were done", ended)
+}
+
+// TestInstallAlone: an image for an init container contains nothing but the plugin,
+// and need not run as root.
+func TestInstallAlone(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
+		skipUnlessRequired(t, "to change the root folder takes root, on Linux")
+	}
+	needProgram(t, "chroot")
+	root, err := os.MkdirTemp("", "cable-root-") // t.TempDir is behind folders of root alone
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(root) })
+	content, err := os.ReadFile(build(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plugins := filepath.Join(root, "plugins")
+	for _, err := range []error{
+		os.WriteFile(filepath.Join(root, "plugin"), content, 0o755), os.Chmod(root, 0o755),
+		os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, err := exec.Command("chroot", "--userspec=100:1000", root, "/plugin", "-install", "/plugins").Output()
+	if want := fmt.Sprintf("%s  /plugins/%s\n", sumOf(t, build(t)), installed); err != nil || string(out) != want {
+		t.Fatalf("%v, %q, want %q", err, out, want)
+	}
+	onlyInstalled(t, plugins)
+}
+
+// readText returns the content of a file.
+func readText(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
