@@ -7,6 +7,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"go/types"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -20,21 +24,36 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// TestSecurityPage: each test that docs/security.md names as a proof exists, and
-// its commands do what they say.
-func TestSecurityPage(t *testing.T) {
-	t.Parallel()
-	tests := map[string]bool{}
+// declared counts the functions of the repository by name, with methods as
+// "Type.Name", too: those of the product, or those of the tests.
+func declared(t *testing.T, ofTests bool) map[string]int {
+	t.Helper()
+	found := map[string]int{}
 	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		if d.IsDir() && strings.HasPrefix(d.Name(), ".") && d.Name() != ".." {
+		skipped := regexp.MustCompile(`^(\..+|examples|testdata)$|^(tools|bench|\w+test)$`).FindStringSubmatch(d.Name())
+		if d.IsDir() && skipped != nil && d.Name() != ".." && (skipped[1] != "" || !ofTests) {
 			return filepath.SkipDir
 		}
-		if strings.HasSuffix(path, "_test.go") {
-			for _, m := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllStringSubmatch(readFile(t, path), -1) {
-				tests[m[1]] = true
+		isTest := strings.HasSuffix(path, "_test.go")
+		if filepath.Ext(path) != ".go" || isTest != ofTests || strings.HasSuffix(path, "_windows.go") {
+			return nil
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		for _, d := range file.Decls {
+			f, ok := d.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			found[f.Name.Name]++
+			if f.Recv != nil {
+				receiver := strings.TrimLeft(types.ExprString(f.Recv.List[0].Type), "*")
+				found[receiver+"."+f.Name.Name]++
 			}
 		}
 		return nil
@@ -42,26 +61,37 @@ func TestSecurityPage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return found
+}
+
+// TestSecurityPage: each function that docs/security.md names as the one that keeps
+// a promise exists, and is the only one of that name; each test that shows it exists;
+// and the page's commands do what they say.
+func TestSecurityPage(t *testing.T) {
+	t.Parallel()
+	functions, tests := declared(t, false), declared(t, true)
 	_, table, _ := strings.Cut(readFile(t, "../docs/security.md"), "\n## Threats, controls, proof\n")
 	table, _, _ = strings.Cut(table, "\n## ")
 	rows := 0
 	for line := range strings.Lines(table) {
 		cells := strings.Split(line, "|")
-		if len(cells) < 5 || strings.Contains(line, "---") || strings.Contains(line, "| threat |") {
+		if len(cells) < 6 || strings.Contains(line, "---") || strings.Contains(line, "| threat |") {
 			continue
 		}
 		rows++
-		named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllStringSubmatch(cells[3], -1)
-		if len(named) == 0 {
-			t.Errorf("no test proves: %s", cells[1])
-		}
-		for _, m := range named {
-			if !tests[m[1]] {
-				t.Errorf("the page names the test %s, which does not exist", m[1])
+		for column, of := range map[int]map[string]int{3: functions, 4: tests} {
+			names := regexp.MustCompile("`([\\w.]+)`").FindAllStringSubmatch(cells[column], -1)
+			if len(names) == 0 {
+				t.Errorf("column %d is empty: %s", column, cells[1])
+			}
+			for _, m := range names {
+				if n := of[m[1]]; n == 0 || column == 3 && n > 1 {
+					t.Errorf("%s is declared %d times: %s", m[1], n, cells[1])
+				}
 			}
 		}
 	}
-	if rows < 10 {
+	if rows < 15 {
 		t.Errorf("the table has %d rows", rows)
 	}
 

@@ -137,7 +137,8 @@ func (s *Server) run(ctx context.Context, c Config) error {
 		args = append(args, "-dev", "-dev-no-store-token", "-dev-root-token-id="+s.Root, "-dev-listen-address="+addr)
 	}
 	// The simulator is on loopback: the server must not use this machine's proxy.
-	env := append(cleanEnv(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+c.Dir, "VAULT_LOG_LEVEL="+level)
+	env := append(cleanEnv(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=",
+		"HOME="+c.Dir, "VAULT_LOG_LEVEL="+level)
 	if s.process, err = start(ctx, s.Log, append(env, c.Env...), c.Binary, args...); err != nil {
 		return err
 	}
@@ -167,7 +168,8 @@ func (s *Server) configuration(c Config, addr string) (string, error) {
 			return "", err
 		}
 	}
-	text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = %t\napi_addr = %q\n", folder, !c.LockMemory, s.Addr) + s.Product.configuration() + c.Extra + "\n"
+	text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = %t\napi_addr = %q\n", folder, !c.LockMemory, s.Addr) +
+		s.Product.configuration() + c.Extra + "\n"
 	if c.Raft == nil {
 		return text, nil
 	}
@@ -229,7 +231,8 @@ func (s *Server) Init(ctx context.Context) error {
 		Keys      []string `json:"keys"`
 		RootToken string   `json:"root_token"`
 	}
-	if err := s.Call(ctx, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}, &keys); err != nil {
+	shares := map[string]any{"secret_shares": 1, "secret_threshold": 1}
+	if err := s.Call(ctx, "PUT", "sys/init", shares, &keys); err != nil {
 		return err
 	}
 	s.Key, s.Root = keys.Keys[0], keys.RootToken
@@ -256,7 +259,8 @@ func (s *Server) Register(ctx context.Context, p Plugin) error {
 
 // EnableAudit has the server write its audit log to a file.
 func (s *Server) EnableAudit(ctx context.Context, file string) error {
-	return s.Call(ctx, "PUT", "sys/audit/file", map[string]any{"type": "file", "options": map[string]any{"file_path": file}}, nil)
+	device := map[string]any{"type": "file", "options": map[string]any{"file_path": file}}
+	return s.Call(ctx, "PUT", "sys/audit/file", device, nil)
 }
 
 // waitForState waits until sys/health responds with one of some statuses.

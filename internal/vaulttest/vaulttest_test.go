@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -62,18 +63,23 @@ func TestStart(t *testing.T) {
 		{fake: "OpenBao", prefix: "s."},
 		{fake: "Vault", prefix: "hvs."},
 		{fake: "Consul", want: "is neither Vault nor OpenBao: its version is \"Consul v2.5.0"},
-		{fake: "Vault /v1/sys/plugins/", want: "setting up Vault: PUT sys/plugins/catalog/secret/p: HTTP 400 {\"errors\":[\"refused\"]}"},
+		{
+			fake: "Vault /v1/sys/plugins/",
+			want: `setting up Vault: PUT sys/plugins/catalog/secret/p: HTTP 400 {"errors":["refused"]}`,
+		},
 		{fake: "OpenBao /v1/sys/audit/", want: "setting up OpenBao: PUT sys/audit/file: HTTP 400"},
 	} {
 		t.Run(tt.fake, func(t *testing.T) {
 			t.Setenv("FAKE_SERVER", tt.fake)
 			dir := t.TempDir()
 			s, err := Start(t.Context(), Config{
-				Binary: os.Args[0], Dir: dir, Audit: filepath.Join(dir, "audit.log"), Plugins: []Plugin{{Name: "p", File: os.Args[0]}},
+				Binary: os.Args[0], Dir: dir, Audit: filepath.Join(dir, "audit.log"),
+				Plugins: []Plugin{{Name: "p", File: os.Args[0]}},
 			})
 			t.Log(err)
 			if err == nil {
-				if tt.want != "" || string(s.Product) != tt.fake || s.Version != "2.5.0" || s.Product.TokenPrefix() != tt.prefix {
+				got := []string{string(s.Product), s.Version, s.Product.TokenPrefix()}
+				if tt.want != "" || !slices.Equal(got, []string{tt.fake, "2.5.0", tt.prefix}) {
 					t.Errorf("started %s %s, want %q", s.Product, s.Version, tt.want)
 				}
 				s.Stop()
@@ -102,7 +108,8 @@ func TestProduct(t *testing.T) {
 		t.Error("Vault 1.16 lacks a renewal threshold alone")
 	}
 	const unknown = `{"errors":["no handler for route \"cable/config\". route entry not found."]}`
-	if !OpenBao.Unaware(404, unknown) || OpenBao.Unaware(404, `{"errors":[]}`) || OpenBao.Unaware(500, unknown) || Vault.Unaware(404, unknown) {
+	if !OpenBao.Unaware(404, unknown) || Vault.Unaware(404, unknown) ||
+		OpenBao.Unaware(404, `{"errors":[]}`) || OpenBao.Unaware(500, unknown) {
 		t.Error("only a 404 of OpenBao for an unknown mount is that of a standby")
 	}
 }
