@@ -64,7 +64,7 @@ var notRun = map[string]string{
 	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
 	"docs/openbao.md#active-node":                    "needs a cluster: TestHA runs it",
 	"docs/openbao.md#node-version":                   "needs a cluster: TestHA runs it",
-	"docs/runbook.md#setcap":                         "needs root: TestCapability runs it",
+	"docs/runbook.md#setcap":                         "needs root, and a server that runs as another user: TestLockedMemory runs it",
 	"docs/runbook.md#remove-capability":              "needs root: TestCapability runs it",
 	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
 	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",

@@ -4,24 +4,16 @@
 package e2e
 
 import (
-	"encoding/json"
-	"errors"
-	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
 	"go/types"
 	"io/fs"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
-	"time"
-
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
 // declared counts the functions of the repository by name, with methods as
@@ -134,100 +126,4 @@ func TestLogSearches(t *testing.T) {
 			t.Errorf("%s: the searches find\n%s", format, out)
 		}
 	}
-}
-
-// TestMlock: under a Vault that locks its memory and is not root, the plugin
-// starts only with the capability that the runbook gives to its file.
-func TestMlock(t *testing.T) {
-	t.Parallel()
-	needFeature(t, vaulttest.MemoryLock)
-	if os.Geteuid() != 0 {
-		skipUnlessRequired(t, errors.New("to give a capability to a file and to start a server as another user takes root"))
-	}
-	for _, program := range []string{"setcap", "setpriv"} {
-		if _, err := exec.LookPath(program); err != nil {
-			skipUnlessRequired(t, err)
-		}
-	}
-	const nobody = 65534
-	dir, err := os.MkdirTemp("", "cable-mlock-") // t.TempDir is behind folders of root alone
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	plugins, data := filepath.Join(dir, "plugins"), filepath.Join(dir, "raft")
-	for _, d := range []string{plugins, data} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	plugin, binary := filepath.Join(plugins, pluginName+"-"+pluginVersion), filepath.Join(dir, "vault")
-	for from, to := range map[string]string{suite.plugin.File: plugin, suite.vault: binary} {
-		if out, err := exec.Command("install", "-m", "0755", from, to).CombinedOutput(); err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-	}
-	config := filepath.Join(dir, "vault.hcl")
-	text := fmt.Sprintf(`
-plugin_directory = %q
-disable_mlock    = false
-api_addr         = "http://127.0.0.1:1"
-cluster_addr     = "https://127.0.0.1:1"
-storage "raft" {
-  path    = %q
-  node_id = "one"
-
-  performance_multiplier = 1
-}
-`, plugins, data)
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	for _, command := range [][]string{
-		{"chmod", "0755", dir},
-		{"chown", "-R", fmt.Sprint(nobody), dir},
-		{"setcap", "cap_ipc_lock=+ep", binary},
-	} {
-		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
-			skipUnlessRequired(t, fmt.Errorf("%v: %w\n%s", command, err, out)) // such as in a container without that right
-		}
-	}
-	// The listener comes with the address; ulimit, as root's children may lock anything.
-	cmd := exec.Command("bash", "-c", `ulimit -l 64
-printf 'listener "tcp" {\n  address = "%s"\n  cluster_address = "127.0.0.1:0"\n  tls_disable = true\n}\n' "$1" >> "$2"
-exec setpriv --reuid="$3" --regid="$3" --clear-groups "$0" server -log-level=info -config="$2"`, binary, "ADDR", config, fmt.Sprint(nobody))
-	cmd.Dir = dir
-	v := startByHand(t, cmd)
-	var keys struct {
-		Keys      []string `json:"keys"`
-		RootToken string   `json:"root_token"`
-	}
-	if err := json.Unmarshal([]byte(v.ok(t, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}).text), &keys); err != nil {
-		t.Fatal(err)
-	}
-	v.root, v.Root = keys.RootToken, keys.RootToken
-	v.ok(t, "PUT", "sys/unseal", map[string]any{"key": keys.Keys[0]})
-	waitFor(t, 30*time.Second, "the server is active", func() bool { return v.do(t, "GET", "sys/health", nil).status == 200 })
-	if err := v.Register(t.Context(), vaulttest.Plugin{Name: pluginName, Version: pluginVersion, File: plugin}); err != nil {
-		t.Fatal(err)
-	}
-	enable := func() *answer {
-		return v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName, "options": map[string]any{}, "config": map[string]any{"plugin_version": pluginVersion}})
-	}
-	if a := enable(); a.status != 400 || !v.logHas("[ERROR]", "cannot allocate memory") {
-		t.Errorf("without the capability: %s", a)
-	}
-
-	s := newShell(t, v, nil)
-	s.edit = strings.NewReplacer("/etc/vault/plugins", plugins)
-	s.run("version=" + pluginVersion)
-	for _, b := range blocksOf(t, "docs/runbook.md") {
-		if b.id == "docs/runbook.md#Install/2" {
-			s.run(b.text)
-		}
-	}
-	if a := enable(); a.status >= 300 {
-		t.Errorf("with the capability: %s", a)
-	}
-	waitFor(t, 10*time.Second, "the plugin responds", func() bool { return v.do(t, "GET", "cable/status", nil).status == 200 })
 }

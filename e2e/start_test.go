@@ -4,17 +4,14 @@
 package e2e
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
@@ -31,7 +28,8 @@ func TestArguments(t *testing.T) {
 		"several": {"-log-level=debug", "-help", cabletest.TokenMarker},
 	} {
 		plugin := pluginName + "-" + name
-		command := []string{"plugin", "register", "-sha256=" + suite.sha256, "-command=" + pluginName, "-version=" + pluginVersion}
+		command := []string{"plugin", "register",
+			"-sha256=" + suite.sha256, "-command=" + pluginName, "-version=" + pluginVersion}
 		for _, arg := range args {
 			command = append(command, "-args="+arg)
 		}
@@ -40,7 +38,8 @@ func TestArguments(t *testing.T) {
 		t.Log(v.cli(t, "secrets", "enable", "-path="+m.path, plugin))
 		m.configure(t)
 		m.read(t)
-		if !v.logHas("[WARN]", "secrets."+plugin+".", "arguments given at registration ignored: this plugin takes none", fmt.Sprintf("count=%d", len(args))) {
+		if !v.logHas("[WARN]", "secrets."+plugin+".", "arguments given at registration ignored: this plugin takes none",
+			fmt.Sprintf("count=%d", len(args))) {
 			t.Errorf("%s: no warning", name)
 		}
 	}
@@ -64,7 +63,8 @@ func (v *vaultServer) cannotRun(t *testing.T, reason, remedy string) {
 		if lines++; lines == 1 {
 			t.Log(line)
 		}
-		if !strings.Contains(line, "[ERROR] secrets.") || !strings.Contains(line, reason) || !strings.Contains(line, remedy) {
+		if !strings.Contains(line, "[ERROR] secrets.") || !strings.Contains(line, reason) ||
+			!strings.Contains(line, remedy) {
 			t.Errorf("log: %s: want %q and %q, at error level", line, reason, remedy)
 		}
 	}
@@ -74,8 +74,8 @@ func (v *vaultServer) cannotRun(t *testing.T, reason, remedy string) {
 	}
 }
 
-// TestCannotStart: at Vault's default log level an operator sees why the plugin
-// does not start, and what to do.
+// TestCannotStart: at Vault's default log level an operator sees why the plugin does
+// not start, with a remedy.
 func TestCannotStart(t *testing.T) {
 	t.Parallel()
 	needVault(t)
@@ -90,14 +90,15 @@ func TestCannotStart(t *testing.T) {
 		t.Errorf("%s: want 400", a)
 	}
 	t.Log(a)
-	v.cannotRun(t, "open /nonexistent/plugin", "the plugin needs a socket in /nonexistent: let Vault's user create files there")
+	v.cannotRun(t, "open /nonexistent/plugin",
+		"the plugin needs a socket in /nonexistent: let Vault's user create files there")
 	// The remedy.
 	v.register(t, "no-folder", map[string]any{"env": []string{"TMPDIR=" + suite.dir}})
 	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
 }
 
-// TestLockedMemory: Vault runs as a user other than root and locks memory. The
-// plugin cannot, says what helps, and that helps.
+// TestLockedMemory: Vault runs as a user other than root and locks memory. The plugin
+// cannot, and names the runbook's command, which helps.
 func TestLockedMemory(t *testing.T) {
 	t.Parallel()
 	needFeature(t, vaulttest.MemoryLock)
@@ -109,76 +110,56 @@ func TestLockedMemory(t *testing.T) {
 			skipUnlessRequired(t, err)
 		}
 	}
-	// A folder that this user, who cannot look into those of the tests, may read.
-	const nobody = 65534
-	dir, err := os.MkdirTemp("", "cable-mlock-")
+	dir, err := os.MkdirTemp("", "cable-mlock-") // the other user cannot look into t.TempDir
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	place := func(name, from string) string {
-		path := filepath.Join(dir, name)
-		in, err := os.Open(from)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer in.Close()
-		out, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o755)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := io.Copy(out, in); err != nil {
-			t.Fatal(err)
-		}
-		if err := out.Close(); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	for _, folder := range []string{dir, filepath.Join(dir, "plugins"), filepath.Join(dir, "data")} {
-		if err := os.MkdirAll(folder, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Chown(folder, nobody, nobody); err != nil {
-			t.Fatal(err)
+	const nobody = 65534
+	plugins, data, vault := filepath.Join(dir, "plugins"), filepath.Join(dir, "data"), filepath.Join(dir, "vault")
+	plugin := filepath.Join(plugins, pluginName+"-"+pluginVersion)
+	setcap := func(path string) string { return "setcap cap_ipc_lock=+ep " + path }
+	for _, command := range []string{
+		fmt.Sprintf("install -d -m 0700 -o %d -g %[1]d %s %s %s", nobody, dir, plugins, data),
+		"install -m 0755 " + suite.vault + " " + vault,
+		suite.plugin.File + " -install " + plugins,
+		setcap(vault),
+	} {
+		args := strings.Fields(command)
+		if _, err := run(args[0], args[1:]...); err != nil {
+			skipUnlessRequired(t, err) // such as in a container without the right to give capabilities
 		}
 	}
-	vault := place("vault", suite.vault)
-	plugin := place(filepath.Join("plugins", pluginName), filepath.Join(suite.plugins, pluginName))
-	setcap := func(path string) {
-		if out, err := exec.Command("setcap", "cap_ipc_lock=+ep", path).CombinedOutput(); err != nil {
-			skipUnlessRequired(t, fmt.Errorf("setcap: %w: %s", err, bytes.TrimSpace(out)))
-		}
-	}
-	setcap(vault)
 	script := filepath.Join(dir, "vault-as-nobody")
 	writeScript(t, script, fmt.Sprintf(`ulimit -l 64; exec setpriv --reuid=%d --regid=%[1]d --clear-groups %s "$@"`, nobody, vault))
-
-	v := &vaultServer{binary: script, plugins: filepath.Join(dir, "plugins"), mlock: true, level: "info", audit: filepath.Join(dir, "data", "audit.log")}
-	if err := v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "data")}, suite.plugin); err != nil {
+	v := &vaultServer{binary: script, plugins: plugins, mlock: true, level: "info", audit: filepath.Join(data, "audit.log")}
+	registered := vaulttest.Plugin{Name: pluginName, Version: pluginVersion, File: plugin}
+	if err := v.start(dir, &vaulttest.Raft{Dir: data}, registered); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
-	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
-	enable := func() *answer { return v.do(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": pluginName}) }
+	enable := func() *answer { return v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName}) }
 	if a := enable(); a.status != 400 {
-		t.Fatalf("%s: want 400, as the plugin cannot lock memory", a)
+		t.Fatalf("%s: want 400, because the plugin cannot lock memory", a)
 	}
-	v.cannotRun(t, "cannot allocate memory", fmt.Sprintf(`run \"setcap cap_ipc_lock=+ep %s\", again after each upgrade of this file, or set disable_mlock = true in Vault's configuration`, plugin))
+	v.cannotRun(t, "cannot allocate memory", fmt.Sprintf(`run \"%s\", again after each upgrade of this file, `+
+		`or set disable_mlock = true in Vault's configuration`, setcap(plugin)))
 
-	setcap(plugin)
+	s := newShell(t, v, nil)
+	s.edit = strings.NewReplacer("/etc/vault/plugins", plugins)
+	s.run("version=" + pluginVersion + "\n" + named(t, "docs/runbook.md")["setcap"])
 	if a := enable(); a.status != 204 {
-		t.Fatalf("%s: want 204, as the plugin may lock memory now", a)
+		t.Fatalf("%s: want 204, because the plugin may lock memory now", a)
 	}
+	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
 	m.configure(t)
 	m.read(t)
 	pids := processes(t, plugin)
 	if len(pids) != 1 {
 		t.Fatalf("plugin processes %v, want one", pids)
 	}
-	if status := readFile(t, fmt.Sprintf("/proc/%d/status", pids[0])); !strings.Contains(status, "Uid:\t65534\t") || strings.Contains(status, "VmLck:\t       0 kB") {
+	status := readFile(t, fmt.Sprintf("/proc/%d/status", pids[0]))
+	if !strings.Contains(status, "Uid:\t65534\t") || strings.Contains(status, "VmLck:\t       0 kB") {
 		t.Errorf("the plugin is not the other user's, or has not locked its memory:\n%s", status)
 	}
-	kill(t, v.Process.Pid)
-	waitFor(t, 10*time.Second, "the plugin ends", func() bool { return !runs(pids[0]) })
 }

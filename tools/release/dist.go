@@ -23,6 +23,7 @@ type release struct {
 	commit   string
 	date     time.Time // of the commit
 	version  string    // without the v
+	snapshot string    // the version, with the v, if the commit has no tag
 	binaries []binary
 }
 

@@ -25,6 +25,8 @@ import (
 	"strings"
 	"time"
 
+	gomodule "golang.org/x/mod/module"
+	"golang.org/x/mod/semver"
 	"gopkg.in/yaml.v3"
 )
 
@@ -105,6 +107,9 @@ func buildRelease(ctx context.Context, platforms string) error {
 	if err != nil {
 		return err
 	}
+	if r.snapshot, err = snapshotVersion(ctx, r); err != nil {
+		return err
+	}
 	if err := cleanEnvironment(ctx, r); err != nil {
 		return err
 	}
@@ -153,12 +158,29 @@ func headCommit(ctx context.Context) (*release, error) {
 	return &release{commit: commit, date: time.Unix(unix, 0).UTC()}, nil
 }
 
-// cleanEnvironment removes what could change a byte of the result: a user's own
-// settings for the compiler, in variables and in the file of `go env -w`, and
-// their language and time zone; and sets what .goreleaser.yaml reads.
+// snapshotVersion returns the version that Go gives to a build of the checked out
+// commit, as if it had no tag.
+func snapshotVersion(ctx context.Context, r *release) (string, error) {
+	tag, _ := exec.CommandContext(ctx, "git", "describe", "--tags", "--abbrev=0", "--match", "v*").Output()
+	older := semver.Canonical(strings.TrimSpace(string(tag))) // "" if there is none
+	version := gomodule.PseudoVersion(semver.Major(older), older, r.date, r.commit[:12])
+	changed, err := exec.CommandContext(ctx, "git", "status", "--porcelain").Output()
+	if err != nil {
+		return "", fmt.Errorf("git status: %w", err)
+	}
+	if len(changed) > 0 {
+		version += ".dirty"
+	}
+	return version, nil
+}
+
+// cleanEnvironment removes a user's own settings for the compiler, in variables and in
+// the file of `go env -w`, and their language and time zone, because each could change
+// a byte of the result. It sets the variables that .goreleaser.yaml reads.
 func cleanEnvironment(ctx context.Context, r *release) error {
 	// Where modules come from and go to is the user's: go.sum says what they are.
-	out, err := exec.CommandContext(ctx, "go", "env", "-json", "GOAUTH", "GOCACHE", "GOINSECURE", "GOMODCACHE", "GONOPROXY", "GONOSUMDB", "GOPRIVATE", "GOPROXY", "GOSUMDB", "GOTOOLCHAIN").Output()
+	out, err := exec.CommandContext(ctx, "go", "env", "-json", "GOAUTH", "GOCACHE", "GOINSECURE", "GOMODCACHE",
+		"GONOPROXY", "GONOSUMDB", "GOPRIVATE", "GOPROXY", "GOSUMDB", "GOTOOLCHAIN").Output()
 	if err != nil {
 		return fmt.Errorf("go env: %w", err)
 	}
@@ -178,7 +200,10 @@ func cleanEnvironment(ctx context.Context, r *release) error {
 		"CGO_ENABLED": "0", "GOENV": "off", "GOFLAGS": "-mod=readonly", "GOWORK": "off", "TZ": "UTC", "LC_ALL": "C",
 		// GoReleaser wants a remote, though nothing is pushed.
 		"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "remote.origin.url", "GIT_CONFIG_VALUE_0": "https://" + module,
-		"RELEASE_COMMIT": r.commit[:12], "RELEASE_DATE": r.date.Format(time.RFC3339), "RELEASE_TIMESTAMP": strconv.FormatInt(r.date.Unix(), 10),
+		"RELEASE_COMMIT":    r.commit[:12],
+		"RELEASE_DATE":      r.date.Format(time.RFC3339),
+		"RELEASE_TIMESTAMP": strconv.FormatInt(r.date.Unix(), 10),
+		"RELEASE_SNAPSHOT":  strings.TrimPrefix(r.snapshot, "v"),
 	})
 	for name, value := range env {
 		if err := os.Setenv(name, value); err != nil {

@@ -65,6 +65,12 @@ func runTests(m *testing.M) int {
 
 var testDir, root string
 
+// gitEnv makes commits that are the same each time.
+var gitEnv = []string{
+	"GIT_AUTHOR_DATE=" + testCommit, "GIT_COMMITTER_DATE=" + testCommit, "GIT_CONFIG_GLOBAL=/dev/null",
+	"GIT_AUTHOR_NAME=t", "GIT_AUTHOR_EMAIL=t@example.com", "GIT_COMMITTER_NAME=t", "GIT_COMMITTER_EMAIL=t@example.com",
+}
+
 // built is a clone of this tree, as it is and not as it was committed, in which
 // the release is built.
 var built = sync.OnceValues(func() (string, error) {
@@ -93,12 +99,8 @@ var built = sync.OnceValues(func() (string, error) {
 			return "", err
 		}
 	}
-	env := []string{
-		"GIT_AUTHOR_DATE=" + testCommit, "GIT_COMMITTER_DATE=" + testCommit, "GIT_CONFIG_GLOBAL=/dev/null",
-		"GIT_AUTHOR_NAME=t", "GIT_AUTHOR_EMAIL=t@example.com", "GIT_COMMITTER_NAME=t", "GIT_COMMITTER_EMAIL=t@example.com",
-	}
 	for _, args := range [][]string{{"init", "-q"}, {"add", "-A"}, {"commit", "-qm", "test"}, {"tag", testTag}} {
-		if _, err := output(dir, env, "git", args...); err != nil {
+		if _, err := output(dir, gitEnv, "git", args...); err != nil {
 			return "", err
 		}
 	}
@@ -543,6 +545,30 @@ func untar(t *testing.T, r io.Reader) map[string]string {
 			t.Fatal(err)
 		}
 		files[h.Name] = string(data)
+	}
+}
+
+// TestSnapshotVersion: two snapshots of different commits have different versions.
+func TestSnapshotVersion(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	for _, step := range []struct{ commands, want string }{
+		{"git init -q && git commit -qm one --allow-empty", "v0.0.0-20200202020202-COMMIT"},
+		{"git tag v1.2.3 && git commit -qm two --allow-empty", "v1.2.4-0.20200202020202-COMMIT"},
+		{"touch new", "v1.2.4-0.20200202020202-COMMIT.dirty"},
+		{"git add new && git commit -qm three && git tag v1.3.0-rc.1", "v1.3.0-rc.1.0.20200202020202-COMMIT"},
+	} {
+		if _, err := output(dir, gitEnv, "bash", "-euc", step.commands); err != nil {
+			t.Fatal(err)
+		}
+		r, err := headCommit(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := strings.ReplaceAll(step.want, "COMMIT", r.commit[:12])
+		if got, err := snapshotVersion(t.Context(), r); err != nil || got != want {
+			t.Errorf("after %s: %s (%v), want %s", step.commands, got, err, want)
+		}
 	}
 }
 

@@ -22,8 +22,8 @@ import (
 func TestWorkflows(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob(filepath.Join(root, ".github/workflows/*"))
-	if err != nil || len(files) != 3 {
-		t.Fatalf("workflows: %q, %v", files, err)
+	if err != nil {
+		t.Fatal(err)
 	}
 	makefile := read(t, filepath.Join(root, "Makefile"))
 	targets, pins := 0, map[string]string{}
