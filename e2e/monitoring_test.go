@@ -403,10 +403,8 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 			List []struct{ Definition string }
 		}
 		Panels []struct {
-			ID      int
 			Type    string
 			Title   string
-			GridPos struct{ X, Y, W, H int }
 			Targets []struct{ Expr string }
 		}
 	}
@@ -422,22 +420,7 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 		t.Errorf("the mounts to choose from are %q", mounts)
 	}
 	variables := strings.NewReplacer("$mount", m.path, "$__rate_interval", "1m", "$__range", "10m")
-	taken := map[[2]int]string{} // of the grid
-	ids := map[int]bool{}
 	for _, panel := range d.Panels {
-		if ids[panel.ID] {
-			t.Errorf("two panels have the id %d", panel.ID)
-		}
-		ids[panel.ID] = true
-		g := panel.GridPos
-		for x := g.X; x < g.X+g.W; x++ {
-			for y := g.Y; y < g.Y+g.H; y++ {
-				if other := taken[[2]int{x, y}]; other != "" || x >= 24 {
-					t.Fatalf("panel %q lies over %q or outside of the grid", panel.Title, other)
-				}
-				taken[[2]int{x, y}] = panel.Title
-			}
-		}
 		if len(panel.Targets) == 0 && panel.Type != "row" {
 			t.Errorf("panel %q asks for nothing", panel.Title)
 		}

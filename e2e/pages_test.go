@@ -65,7 +65,7 @@ var notRun = map[string]string{
 	"docs/openbao.md#active-node":                    "needs a cluster: TestHA runs it",
 	"docs/openbao.md#node-version":                   "needs a cluster: TestHA runs it",
 	"docs/runbook.md#setcap":                         "needs root, and a server that runs as another user: TestLockedMemory runs it",
-	"docs/runbook.md#remove-capability":              "needs root: TestCapability runs it",
+	"docs/runbook.md#remove-capability":              "the same: TestLockedMemory runs it",
 	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
 	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
 	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
@@ -262,32 +262,36 @@ func (s *shell) runPage(page string, steps map[string]step) {
 // it is in notRun, and each step a block.
 func checkSteps(t *testing.T, page string, steps map[string]step) {
 	t.Helper()
-	known := map[string]bool{}
+	known := map[string]string{}
 	for _, b := range blocksOf(t, page) {
 		name := strings.TrimPrefix(b.id, page+"#")
-		if known[name] = true; b.language != "sh" || notRun[b.id] != "" {
-			continue
+		if text, ok := known[name]; ok && text != b.text {
+			t.Errorf("two blocks are named %q:\n%s\n%s", name, text, b.text)
 		}
-		if _, ok := steps[name]; !ok {
+		known[name] = b.text
+		if _, ok := steps[name]; !ok && b.language == "sh" && notRun[b.id] == "" {
 			t.Errorf("no step for %q:\n%s", name, b.text)
 		}
 	}
 	for name := range steps {
-		if !known[name] {
+		if known[name] == "" {
 			t.Errorf("%s has no block %q", page, name)
 		}
 	}
 }
 
-// runSteps runs those blocks of a page that have a step, in the page's order.
+// runSteps runs those blocks of a page that have a step, in the page's order. A block
+// that the page repeats is run once.
 func (s *shell) runSteps(page string, steps map[string]step) {
 	s.t.Helper()
+	done := map[string]bool{}
 	for _, b := range blocksOf(s.t, page) {
 		name := strings.TrimPrefix(b.id, page+"#")
 		step, ok := steps[name]
-		if !ok {
+		if !ok || done[name] {
 			continue
 		}
+		done[name] = true
 		if step.skip != "" {
 			s.t.Run(name, func(t *testing.T) { t.Skip(step.skip) })
 			continue
