@@ -36,7 +36,7 @@ func install(dir string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	if runtime.GOOS == "linux" {
-		_, _ = fmt.Fprintf(stderr, "File capabilities are not copied. If Vault locks its memory, run: %s %s\n", setcap, path)
+		_, _ = fmt.Fprintln(stderr, "File capabilities are not copied. If Vault locks its memory, run:", setcap, path)
 	}
 	_, _ = fmt.Fprintf(stdout, "%s  %s\n", sum, path)
 	return 0
@@ -51,26 +51,20 @@ func installAs(path string) (sum string, err error) {
 	if err != nil {
 		return "", fmt.Errorf("finding this program's own file: %w", err)
 	}
-	from, err := os.Open(self)
-	if err != nil {
-		return "", err
-	}
-	defer from.Close()
-	if sum, err = sha256Of(from); err != nil {
+	if sum, err = sha256Of(self); err != nil {
 		return "", err
 	}
 	err = isInstalled(path, sum)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = place(from, path)
-	}
-	if errors.Is(err, fs.ErrExist) { // another process was faster
-		err = isInstalled(path, sum)
+		if err = place(self, path); err == nil || errors.Is(err, fs.ErrExist) { // by another process
+			err = isInstalled(path, sum)
+		}
 	}
 	return sum, err
 }
 
 // isInstalled returns nil if path is a file with that sum. It gives the file its mode
-// again, because a copy under umask 077 is one that Vault's user cannot read.
+// again, because Vault's user cannot read a copy that was made under umask 077.
 func isInstalled(path, sum string) error {
 	info, err := os.Lstat(path)
 	if err != nil {
@@ -79,53 +73,58 @@ func isInstalled(path, sum string) error {
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%s is there, and is not a regular file", path)
 	}
-	file, err := os.Open(path)
+	got, err := sha256Of(path)
 	if err != nil {
 		return err
 	}
-	defer file.Close()
-	if got, err := sha256Of(file); err != nil {
-		return err
-	} else if got != sum {
+	if got != sum {
 		return fmt.Errorf("%s is there with other content, and is never replaced: "+
 			"its SHA-256 is %s, this program's is %s", path, got, sum)
 	}
 	if info.Mode().Perm() == 0o755 {
 		return nil
 	}
-	return os.Chmod(path, 0o755)
+	return os.Chmod(path, 0o755) //nolint:gosec // Vault's user has to run it
 }
 
 // place copies a file to path under another name first. Then it links the copy there,
 // because a link never replaces a file. A signal before that leaves nothing.
-func place(from *os.File, path string) error {
+func place(self, path string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	to, err := os.CreateTemp(filepath.Dir(path), ".vault-plugin-secrets-cable-*")
+	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
-	_, err = from.Seek(0, io.SeekStart)
-	if err == nil {
-		_, err = io.Copy(to, from)
+	defer func() { _ = dir.Close() }()
+	from, err := os.Open(self) //nolint:gosec // this program's own file
+	if err != nil {
+		return err
 	}
+	defer func() { _ = from.Close() }()
+	to, err := os.CreateTemp(dir.Name(), ".vault-plugin-secrets-cable-*")
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, from)
 	err = errors.Join(err, to.Chmod(0o755), to.Sync(), to.Close(), context.Cause(ctx))
 	if err == nil {
 		err = os.Link(to.Name(), path)
 	}
 	err = errors.Join(err, os.Remove(to.Name()))
-	if err != nil || runtime.GOOS == "windows" { // Windows cannot sync a directory
-		return err
+	if err == nil && runtime.GOOS != "windows" { // which cannot sync a folder
+		err = dir.Sync()
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return err
 }
 
-func sha256Of(file *os.File) (string, error) {
+func sha256Of(path string) (string, error) {
+	file, err := os.Open(path) //nolint:gosec // a path of the operator's
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = file.Close() }()
 	hash := sha256.New()
-	_, err := io.Copy(hash, file)
+	_, err = io.Copy(hash, file)
 	return fmt.Sprintf("%x", hash.Sum(nil)), err
 }

@@ -21,12 +21,7 @@ var installed = "vault-plugin-secrets-cable-" + testVersion + map[bool]string{tr
 // sumOf returns the SHA-256 of a file.
 func sumOf(t *testing.T, path string) string {
 	t.Helper()
-	file, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	sum, err := sha256Of(file)
+	sum, err := sha256Of(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +45,7 @@ func onlyInstalled(t *testing.T, dir string) {
 	}
 }
 
-// TestInstall: -install leaves a complete file that all users can run, or nothing,
+// TestInstall checks that -install leaves a complete file that all users can run, or nothing,
 // and never replaces a file.
 func TestInstall(t *testing.T) {
 	t.Parallel()
@@ -63,23 +58,38 @@ func TestInstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	tests := map[string]struct {
-		before func(path string) error // what is at the place of the new file; default: nothing
-		script string                  // runs the plugin, $0; default: as it is
-		form   string                  // of the option; default: two arguments
-		error  string                  // part of it; "" for success
+		before func(path string) error // prepares the path of the new file
+		script string                  // runs the plugin, $0, by a shell
+		form   string                  // the option, in one argument with the folder
+		error  string                  // a part of it, or "" for success
 	}{
-		"nothing there":         {},
-		"one argument":          {form: "--install="},
-		"umask 077":             {script: `umask 077 && exec "$0" "$@"`},
-		"the same file":         {before: write(string(content), 0o755)},
-		"the same file, umask":  {before: write(string(content), 0o600)},
-		"another file":          {before: write("another", 0o755), error: "is there with other content, and is never replaced: its SHA-256 is "},
+		"nothing there":        {},
+		"one argument":         {form: "--install="},
+		"umask 077":            {script: `umask 077 && exec "$0" "$@"`},
+		"the same file":        {before: write(string(content), 0o755)},
+		"the same file, umask": {before: write(string(content), 0o600)},
+		"another file": {
+			before: write("another", 0o755),
+			error:  "is there with other content, and is never replaced: its SHA-256 is ",
+		},
 		"the start of the file": {before: write(string(content[:1000]), 0o755), error: "is there with other content"},
-		"a folder":              {before: func(path string) error { return os.Mkdir(path, 0o755) }, error: "is not a regular file"},
-		"a link to the file":    {before: func(path string) error { return os.Symlink(plugin, path) }, error: "is not a regular file"},
-		"a link to nothing":     {before: func(path string) error { return os.Symlink("nothing", path) }, error: "is not a regular file"},
-		"no folder":             {before: func(path string) error { return os.Remove(filepath.Dir(path)) }, error: "no such file or directory"},
-		"the disk is full":      {script: `trap "" XFSZ && ulimit -f 100 && exec "$0" "$@"`, error: "file too large"},
+		"a folder": {
+			before: func(path string) error { return os.Mkdir(path, 0o755) },
+			error:  "is not a regular file",
+		},
+		"a link to the file": {
+			before: func(path string) error { return os.Symlink(plugin, path) },
+			error:  "is not a regular file",
+		},
+		"a link to nothing": {
+			before: func(path string) error { return os.Symlink("nothing", path) },
+			error:  "is not a regular file",
+		},
+		"no folder": {
+			before: func(path string) error { return os.Remove(filepath.Dir(path)) },
+			error:  "no such file or directory",
+		},
+		"the disk is full": {script: `trap "" XFSZ && ulimit -f 100 && exec "$0" "$@"`, error: "file too large"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -114,7 +124,8 @@ func TestInstall(t *testing.T) {
 				if want := fmt.Sprintf("%s  %s\n", sumOf(t, plugin), path); err != nil || stdout.String() != want {
 					t.Fatalf("%v, standard output %q, want %q", err, &stdout, want)
 				}
-				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr.String(), "run: setcap cap_ipc_lock=+ep "+path+"\n") {
+				remedy := "run: setcap cap_ipc_lock=+ep " + path + "\n"
+				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr.String(), remedy) {
 					t.Errorf("standard error: %q", &stderr)
 				}
 				onlyInstalled(t, dir)
@@ -130,15 +141,15 @@ func TestInstall(t *testing.T) {
 			if after, _ := os.ReadDir(dir); fmt.Sprint(after) != fmt.Sprint(before) {
 				t.Errorf("the folder has %v, before %v", after, before)
 			}
-			if tt.before != nil && name == "another file" && readText(t, path) != "another" {
+			if text, _ := os.ReadFile(path); name == "another file" && string(text) != "another" {
 				t.Error("the file was replaced")
 			}
 		})
 	}
 }
 
-// TestInstallAtOnce: of many processes that install at once, each succeeds, and one
-// that is ended meanwhile leaves a complete file or nothing.
+// TestInstallAtOnce has several processes install at once, of which each succeeds, and
+// ends others meanwhile, which leave a complete file or nothing.
 func TestInstallAtOnce(t *testing.T) {
 	t.Parallel()
 	plugin := build(t)
@@ -175,8 +186,8 @@ func TestInstallAtOnce(t *testing.T) {
 	t.Logf("%d of 20 were ended before they were done", ended)
 }
 
-// TestInstallAlone: an image for an init container contains nothing but the plugin,
-// and need not run as root.
+// TestInstallAlone installs from a root folder that contains nothing but the plugin, as
+// the image does, and as a user other than root.
 func TestInstallAlone(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
@@ -206,14 +217,4 @@ func TestInstallAlone(t *testing.T) {
 		t.Fatalf("%v, %q, want %q", err, out, want)
 	}
 	onlyInstalled(t, plugins)
-}
-
-// readText returns the content of a file.
-func readText(t *testing.T, path string) string {
-	t.Helper()
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
 }

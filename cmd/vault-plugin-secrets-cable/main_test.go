@@ -208,8 +208,8 @@ func logLines(t *testing.T, text string) (lines []map[string]any) {
 	return lines
 }
 
-// TestStdout: under Vault the plugin writes one line to standard output, the
-// handshake, by which the protocol is agreed on.
+// TestStdout checks that under Vault the plugin writes one line to standard output, the
+// handshake.
 func TestStdout(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command(build(t))

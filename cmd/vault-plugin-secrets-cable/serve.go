@@ -17,18 +17,18 @@ import (
 	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
 )
 
-// protocolVersion is the version of the plugin protocol that Vault and this
-// plugin speak: multiplexed, and with AutoMTLS.
+// protocolVersion is the version of the plugin protocol that Vault and this plugin
+// speak, which is multiplexed and has AutoMTLS.
 const protocolVersion = 5
 
 // serve serves the plugin until Vault ends it or is gone. It returns the exit
 // status: 1 if the plugin cannot run, else 0.
 //
-// NOTE: standard output belongs to the handshake and standard error to the
-// logger: nothing else may write to either.
+// NOTE: standard output belongs to the handshake and standard error to the logger.
+// Nothing else may write to either.
 func serve(args []string) (status int) {
-	// go-plugin replaces both. Without a reference they would be finalized and
-	// their descriptors closed, and the next connections would get the numbers.
+	// go-plugin replaces both. Without a reference they would be finalized, their
+	// descriptors closed, and the numbers given to the next connections.
 	stdout, stderr := os.Stdout, os.Stderr
 	defer runtime.KeepAlive(stdout)
 	defer runtime.KeepAlive(stderr)
@@ -49,13 +49,13 @@ func serve(args []string) (status int) {
 		}
 	}()
 	if len(args) > 0 {
-		// Other plugins take -ca-cert=…, so it is often given at registration. If
-		// it were refused, the mount could not be enabled. The arguments are never
-		// printed: they may contain anything.
+		// Other plugins take -ca-cert=…, so it is often given at registration. If it
+		// were refused, the mount could not be enabled. The arguments are never printed,
+		// because they may contain anything.
 		logger.Warn("arguments given at registration ignored: this plugin takes none", "count", len(args))
 	}
-	if err := checkStart(); err != nil {
-		start.fail(err)
+	if remedy, err := checkStart(); err != nil {
+		start.fail(remedy, err)
 		return 1
 	}
 	// The engine keeps a few MiB in memory, so Go would collect after every few
@@ -66,15 +66,14 @@ func serve(args []string) (status int) {
 
 	watch := newWatch(newParent(stdout, logFile))
 	watch.catchSignals()
-	// What plugin.ServeMultiplex in Vault's SDK does, but for two things: it takes
-	// no options for the gRPC server, and it offers older plugin protocols, which
-	// Vault 1.16 and later do not speak with a plugin.
+	// This does the same as plugin.ServeMultiplex in Vault's SDK, which takes no options
+	// for the gRPC server, and offers older plugin protocols, which Vault 1.16 and later
+	// do not speak with a plugin.
+	backend := &plugin.GRPCBackendPlugin{Factory: cablesecrets.Factory, MultiplexingSupport: true, Logger: logger}
 	goplugin.Serve(&goplugin.ServeConfig{
-		HandshakeConfig: plugin.HandshakeConfig,
-		VersionedPlugins: map[int]goplugin.PluginSet{protocolVersion: {
-			plugin.BackendPluginName: &plugin.GRPCBackendPlugin{Factory: cablesecrets.Factory, MultiplexingSupport: true, Logger: logger},
-		}},
-		Logger: start,
+		HandshakeConfig:  plugin.HandshakeConfig,
+		VersionedPlugins: map[int]goplugin.PluginSet{protocolVersion: {plugin.BackendPluginName: backend}},
+		Logger:           start,
 		GRPCServer: func(opts []grpc.ServerOption) *grpc.Server {
 			opts = append(opts, grpc.MaxRecvMsgSize(math.MaxInt32), grpc.MaxSendMsgSize(math.MaxInt32))
 			server := goplugin.DefaultGRPCServer(append(opts, watch.options()...))
@@ -85,13 +84,13 @@ func serve(args []string) (status int) {
 	return status
 }
 
-// logLevel is the level of what is sent to Vault, which filters what arrives by
-// its own level.
+// logLevel returns the level of the lines that are sent to Vault, which filters them
+// again by its own level.
 //
-// NOTE: Vault does not tell a plugin its level. To write each mint's debug line,
-// send it, and have Vault drop it would cost a tenth of the mint, so it is
-// written only if the level is set in the environment: in that of the server,
-// which plugins inherit, or by -env at registration.
+// NOTE: Vault does not tell a plugin its level. To write each token request's debug
+// line, send it, and have Vault drop it would cost a tenth of the request. So it is
+// written only if the level is set in the environment of the server, which plugins
+// inherit, or by -env at registration.
 func logLevel(level string) hclog.Level {
 	if l := hclog.LevelFromString(level); l != hclog.NoLevel {
 		return l

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -18,65 +19,53 @@ import (
 	"github.com/hashicorp/vault/sdk/helper/pluginutil"
 )
 
-// Whatever keeps the plugin from starting is one line at error level in Vault's
-// log, with its remedy: all that Vault itself says of a plugin that ended is that
-// it may be compiled for another architecture.
+// The reason why the plugin cannot start is one line at error level in Vault's log,
+// with its remedy. Vault itself only guesses at a wrong architecture.
 
 // setcap gives a file the capability to lock memory.
 const setcap = "setcap cap_ipc_lock=+ep"
 
-// startError keeps the plugin from starting.
-type startError struct {
-	err    error
-	remedy string
-	stack  string // of a panic
-}
-
-// checkStart does, before go-plugin's server, what can keep the plugin from
-// starting and what that server would report without a remedy, or not at all.
-func checkStart() *startError {
-	// Vault asks for it unless disable_mlock is set. The limit that counts is that
-	// of the address space, of which Go reserves more than a GiB.
+// checkStart tries, ahead of go-plugin's server, the steps that can fail and that the
+// server would report without a remedy, or not at all.
+func checkStart() (remedy string, err error) {
+	// Vault requests locked memory unless disable_mlock is set. The limit applies to
+	// the address space, of which Go reserves more than a GiB.
 	if err := pluginutil.OptionallyEnableMlock(); err != nil {
 		file, _ := os.Executable()
-		return &startError{fmt.Errorf("locking memory: %w", err), fmt.Sprintf(
-			"run \""+setcap+" %s\", again after each upgrade of this file, or set disable_mlock = true in Vault's configuration", file), ""}
+		return fmt.Sprintf("run \"%s %s\", again after each upgrade of this file, "+
+			"or set disable_mlock = true in Vault's configuration", setcap, file), fmt.Errorf("locking memory: %w", err)
 	}
-	// The server makes two pipes and a socket. If it gets no pipe, it ends the
-	// process with a word on os.Stderr, which nobody reads.
+	// The server makes two pipes and a socket. If it gets no pipe, it ends the process
+	// with a message on os.Stderr, which is the null device by now.
 	for range 3 {
 		r, w, err := os.Pipe()
 		if err != nil {
-			return &startError{fmt.Errorf("opening a pipe: %w", err), "raise the limit of open files of Vault's process, such as LimitNOFILE in its systemd unit", ""}
+			return "raise the limit of open files of Vault's process, such as LimitNOFILE in its systemd unit",
+				fmt.Errorf("opening a pipe: %w", err)
 		}
 		defer func() { _, _ = r.Close(), w.Close() }()
 	}
-	return checkClientCert(os.Getenv("PLUGIN_PROTOCOL_VERSIONS"), os.Getenv("PLUGIN_CLIENT_CERT"))
-}
-
-// checkClientCert checks the certificate by which the plugin knows its Vault.
-// Without one the server would serve anybody, without TLS; with one that cannot
-// be read it would start, and then refuse each connection.
-func checkClientCert(versions, cert string) *startError {
-	var err error
-	switch {
-	case !slices.Contains(strings.Split(versions, ","), fmt.Sprint(protocolVersion)):
-		return nil // Vault is about to report that the protocol versions differ
+	// Without a certificate, by which the plugin knows its Vault, the server would serve
+	// every client, without TLS. With one that cannot be read it would start, and then
+	// refuse each connection. If Vault does not speak this protocol, it reports that.
+	cert := os.Getenv("PLUGIN_CLIENT_CERT")
+	switch versions := strings.Split(os.Getenv("PLUGIN_PROTOCOL_VERSIONS"), ","); {
+	case !slices.Contains(versions, fmt.Sprint(protocolVersion)):
+		return "", nil
 	case cert == "":
 		err = errors.New("PLUGIN_CLIENT_CERT is not set")
 	case !x509.NewCertPool().AppendCertsFromPEM([]byte(cert)):
 		err = errors.New("PLUGIN_CLIENT_CERT contains no certificate")
-	default:
-		return nil
 	}
-	return &startError{err, "Vault sets PLUGIN_CLIENT_CERT for each plugin that it starts: a wrapper script must leave the environment as it is", ""}
+	return "Vault sets PLUGIN_CLIENT_CERT for each plugin that it starts: " +
+		"a wrapper script must leave the environment as it is", err
 }
 
-// startLogger is the logger of go-plugin's server, which logs an error only if
-// it cannot start or go on.
+// startLogger is the logger of go-plugin's server, which logs an error only if it
+// cannot start or continue.
 type startLogger struct {
 	hclog.Logger
-	failed bool // something was logged
+	failed bool // whether an error was logged
 }
 
 // Error logs an error of go-plugin's server with its remedy.
@@ -89,27 +78,24 @@ func (l *startLogger) Error(msg string, args ...any) {
 	}
 	remedy := "look at the error; if it does not help, report it with this line"
 	if errors.As(err, new(*fs.PathError)) || errors.As(err, new(*net.OpError)) {
-		folder := os.Getenv(goplugin.EnvUnixSocketDir)
-		if folder == "" {
-			folder = os.TempDir()
-		}
-		remedy = fmt.Sprintf("the plugin needs a socket in %s: let Vault's user create files there, or register the plugin with -env=TMPDIR=FOLDER, the path of another folder, of at most 80 characters", folder)
+		folder := cmp.Or(os.Getenv(goplugin.EnvUnixSocketDir), os.TempDir())
+		remedy = fmt.Sprintf("the plugin needs a socket in %s: let Vault's user create files there, or register the "+
+			"plugin with -env=TMPDIR=FOLDER, the path of another folder, of at most 80 characters", folder)
 	}
-	l.fail(&startError{fmt.Errorf("%s: %w", msg, err), remedy, ""})
+	l.fail(remedy, fmt.Errorf("%s: %w", msg, err))
 }
 
-// panicked logs a panic, unless the server has logged its reason.
+// panicked logs a panic with its value, unless the server has logged the reason. Only
+// go-plugin panics there, before a server has connected and sent a secret.
 func (l *startLogger) panicked(value any, stack []byte) {
 	if !l.failed {
-		l.fail(&startError{fmt.Errorf("panic: %v", value), "this is a defect of the plugin: report it with this line", string(stack)})
+		const remedy = "this is a defect of the plugin: report it with this line"
+		l.fail(remedy, fmt.Errorf("panic: %v", value), "stack", string(stack))
 	}
 }
 
-func (l *startLogger) fail(e *startError) {
+// fail logs the reason why the plugin cannot start, with its remedy.
+func (l *startLogger) fail(remedy string, err error, more ...any) {
 	l.failed = true
-	args := []any{"error", e.err, "remedy", e.remedy}
-	if e.stack != "" {
-		args = append(args, "stack", e.stack)
-	}
-	l.Logger.Error("plugin cannot run", args...)
+	l.Logger.Error("plugin cannot run", append([]any{"error", err, "remedy", remedy}, more...)...)
 }

@@ -16,7 +16,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// TestCannotStart: whatever keeps the plugin from starting is one line at error
+// TestCannotStart checks that a reason why the plugin cannot start is one line at error
 // level, with its remedy. The logger sends it at each VAULT_LOG_LEVEL but "off".
 func TestCannotStart(t *testing.T) {
 	t.Parallel()
@@ -32,19 +32,23 @@ func TestCannotStart(t *testing.T) {
 	}
 	tests := map[string]struct {
 		linux         bool
-		command       []string // default: the plugin
+		command       []string // of the plugin alone by default
 		env           []string
-		error, remedy []string // what they contain
+		error, remedy []string // parts of these fields
 	}{
 		"memory cannot be locked": {
 			linux: true, command: nobody, env: []string{cert, "VAULT_PLUGIN_MLOCK_ENABLED=true"},
-			error:  []string{"locking memory: cannot allocate memory"},
-			remedy: []string{`"setcap cap_ipc_lock=+ep ` + plugin + `"`, "again after each upgrade", "disable_mlock = true"},
+			error: []string{"locking memory: cannot allocate memory"},
+			remedy: []string{
+				`"setcap cap_ipc_lock=+ep ` + plugin + `"`, "again after each upgrade", "disable_mlock = true",
+			},
 		},
 		"no folder for the socket": {
-			env:    []string{cert, "TMPDIR=/nonexistent/folder"},
-			error:  []string{"open /nonexistent/folder/plugin", "no such file or directory"},
-			remedy: []string{"a socket in /nonexistent/folder:", "let Vault's user create files there", "-env=TMPDIR=FOLDER"},
+			env:   []string{cert, "TMPDIR=/nonexistent/folder"},
+			error: []string{"open /nonexistent/folder/plugin", "no such file or directory"},
+			remedy: []string{
+				"a socket in /nonexistent/folder:", "let Vault's user create files there", "-env=TMPDIR=FOLDER",
+			},
 		},
 		"no such folder of a container's": {
 			env:    []string{cert, "PLUGIN_UNIX_SOCKET_DIR=/nonexistent/sockets"},
@@ -124,8 +128,8 @@ func TestCannotStart(t *testing.T) {
 	}
 }
 
-// TestPanicAtStart: go-plugin panics if it cannot make a certificate, after it has
-// logged why. One line is logged either way.
+// TestPanicAtStart checks that a panic of go-plugin is one line in the log. It panics if
+// it cannot make a certificate, after it has logged the reason.
 func TestPanicAtStart(t *testing.T) {
 	t.Parallel()
 	for name, reported := range map[string]bool{"with an error": true, "without": false} {
@@ -138,7 +142,8 @@ func TestPanicAtStart(t *testing.T) {
 			}
 			start.panicked(errors.New("no entropy"), []byte("stack"))
 			lines := logLines(t, out.String())
-			if len(lines) != 1 || lines[0]["@level"] != "error" || !strings.Contains(lines[0]["error"].(string), "no entropy") || lines[0]["remedy"] == "" {
+			if len(lines) != 1 || lines[0]["@level"] != "error" || lines[0]["remedy"] == "" ||
+				!strings.Contains(lines[0]["error"].(string), "no entropy") {
 				t.Errorf("log: %q", &out)
 			}
 			if lines[0]["stack"] == nil != reported {

@@ -16,16 +16,16 @@ import (
 	"time"
 )
 
-// TestStderr: whatever the environment asks Go's runtime and libraries to print,
-// standard error has the lines of the logger alone. That what net/http prints of
-// a connection stays away too is shown in e2e.
+// TestStderr checks that standard error has the lines of the logger alone if the
+// environment tells Go's runtime and libraries to print more. The prints that need a
+// connection to Cable are in e2e, in TestOnlyStructuredLog.
 func TestStderr(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command(build(t))
 	cmd.Env = []string{
 		"GODEBUG=http2debug=2,gctrace=1,schedtrace=100,netdns=9", "GOGC=1", // collects at once
 		"GRPC_GO_LOG_SEVERITY_LEVEL=info", "GRPC_GO_LOG_VERBOSITY_LEVEL=99",
-		"VAULT_LOG_LEVEL=trace", // of the logger: so that there are lines
+		"VAULT_LOG_LEVEL=trace", // of the logger, so that there are lines
 	}
 	var stderr bytes.Buffer
 	client := client(&stderr, cmd)
@@ -50,8 +50,8 @@ func TestStderr(t *testing.T) {
 	}
 }
 
-// TestCrash: the runtime's report of a crash reaches standard error, from where
-// Vault logs it.
+// TestCrash checks that the runtime's report of a crash reaches standard error, which
+// Vault logs.
 func TestCrash(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
@@ -59,7 +59,8 @@ func TestCrash(t *testing.T) {
 	}
 	pidFile := filepath.Join(t.TempDir(), "pid")
 	var stderr bytes.Buffer
-	client := client(&stderr, exec.Command("/bin/sh", "-c", `echo $$ >"$1"; TMPDIR=${1%/*} exec "$0"`, build(t), pidFile))
+	const script = `echo $$ >"$1"; TMPDIR=${1%/*} exec "$0"`
+	client := client(&stderr, exec.Command("/bin/sh", "-c", script, build(t), pidFile))
 	t.Cleanup(client.Kill)
 	if _, err := client.Client(); err != nil {
 		t.Fatal(err)

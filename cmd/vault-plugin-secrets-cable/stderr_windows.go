@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-// moveStderr makes null the handle that the runtime's prints go to. The handle of
-// before, which os.Stderr keeps, stays open for the logger.
+// moveStderr makes null the handle that the runtime prints to. The old handle, which
+// os.Stderr keeps, stays open for the logger.
 func moveStderr(null *os.File) *os.File {
 	_ = windows.SetStdHandle(windows.STD_ERROR_HANDLE, windows.Handle(null.Fd()))
 	return os.Stderr

@@ -21,35 +21,32 @@ import (
 // was killed ends no plugin, and the plugin has the refresh key in memory.
 //
 // The server connects as soon as the plugin has started, and stays connected until
-// it ends the plugin. If the server is killed, the system closes the connection. So
-// the rules are:
+// it ends the plugin. If the server is killed, the system closes the connection. So:
 //
-//   - While a connection is open the plugin runs, and ignores SIGINT, SIGTERM and
-//     SIGHUP: a terminal, a container's init and systemd send them to the whole
+//   - While a connection is open the plugin runs, and SIGINT, SIGTERM and SIGHUP are
+//     ignored. A terminal, a container's init and systemd send them to the whole
 //     process group, and the server needs the plugin for the requests under way.
-//   - While none is open, such a signal ends the plugin at once. That is how a
-//     container runtime stops a plugin that has lost its server.
-//   - While none is open, the plugin ends as soon as its parent is gone too: see
-//     newParent. Either sign alone can deceive: under a wrapper script the parent may
-//     end, or the pipes be closed, while the server runs.
+//   - While none is open, such a signal ends the plugin at once. A container runtime
+//     stops it that way.
+//   - While none is open, the plugin ends as soon as its parent is gone too, as
+//     newParent sees it. Either sign alone can deceive, because under a wrapper script
+//     the parent may end, or the pipes be closed, while the server runs.
 //   - If another process keeps the pipes open (a script with a pipeline, a container
-//     runtime), that sign never comes, so the plugin ends after a minute without a
-//     connection.
+//     runtime), that sign never comes, and the plugin ends after a minute.
 
 const (
-	// lookEvery is the time between two looks at the parent while no connection is
-	// open. While one is, nothing is polled.
+	// lookEvery is the time between two looks at the parent. While a connection is
+	// open, nothing is polled.
 	lookEvery = time.Second
 	// connectWithin is how long the plugin outlives its parent if no server has
-	// connected yet, which takes some milliseconds. There are no secrets in memory
-	// until then.
+	// connected yet. There are no secrets in memory until then.
 	connectWithin = 4 * time.Second
-	// alone is how long the plugin runs without a connection if its parent is there.
-	// go-plugin's client waits as long for a plugin to start.
-	alone = time.Minute
 	// countWithin is how long a connection may be open at the server's end before it
 	// is counted here. A signal in between must not end the plugin.
 	countWithin = 200 * time.Millisecond
+	// alone is how long the plugin runs without a connection if its parent is there.
+	// go-plugin's client waits as long for a plugin to start.
+	alone = time.Minute
 	// stopWithin is how long the gRPC server may take to stop.
 	stopWithin = time.Second
 )
@@ -67,7 +64,7 @@ func newWatch(gone func() bool) *watch {
 	return &watch{gone: gone, closed: make(chan struct{}, 1), signals: make(chan os.Signal, 1)}
 }
 
-// catchSignals makes wait decide what SIGINT, SIGTERM and SIGHUP do.
+// catchSignals leaves the effect of SIGINT, SIGTERM and SIGHUP to wait.
 func (w *watch) catchSignals() {
 	signal.Notify(w.signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 }

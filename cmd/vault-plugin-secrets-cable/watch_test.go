@@ -43,7 +43,7 @@ func TestWatch(t *testing.T) {
 	tests := map[string]struct {
 		gone  bool // from the start
 		do    func(*session)
-		ended time.Duration // since the start; 0: not within two days
+		ended time.Duration // since the start, or 0 if not within two days
 	}{
 		"never connected, parent there": {do: func(*session) {}},
 		"never connected, parent gone": {
@@ -138,7 +138,7 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// hostArg makes this test program a server that starts a plugin: see host.
+// hostArg makes this test program the server that host is.
 const hostArg = "host-of-a-plugin"
 
 // host starts a plugin by a command as Vault does, connects unless the first word
@@ -170,20 +170,23 @@ const (
 	namespace   = `exec unshare --pid --fork --mount-proc "$0" "$@"`
 )
 
-// TestServerKilled: a plugin whose server was killed ends, however it was started.
+// TestServerKilled checks that a plugin ends if its server was killed, however the
+// plugin was started.
 func TestServerKilled(t *testing.T) {
 	t.Parallel()
 	plugin := build(t)
 	tests := map[string][]string{
-		"child":                      {plugin},
-		"child, not connected":       {"unconnected", plugin},
-		"script":                     {"/bin/sh", "-c", script, plugin},
-		"script, not connected":      {"unconnected", "/bin/sh", "-c", script, plugin},
-		"script, log redirected":     {"/bin/sh", "-c", scriptQuiet, plugin},
-		"script in a script":         {"/bin/sh", "-c", `sh -c '"$0"; exit $?' "$0"; exit $?`, plugin},
-		"in the background":          {"/bin/sh", "-c", `exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`, plugin},
-		"PID namespace":              {"/bin/sh", "-c", namespace, plugin},
-		"script in a PID namespace":  {"/bin/sh", "-c", `exec unshare --pid --fork --mount-proc sh -c '"$0"; exit $?' "$0"`, plugin},
+		"child":                  {plugin},
+		"child, not connected":   {"unconnected", plugin},
+		"script":                 {"/bin/sh", "-c", script, plugin},
+		"script, not connected":  {"unconnected", "/bin/sh", "-c", script, plugin},
+		"script, log redirected": {"/bin/sh", "-c", scriptQuiet, plugin},
+		"script in a script":     {"/bin/sh", "-c", `sh -c '"$0"; exit $?' "$0"; exit $?`, plugin},
+		"in the background":      {"/bin/sh", "-c", `exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`, plugin},
+		"PID namespace":          {"/bin/sh", "-c", namespace, plugin},
+		"script in a PID namespace": {
+			"/bin/sh", "-c", `exec unshare --pid --fork --mount-proc sh -c '"$0"; exit $?' "$0"`, plugin,
+		},
 		"PID namespace, log to file": {"/bin/sh", "-c", namespace + ` 2>/dev/null`, plugin},
 	}
 	for name, command := range tests {
@@ -195,8 +198,8 @@ func TestServerKilled(t *testing.T) {
 			if strings.Contains(name, "namespace") {
 				needNamespace(t)
 			}
-			// The plugin inherits standard input, and nobody else has its read end in
-			// the end: writing tells whether one is left.
+			// The plugin inherits the reading end of standard input. Once all of its
+			// processes have ended, writing fails.
 			r, w, err := os.Pipe()
 			if err != nil {
 				t.Fatal(err)
@@ -252,8 +255,8 @@ func needNamespace(t *testing.T) {
 	}
 }
 
-// TestServerRuns: a plugin whose server runs goes on, whatever happens to its
-// parent, its pipes and itself.
+// TestServerRuns checks that a plugin runs while its server does, whatever happens to
+// the plugin's parent, its pipes and itself.
 func TestServerRuns(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
@@ -319,8 +322,8 @@ func TestServerRuns(t *testing.T) {
 	}
 }
 
-// TestSignal: a plugin without a connection ends at once on a signal, and leaves
-// no socket behind. A container runtime stops a plugin that way.
+// TestSignal checks that a plugin without a connection ends at once on a signal, and
+// leaves no socket behind.
 func TestSignal(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
@@ -363,7 +366,7 @@ func TestSignal(t *testing.T) {
 	}
 }
 
-// TestBroken: an error is no sign that nobody reads.
+// TestBroken checks that an error is no sign of a missing reader.
 func TestBroken(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
@@ -377,7 +380,8 @@ func TestBroken(t *testing.T) {
 	_ = r.Close()
 	// Another test may be about to start a process, which has the read end as well
 	// until it runs.
-	for end := time.Now().Add(10 * time.Second); runtime.GOOS != "windows" && !gone(); time.Sleep(10 * time.Millisecond) {
+	end := time.Now().Add(10 * time.Second)
+	for ; runtime.GOOS != "windows" && !gone(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("there is no reader")
 		}

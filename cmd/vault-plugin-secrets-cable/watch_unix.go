@@ -11,16 +11,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// newParent returns a function that reports whether the parent is gone: all
-// pipes to it are broken, or one is and the process id of the parent has changed.
+// newParent returns a function that reports whether the parent is gone, which is so if
+// all pipes to it are broken, or if one is and the process id of the parent has changed.
 // Call it before anything replaces the process's standard output.
 //
-// Vault reads standard output and error from pipes for as long as the plugin
-// runs, and hands their other ends to nobody. When the last reader of a pipe is
-// gone, poll(2) reports it on the write end: as POLLERR on Linux, POLLHUP on
-// FreeBSD and macOS. That holds in a PID namespace, where the parent's id is 0
-// before and after, and under a wrapper script, which passes the pipes on. What a
-// script redirected to a file or a terminal is no sign of anything.
+// Vault reads standard output and error from pipes as long as the plugin runs, and no
+// other process has the reading ends. When the last reader of a pipe is gone, poll(2)
+// reports it on the write end, as POLLERR on Linux and as POLLHUP on FreeBSD and macOS.
+// That holds in a PID namespace, where the parent's id is 0 before and after, and under
+// a wrapper script, which passes the pipes on. A file or terminal that a script
+// redirects to is no sign.
 func newParent(files ...*os.File) (gone func() bool) {
 	var pipes []*os.File
 	for _, f := range files {
@@ -40,8 +40,8 @@ func newParent(files ...*os.File) (gone func() bool) {
 	}
 }
 
-// broken reports whether nobody reads from a pipe any more. An error means that
-// somebody may.
+// broken reports whether a pipe has lost its last reader. An error means that it may
+// have one.
 func broken(f *os.File) (broken bool) {
 	conn, err := f.SyscallConn()
 	if err != nil {

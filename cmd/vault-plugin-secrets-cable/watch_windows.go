@@ -9,15 +9,14 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-// newParent returns a function that reports whether the parent process has
-// ended, by a handle on it: its id, unlike on Unix, never changes, and may be that
-// of another process later. An error of any call means that it may run. If the
-// parent has ended before the handle is taken and its id is that of another
-// process, the function reports on that one: which is why it counts only if the
-// server's streams have ended as well.
+// newParent returns a function that reports whether the parent process has ended, by a
+// handle on it. (On Windows the stored id of the parent never changes, and may be reused
+// by another process.) An error of any call means that the parent may run. If another
+// process has the id already when the handle is taken, the function reports on that
+// process, which is why it counts only while no connection is open.
 //
-// NOTE: under a wrapper script the parent is the script's interpreter, which may
-// wait for the plugin. Then the plugin ends for want of a stream and a call.
+// NOTE: under a wrapper script the parent is the script's interpreter, which may wait
+// for the plugin. Then the plugin ends after a minute without a connection.
 func newParent(...*os.File) (gone func() bool) {
 	parent := os.Getppid()
 	if parent <= 0 {

@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// TestVersion pins the version of a build by what Go recorded in it.
+// TestVersion pins the version of a build by the one that Go recorded in it.
 func TestVersion(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ stamped, path, recorded, want string }{
@@ -39,7 +39,7 @@ func TestVersion(t *testing.T) {
 }
 
 // TestMakeBuild runs make build on a small program with this module's path, in clones
-// of all kinds: the program's version names the commit.
+// of all kinds, and checks that the program's version names the commit.
 func TestMakeBuild(t *testing.T) {
 	t.Parallel()
 	for _, program := range []string{"bash", "git", "make"} {
@@ -52,8 +52,9 @@ func TestMakeBuild(t *testing.T) {
 		t.Helper()
 		cmd := exec.Command("bash", "-euc", command)
 		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false", "GIT_CONFIG_GLOBAL=/dev/null", "TZ=Asia/Tokyo",
-			"GIT_AUTHOR_NAME=t", "GIT_AUTHOR_EMAIL=t@example.com", "GIT_COMMITTER_NAME=t", "GIT_COMMITTER_EMAIL=t@example.com")
+		cmd.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false", "TZ=Asia/Tokyo", "GIT_CONFIG_GLOBAL=/dev/null",
+			"GIT_AUTHOR_NAME=t", "GIT_AUTHOR_EMAIL=t@example.com",
+			"GIT_COMMITTER_NAME=t", "GIT_COMMITTER_EMAIL=t@example.com")
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s: %v\n%s", command, err, out)
@@ -70,8 +71,8 @@ func TestMakeBuild(t *testing.T) {
 		}
 		write(t, filepath.Join(dir, file), string(text))
 	}
-	write(t, filepath.Join(dir, "cmd/vault-plugin-secrets-cable/main.go"),
-		"package main\n\nimport \""+module+"/internal/version\"\n\nfunc main() { println(version.String(), version.Commit()) }\n")
+	write(t, filepath.Join(dir, "cmd/vault-plugin-secrets-cable/main.go"), "package main\n\nimport \""+module+
+		"/internal/version\"\n\nfunc main() { println(version.String(), version.Commit()) }\n")
 	write(t, filepath.Join(dir, ".gitignore"), "/bin/\n/dist/\n")
 
 	const commit = "git add -A && git commit -qm change --allow-empty"
