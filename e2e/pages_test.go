@@ -73,7 +73,7 @@ var notRun = map[string]string{
 	"docs/tutorial.md#forget":                        "an alias needs a shell at a terminal: TestTutorial runs it in one",
 	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
 	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
-	"docs/compatibility.md#OpenBao/1":                "needs an OpenBao server, which cannot be had here",
+	"docs/compatibility.md#compat-openbao":           "runs all end-to-end tests, on an OpenBao server",
 	"docs/compatibility.md#Repeat the tests/1":       "runs all end-to-end tests, on each server",
 	"docs/compatibility.md#Repeat the tests/2":       "runs all tests",
 	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",

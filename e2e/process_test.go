@@ -335,7 +335,7 @@ func TestGroupSignal(t *testing.T) {
 				}
 			}
 			send("HUP") // Vault reads its configuration again
-			waitFor(t, 10*time.Second, "Vault has seen SIGHUP", func() bool { return v.logHas("Vault reload triggered") })
+			waitFor(t, 10*time.Second, "the server has seen SIGHUP", func() bool { return v.logHas(" reload triggered") })
 			m.read(t)
 			if got := processes(t, plugin); len(got) != 1 || !slices.Equal(got, plugins) {
 				t.Errorf("plugin processes %v after SIGHUP, want %v", got, plugins)
