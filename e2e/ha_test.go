@@ -41,8 +41,8 @@ type cluster struct {
 func (c *cluster) node(i int) *vaultServer { return c.nodes[i%clusterSize].Load() }
 
 // startCluster starts the nodes, joins them, registers the plugin once and
-// mounts it. At the end of the test the nodes are stopped and what they wrote
-// is searched for secrets.
+// mounts it. At the end of the test the nodes are stopped and their logs are
+// searched for secrets.
 func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
 	t.Helper()
 	needVault(t)
@@ -107,8 +107,7 @@ func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
 }
 
 // waitForAll waits until something holds on each node. Standbys that serve reads
-// themselves, as OpenBao's do, learn of what was written some tenths of a second
-// later.
+// themselves, as OpenBao's do, learn of a write some tenths of a second later.
 func (c *cluster) waitForAll(t *testing.T, what string, holds func(*vaultServer) bool) {
 	t.Helper()
 	for i := range c.nodes {
@@ -116,7 +115,7 @@ func (c *cluster) waitForAll(t *testing.T, what string, holds func(*vaultServer)
 	}
 }
 
-// stop stops what runs. All at once: a node that leaves waits for the others.
+// stop stops the nodes at once, because a node that leaves waits for the others.
 func (c *cluster) stop() {
 	var wg sync.WaitGroup
 	for i := range c.nodes {
@@ -164,7 +163,7 @@ func freePort(t *testing.T) int {
 // start starts a node, sealed.
 func (c *cluster) start(t *testing.T, i int) {
 	t.Helper()
-	// The audit device is one for the cluster: one file that all append to.
+	// The cluster has one audit device, so all nodes append to one file.
 	v := &vaultServer{plugins: c.folder(i, "plugins"), audit: filepath.Join(c.dir, "audit.log")}
 	node := &vaulttest.Raft{Dir: c.folder(i, "raft"), Node: fmt.Sprintf("node-%d", i), Port: c.ports[i], Root: c.root}
 	if err := v.start(c.folder(i, ""), node); err != nil {
@@ -234,8 +233,8 @@ func (c *cluster) leader(t *testing.T) (leader int) {
 	return leader
 }
 
-// mints waits until each of some nodes answers with a token, and returns when
-// the first of them did.
+// mints waits until each of some nodes returns a token, and returns the time of the
+// first.
 func (c *cluster) mints(t *testing.T, nodes ...int) (first time.Time) {
 	t.Helper()
 	for _, i := range nodes {
@@ -321,8 +320,7 @@ func TestHA(t *testing.T) {
 
 // testLeaderKilled kills the leader under load.
 //
-//   - What was written through a standby is used by all, and is still there
-//     after the kill.
+//   - A write through a standby is used by all nodes, before and after the kill.
 //   - Every token that was handed out has its lease on the new leader.
 //   - Tokens without a lease are at most as many as there were requests under
 //     way when the leader was killed.
@@ -470,8 +468,8 @@ func (c *cluster) running(t *testing.T, v *vaultServer) string {
 	return fmt.Sprint(v.do(t, "GET", "sys/mounts/"+c.path, nil).Data["running_plugin_version"])
 }
 
-// restartStandbys follows docs/openbao.md after an upgrade on the leader: standbys
-// that run the plugin themselves keep the old version until they are restarted.
+// restartStandbys follows docs/openbao.md after an upgrade on the leader, because
+// standbys that run the plugin keep the old version until they are restarted.
 func (c *cluster) restartStandbys(t *testing.T, leader int) {
 	t.Helper()
 	page := named(t, "docs/openbao.md")
@@ -506,9 +504,9 @@ type change struct {
 	newKeyFrom time.Time // the write of the new key had returned
 }
 
-// testChanges: under load the leader steps down, is sealed and unsealed, the
-// plugin is reloaded, and the mount is upgraded to another version; during each
-// of these the refresh key is rotated at Cable and in config.
+// testChanges has, under load, the leader step down and be sealed and unsealed, the
+// plugin reloaded, and the mount upgraded to another version. During each of these
+// the refresh key is rotated at Cable and in config.
 //
 //   - Once the write of a new key has returned, no mint uses the old one, which
 //     Cable refuses by then.
@@ -540,9 +538,8 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 		ch := change{name: name, from: time.Now()}
 		leader := c.leader(t)
 
-		// Cable takes another key from now on. It is written while the change
-		// is under way, by an operator who tries again until he is told that
-		// it was stored.
+		// Cable takes another key from now on. An operator writes it while the change
+		// is under way, and tries again until Vault says that it was stored.
 		key := cabletest.NewRefreshKey()
 		c.sim.SetRefreshKey(key)
 		done := make(chan func(), 1)

@@ -25,7 +25,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// What monitoring/ holds is tried with a real Prometheus: the one that
+// The files of monitoring/ are tried with a real Prometheus, which
 // scripts/prometheus finds or builds.
 
 // findPrometheus returns the folder that prometheus and promtool are in.
@@ -91,7 +91,7 @@ func readFile(t *testing.T, path string) string {
 	return string(data)
 }
 
-// anchors returns what GitHub names the headings of a page.
+// anchors returns GitHub's names of the headings of a page.
 func anchors(page string) (found []string) {
 	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(page, -1) {
 		name := regexp.MustCompile(`[^\w\- ]`).ReplaceAllString(strings.ToLower(m[1]), "")
@@ -131,8 +131,8 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 		{"    tls_config:\n", ""},
 		{"      ca_file: /etc/prometheus/vault-ca.pem", ""},
 		{"credentials_file: /etc/prometheus/vault-token", "credentials_file: " + tokenFile},
-		{"- targets: [vault.example.com:8200]\n        labels:\n          mount: cable\n",
-			"- targets: ['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n"},
+		{"[vault.example.com:8200]\n        labels:\n          mount: cable\n",
+			"['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n"},
 	} {
 		if strings.Count(config, change[0]) != 1 {
 			t.Fatalf("monitoring/prometheus.yml does not have %q once", change[0])
@@ -196,7 +196,7 @@ func (p *promServer) get(t *testing.T, path string, query url.Values, data any) 
 		Data          any
 	}{Data: data}
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.Status != "success" {
-		t.Fatalf("Prometheus answers %s with %d: %s, %v", query, resp.StatusCode, answer.Error, err)
+		t.Fatalf("Prometheus responds to %s with %d: %s, %v", query, resp.StatusCode, answer.Error, err)
 	}
 }
 
@@ -226,7 +226,8 @@ func (p *promServer) query(t *testing.T, expr string) map[string]string {
 func everyOutcome(t *testing.T, m *mount) map[string]string {
 	t.Helper()
 	want := map[string]string{
-		"minted app": "3", "invalid_request app": "1", "invalid_request (unknown)": "1", "canceled app": "1", "paused app": "1",
+		"minted app": "3", "canceled app": "1", "paused app": "1",
+		"invalid_request app": "1", "invalid_request (unknown)": "1",
 	}
 	lease := m.read(t).LeaseID
 	m.read(t)
@@ -265,7 +266,7 @@ func everyOutcome(t *testing.T, m *mount) map[string]string {
 	return want
 }
 
-// selector finds a series in what is served, and a selector in an expression.
+// selector finds a series in the metrics, and a selector in an expression.
 var selector = regexp.MustCompile(`\b((?:vault_cable|go|process)_\w+)(?:\{([^{}]*)\})?`)
 
 // labelList finds labels that an expression groups by, or a text names.
@@ -276,7 +277,7 @@ var labelList = regexp.MustCompile(
 var matcher = regexp.MustCompile(`(\w+)(?:=~|!~|!=|=)"([^"]*)"`)
 
 // TestMonitoring scrapes a mount by a real Prometheus while reads end in every
-// way, and holds the dashboard and the alerts against what it then has.
+// way, and compares the dashboard and the alerts with the series that it then has.
 func TestMonitoring(t *testing.T) {
 	t.Parallel()
 	needPrometheus(t)
@@ -388,7 +389,7 @@ func checkNames(t *testing.T, m *mount, dashboard, alerts string) {
 	}
 }
 
-// family is a metric without what a histogram adds to its name.
+// family is a metric's name without the suffix of a histogram's series.
 func family(metric string) string {
 	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
 		metric = strings.TrimSuffix(metric, suffix)
@@ -432,8 +433,8 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 	}
 }
 
-// checkAlerts makes sure that all rules can be evaluated, and that those that
-// wait for nothing fire for what has happened.
+// checkAlerts makes sure that all rules can be evaluated, and that those that fire
+// at once have fired.
 func checkAlerts(t *testing.T, p *promServer, m *mount) {
 	var rules struct {
 		Groups []struct {

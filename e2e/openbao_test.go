@@ -38,8 +38,8 @@ var openBaoFields = map[string]string{
 	"eval":       "eval_type eval_source env_var require_present path",
 }
 
-// TestOpenBaoConfigurations: each OpenBao configuration of the pages can be parsed,
-// and has no field that OpenBao's documents do not name.
+// TestOpenBaoConfigurations checks that each OpenBao configuration of the pages can be
+// parsed, and has no field that OpenBao's documents do not name.
 func TestOpenBaoConfigurations(t *testing.T) {
 	t.Parallel()
 	found := 0
@@ -198,7 +198,7 @@ func (b *openBao) blocks(names ...string) (config string) {
 // start starts the server, on the data that it has, with a configuration.
 func (b *openBao) start(key, config string) {
 	b.t.Helper()
-	// An operator's own access: the page says that it is set up first.
+	// The page says that the operator's own access is set up first.
 	b.v.config = fmt.Sprintf(`
 seal "static" {
   current_key_id = "1"
@@ -319,8 +319,8 @@ func TestOpenBaoPage(t *testing.T) {
 	})
 }
 
-// TestNamespaces: in a namespace, the runbook's commands work with the exceptions
-// that it lists.
+// TestNamespaces checks that the runbook's commands work in a namespace, with the
+// exceptions that it lists.
 func TestNamespaces(t *testing.T) {
 	t.Parallel()
 	needFeature(t, vaulttest.Namespaces)

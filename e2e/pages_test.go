@@ -18,10 +18,9 @@ import (
 	"unicode/utf8"
 )
 
-// What a page tells somebody to type is run by a test that checks its effect.
-// Each page has a test of its own, which gives a step for each block of
-// commands; what cannot be run is in notRun. TestPagesAreCovered makes sure
-// that no block is in neither.
+// The commands of a page are run by a test that checks their effect. Each page has a
+// test of its own, with a step for each block of commands; blocks that cannot be run
+// are in notRun. TestPagesAreCovered makes sure that no block is in neither.
 
 // pageTests says which test runs the blocks of a page.
 // The test of docs/verify.md is in tools/release, with a release to verify.
@@ -58,30 +57,30 @@ var notRun = map[string]string{
 	"examples/clients/README.md#Ansible/1":           "needs a package: TestExampleClientsInstalled runs it",
 	"examples/consul-template/README.md#Run/2":       "runs until it is ended: TestExampleConsulTemplate starts it",
 	"examples/vault-agent/README.md#Run/2":           "runs until it is ended: TestExampleVaultAgent starts it",
-	"examples/vault-agent/README.md#Run/3":           "runs until it is ended: TestExampleVaultAgentSupervisor starts it",
+	"examples/vault-agent/README.md#Run/3":           "runs until ended: TestExampleVaultAgentSupervisor starts it",
 	"examples/vault-proxy/README.md#Run/1":           "runs until it is ended: TestExampleVaultProxy starts it",
 	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
 	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
 	"docs/openbao.md#active-node":                    "needs a cluster: TestHA runs it",
 	"docs/openbao.md#node-version":                   "needs a cluster: TestHA runs it",
-	"docs/runbook.md#setcap":                         "needs root, and a server that runs as another user: TestLockedMemory runs it",
+	"docs/runbook.md#setcap":                         "needs root: TestLockedMemory runs it",
 	"docs/runbook.md#remove-capability":              "the same: TestLockedMemory runs it",
-	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
+	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes the whole machine",
 	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
 	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
 	"docs/security.md#search-log":                    "needs a log in either format: TestLogSearches runs it",
-	"docs/tutorial.md#forget":                        "an alias needs a shell at a terminal: TestTutorial runs it in one",
+	"docs/tutorial.md#forget":                        "needs the alias of a terminal: TestTutorial runs it with one",
 	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
 	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
 	"docs/compatibility.md#compat-openbao":           "runs all end-to-end tests, on an OpenBao server",
 	"docs/compatibility.md#Repeat the tests/1":       "runs all end-to-end tests, on each server",
 	"docs/compatibility.md#Repeat the tests/2":       "runs all tests",
-	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
+	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts scripts/dev",
 
-	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster: that of TestExampleKubernetes is outside, and runs the next block",
+	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster, which no test has",
 }
 
-// block is a fenced block of a page: commands, a transcript, or HCL.
+// block is a fenced block of a page with commands, a transcript, or HCL.
 type block struct {
 	// id is the page with the block's name, such as "docs/runbook.md#rotate" for
 	// "```sh name=rotate"; without a name, with heading and number, such as
@@ -93,7 +92,7 @@ type block struct {
 // fence finds a block with its language and name, and the indent of a list around it.
 var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl)(?: name=([\\w-]+)| \\w+)?\n(.*?)^ *```")
 
-// blocksOf returns the blocks of a page that somebody may type or copy.
+// blocksOf returns the blocks of a page that a reader may type or copy.
 func blocksOf(t *testing.T, page string) (found []block) {
 	t.Helper()
 	for _, part := range regexp.MustCompile(`(?m)^##+ `).Split("Top\n"+readFile(t, filepath.Join("..", page)), -1) {
@@ -122,7 +121,8 @@ func named(t *testing.T, page string) map[string]string {
 // pages returns the Markdown files of the repository.
 func pages(t *testing.T) (names []string) {
 	t.Helper()
-	for _, pattern := range []string{"*.md", "docs/*.md", ".github/*.md", ".github/*/*.md", "examples/*.md", "examples/*/*.md", "examples/*/*/*.md"} {
+	for _, pattern := range strings.Fields(
+		"*.md docs/*.md .github/*.md .github/*/*.md examples/*.md examples/*/*.md examples/*/*/*.md") {
 		found, err := filepath.Glob(filepath.Join("..", pattern))
 		if err != nil {
 			t.Fatal(err)
@@ -134,8 +134,8 @@ func pages(t *testing.T) (names []string) {
 	return names
 }
 
-// TestPagesAreCovered: each block of each page is run by the page's test, which
-// fails for a block without a step, or is in notRun.
+// TestPagesAreCovered checks that each block of each page is run by the page's test,
+// which fails for a block without a step, or is in notRun.
 func TestPagesAreCovered(t *testing.T) {
 	t.Parallel()
 	known := map[string]bool{}
@@ -174,7 +174,7 @@ func TestPagesAreCovered(t *testing.T) {
 	}
 }
 
-// step is what a test does with one block of commands.
+// step is the part of a test that runs one block of commands.
 type step struct {
 	before func()
 	skip   string   // why the block does not apply to the server
@@ -229,10 +229,12 @@ func (s *shell) exists(name string) bool {
 	return err == nil
 }
 
-// try runs commands with the variables that earlier ones set, and returns what
-// they printed. They end with the first that fails.
+// try runs commands with the variables that earlier ones set, up to the first that
+// fails, and returns their output.
 func (s *shell) try(commands string) (string, error) {
-	const vars = `touch .vars; . ./.vars; trap 'for v in version previous sha256 lease hash mine; do declare -p $v 2>/dev/null || true; done > .vars' EXIT; `
+	const vars = `touch .vars; . ./.vars
+		trap 'for v in version previous sha256 lease hash mine; do declare -p $v || true; done > .vars 2>/dev/null' EXIT
+	`
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", vars+s.edit.Replace(commands))
@@ -314,7 +316,7 @@ func (s *shell) runSteps(page string, steps map[string]step) {
 	}
 }
 
-// TestLinks: each link from a page to a file or a heading leads somewhere.
+// TestLinks checks that each link from a page to a file or a heading leads somewhere.
 func TestLinks(t *testing.T) {
 	t.Parallel()
 	headings := map[string][]string{}
@@ -360,7 +362,8 @@ func TestPageForm(t *testing.T) {
 		}
 	}
 	readme := strings.Split(readFile(t, "../README.md"), "\n")
-	if first := slices.IndexFunc(readme, func(l string) bool { return strings.HasPrefix(l, "$ vault") }); len(readme) > 121 || first > 19 {
+	first := slices.IndexFunc(readme, func(l string) bool { return strings.HasPrefix(l, "$ vault") })
+	if len(readme) > 121 || first > 19 {
 		t.Errorf("the README has %d lines, and its first command in line %d", len(readme)-1, first+1)
 	}
 	install := func(page string, names ...string) (texts []string) {
@@ -372,7 +375,8 @@ func TestPageForm(t *testing.T) {
 		return texts
 	}
 	short := install("README.md", "Install/2", "Install/3", "Install/4")
-	if long := install("docs/runbook.md", "install", "register", "configure"); len(short) != 3 || !slices.Equal(short, long) {
+	long := install("docs/runbook.md", "install", "register", "configure")
+	if len(short) != 3 || !slices.Equal(short, long) {
 		t.Errorf("the README and the runbook install in two ways:\n%q\n%q", short, long)
 	}
 }

@@ -251,8 +251,8 @@ func (r *runbook) sealAndUnseal() {
 	r.untilActive()
 }
 
-// untilActive waits until the server is active, and serves requests: a standby
-// of OpenBao serves reads, too.
+// untilActive waits until the server is active and serves requests. OpenBao serves
+// reads before it is active.
 func (r *runbook) untilActive() {
 	r.t.Helper()
 	waitFor(r.t, 30*time.Second, "the server is active", func() bool {
@@ -266,7 +266,7 @@ func (r *runbook) untilActive() {
 }
 
 // cannotWrite checks that a write fails because the plugin did not start when the
-// server was unsealed: until a step-down, also after a reload.
+// server was unsealed, even after a reload.
 func (r *runbook) cannotWrite(command string) {
 	r.t.Helper()
 	if suite.product.ReloadUnlocks() {
@@ -298,8 +298,8 @@ const (
 	validUntil = `may\s+be\s+valid\s+until\s+20`
 )
 
-// runbookParts are the steps of docs/runbook.md, in parts that need no other: each
-// has a server of its own, with the plugin installed and configured.
+// runbookParts are the steps of docs/runbook.md, in parts that can be run alone, each
+// on a server of its own with the plugin installed and configured.
 //
 // NOTE: vault -field prints no newline if it does not write to a terminal.
 var runbookParts = map[string]func(*runbook) map[string]step{
@@ -639,7 +639,7 @@ func (r *runbook) cableSteps() map[string]step {
 			},
 			want: []string{"everything:write", `requested_scopes=\[?"?transactions:read`},
 		},
-		// None has happened: the log has no such line.
+		// The log has no such line, because none has happened.
 		"panics": {fails: true, want: []string{"(?m)^vault_cable_panics_total 0$"}},
 	}
 }
@@ -783,7 +783,7 @@ func testQuotas(r *runbook) {
 		"cable/creds/*":       {true, true, false},
 		"cable/":              {true, true, true},
 	} {
-		// A quota counts by client, for all its paths: each read gets a new one.
+		// Each read gets a new quota, because a quota counts all paths of a client.
 		got := [3]bool{}
 		for i, read := range []string{"cable/creds/reports", "cable/creds/other", "cable/status"} {
 			limit("tried", path, 1)
@@ -804,9 +804,9 @@ func testQuotas(r *runbook) {
 	r.ok("DELETE", quotas+"narrow", nil)
 }
 
-// TestFailedReload: an upgrade whose file is missing leaves the old version
-// running, and loses the mount at the next restart, unless it is rolled back as
-// the runbook says. The same with a pin.
+// TestFailedReload shows that an upgrade whose file is missing leaves the old version
+// running, and loses the mount at the next restart, unless it is rolled back as the
+// runbook says. The same holds with a pin.
 func TestFailedReload(t *testing.T) {
 	t.Parallel()
 	r := newRunbook(t)
@@ -855,9 +855,8 @@ func TestFailedReload(t *testing.T) {
 	serves(200)
 }
 
-// testValidFromAudit runs the page's search of the audit log for different times,
-// and compares with what is known of each token: it lists those that were valid
-// then, their leases revoked or not, and no other.
+// testValidFromAudit runs the page's search of the audit log for different times. It
+// lists the tokens that were valid then, their leases revoked or not, and no other.
 func testValidFromAudit(r *runbook) {
 	t := r.t
 	t.Helper()

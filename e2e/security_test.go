@@ -17,7 +17,7 @@ import (
 )
 
 // declared counts the functions of the repository by name, with methods as
-// "Type.Name", too: those of the product, or those of the tests.
+// "Type.Name", too. It counts the product's functions, or those of the tests.
 func declared(t *testing.T, ofTests bool) map[string]int {
 	t.Helper()
 	found := map[string]int{}
@@ -56,9 +56,8 @@ func declared(t *testing.T, ofTests bool) map[string]int {
 	return found
 }
 
-// TestSecurityPage: each function that docs/security.md names as the one that keeps
-// a promise exists, and is the only one of that name; each test that shows it exists;
-// and the page's commands do what they say.
+// TestSecurityPage checks that each function that docs/security.md names exists, and
+// is the only one of that name, that each test exists, and that its command works.
 func TestSecurityPage(t *testing.T) {
 	t.Parallel()
 	functions, tests := declared(t, false), declared(t, true)
@@ -101,8 +100,8 @@ func TestSecurityPage(t *testing.T) {
 	})
 }
 
-// TestLogSearches: the searches of Vault's log that the pages show find their lines
-// in either log format.
+// TestLogSearches checks that the searches of Vault's log on the pages find their
+// lines in either log format.
 func TestLogSearches(t *testing.T) {
 	t.Parallel()
 	needVault(t)

@@ -33,7 +33,7 @@ type sample struct {
 // overlaps reports whether the request was under way in a span of time.
 func (s sample) overlaps(from, to time.Time) bool { return s.end.After(from) && s.start.Before(to) }
 
-// String is the sample as test failures show it: never a token.
+// String is the sample as test failures show it, without a token.
 func (s sample) String() string {
 	return fmt.Sprintf("%d after %s: %.300s", s.status, milliseconds(s.end.Sub(s.start)), strings.TrimSpace(s.text))
 }
@@ -167,7 +167,7 @@ func countedSimulator(t *testing.T, opts *cabletest.Options) (sim *cabletest.Ser
 		switch state {
 		case http.StateNew:
 			n.Add(1)
-		case http.StateClosed, http.StateHijacked: // the simulator resets what it takes over
+		case http.StateClosed, http.StateHijacked: // the simulator resets a connection that it hijacks
 			n.Add(-1)
 		}
 	}
@@ -189,8 +189,8 @@ func openFiles(t *testing.T, pid int) int {
 	return len(entries)
 }
 
-// TestStorm: many readers against a Cable that fails in 1 call of 20, while
-// config and the role are rewritten all the time and the plugin process is
+// TestStorm has many readers request tokens from a Cable that fails in 1 call of 20,
+// while config and the role are rewritten all the time and the plugin process is
 // killed once.
 //
 //   - Each read gets a token with its lease, or one of the promised errors.
@@ -202,10 +202,10 @@ func TestStorm(t *testing.T) {
 		readers = 64
 		length  = 5 * time.Second         // at least
 		hang    = 1500 * time.Millisecond // of every 60th mint
-		latency = 60 * time.Millisecond   // of the others: keeps the number of leases within reason
+		latency = 60 * time.Millisecond   // of the others, to keep the number of leases within reason
 
-		// leftOver is how long connections may stay after the storm: less than
-		// the 30 s after which any idle one is closed.
+		// leftOver is how long connections may stay after the storm, which is less
+		// than the 30 s after which any idle one is closed.
 		leftOver = 20 * time.Second
 	)
 	m := newMount(t, ownServer(t), nil)
@@ -256,9 +256,9 @@ func TestStorm(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, 20*time.Second, "a token after the kill", func() bool {
-		asked := time.Now()
+		now := time.Now()
 		return slices.ContainsFunc(reads.seen(), func(s sample) bool {
-			return s.status == 200 && s.start.After(killed) && s.start.Before(asked)
+			return s.status == 200 && s.start.After(killed) && s.start.Before(now)
 		})
 	})
 	recovered := time.Now()
@@ -272,8 +272,8 @@ func TestStorm(t *testing.T) {
 	stats := sim.Stats()
 
 	// Vault itself responds to requests that were with the process when it ended, or
-	// came before another had started: with 500 ("rpc error: code = Unavailable" or
-	// "Canceled"), or with the response of the new process, which it asks once more.
+	// came before another had started, namely with 500 ("rpc error"), or with the
+	// response of the new process, to which it sends them again.
 	underWay := 0
 	for _, s := range read {
 		if s.overlaps(killed, recovered) {

@@ -18,8 +18,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// TestTutorial starts what make dev starts, and runs each command of
-// docs/tutorial.md there.
+// TestTutorial runs each command of docs/tutorial.md beside the servers of make dev.
 func TestTutorial(t *testing.T) {
 	t.Parallel()
 	needVault(t)
@@ -51,7 +50,7 @@ func TestTutorial(t *testing.T) {
 	})
 	started()
 
-	// The second shell, with what the first one said.
+	// The second shell has the lines that the first one printed.
 	paste := regexp.MustCompile(`export VAULT_ADDR=(\S+) VAULT_TOKEN=(\S+) CABLE_CONTROL=(\S+)\n\s+alias vault=(\S+)`).
 		FindStringSubmatch(readFile(t, printed))
 	log := regexp.MustCompile(`Logs: (\S+)`).FindStringSubmatch(readFile(t, printed))
@@ -64,7 +63,8 @@ func TestTutorial(t *testing.T) {
 
 	lease := ""
 	pasted := "shopt -s expand_aliases\nalias vault=/gone\nexport VAULT_ADDR=gone\n"
-	forgot := s.run(pasted + named(t, "docs/tutorial.md")["forget"] + `type -t vault; echo "${VAULT_ADDR-}${VAULT_TOKEN-}"`)
+	forget := named(t, "docs/tutorial.md")["forget"]
+	forgot := s.run(pasted + forget + `type -t vault; echo "${VAULT_ADDR-}${VAULT_TOKEN-}"`)
 	if forgot != "file\n\n" {
 		t.Errorf("the second shell still has an alias or an address:\n%s", forgot)
 	}

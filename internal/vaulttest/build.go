@@ -55,7 +55,7 @@ func (p Plugin) Sum() (string, error) {
 	return hex.EncodeToString(sum[:]), err
 }
 
-// output returns what a program wrote to its standard output.
+// output returns the standard output of a program.
 func output(ctx context.Context, name string, args ...string) (string, error) {
 	out, err := exec.CommandContext(ctx, name, args...).Output()
 	var exit *exec.ExitError

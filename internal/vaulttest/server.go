@@ -13,7 +13,7 @@
 //	defer server.Stop()
 //	err = server.Call(ctx, "POST", "sys/mounts/cable", map[string]any{"type": plugin.Name}, nil)
 //
-// What differs between servers is in product.go.
+// The differences between servers are in product.go.
 package vaulttest
 
 import (
@@ -136,7 +136,7 @@ func (s *Server) run(ctx context.Context, c Config) error {
 	if c.Raft == nil {
 		args = append(args, "-dev", "-dev-no-store-token", "-dev-root-token-id="+s.Root, "-dev-listen-address="+addr)
 	}
-	// The simulator is on loopback: the server must not use this machine's proxy.
+	// The server must not use this machine's proxy, because the simulator is on loopback.
 	env := append(cleanEnv(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=",
 		"HOME="+c.Dir, "VAULT_LOG_LEVEL="+level)
 	if s.process, err = start(ctx, s.Log, append(env, c.Env...), c.Binary, args...); err != nil {

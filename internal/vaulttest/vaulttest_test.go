@@ -15,8 +15,8 @@ import (
 	"testing"
 )
 
-// TestMain runs a stand-in for a server if FAKE_SERVER says which: a name, and
-// the path that it refuses.
+// TestMain runs a stand-in for a server if FAKE_SERVER has its name and the path that
+// it refuses.
 func TestMain(m *testing.M) {
 	if fake := os.Getenv("FAKE_SERVER"); fake != "" {
 		fakeServer(strings.Fields(fake))
@@ -96,8 +96,8 @@ func TestStart(t *testing.T) {
 	}
 }
 
-// TestProduct: what a server lacks has a reason, and a 404 is excused only if it
-// comes from a standby that does not yet know the mount.
+// TestProduct checks that a feature that a server lacks has a reason, and that a 404 is
+// accepted only if it comes from a standby that does not yet know the mount.
 func TestProduct(t *testing.T) {
 	for _, f := range []Feature{MemoryLock, PinnedVersions, RenewalThreshold} {
 		if v, o := Vault.Lacks("1.21.1", f), OpenBao.Lacks("2.6.2", f); v != "" || !strings.HasPrefix(o, "OpenBao") {
