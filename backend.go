@@ -26,19 +26,41 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/mount"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/report"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/share"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 // operationPrefix begins the operation ids of the OpenAPI document.
 const operationPrefix = "cable"
 
-// Factory returns a mount of the engine. It touches neither storage nor
-// network, so it cannot fail for a passing reason.
+// backend is one mount. One process serves several mounts, so all state of a mount
+// is in here.
+type backend struct {
+	*framework.Backend
+	state  *state.Store
+	shared *share.Roles
+	report *report.Reporter
+
+	maxLeaseTTL, defaultLeaseTTL *mount.LeaseSetting
+
+	ctx    context.Context // ends with the mount
+	cancel context.CancelFunc
+
+	requestToken func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) // replaced in tests
+}
+
+// Factory returns a mount of the engine. It touches neither storage nor network, so
+// it cannot fail for a passing reason.
 func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
 	b := newBackend()
 	if conf.System != nil {
 		c := *conf
-		c.System = &systemView{SystemView: conf.System}
+		c.System = mount.View(conf.System)
 		conf = &c
 	}
 	if err := b.Setup(ctx, conf); err != nil {
@@ -53,17 +75,11 @@ func newBackend() *backend {
 		return c.RequestToken(ctx, r)
 	}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
-	b.maxLeaseTTL.read = func() time.Duration { return b.System().MaxLeaseTTL() }
-	b.defaultLeaseTTL.read = func() time.Duration { return b.System().DefaultLeaseTTL() }
-	m := newMetrics()
-	b.cache = newCache(m.apiCallEnded, m.sharedTokenDropped)
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		Help:           strings.TrimSpace(backendHelp),
 		RunningVersion: version.String(),
-		PathsSpecial: &logical.Paths{
-			SealWrapStorage: []string{configStoragePath},
-		},
+		PathsSpecial:   &logical.Paths{SealWrapStorage: []string{state.ConfigKey}},
 		Paths: []*framework.Path{
 			b.pathConfig(),
 			b.pathRolesList(),
@@ -73,39 +89,72 @@ func newBackend() *backend {
 			b.pathMetrics(),
 		},
 		Secrets:    []*framework.Secret{b.cableToken()},
-		Invalidate: b.invalidate,
-		Clean:      b.clean,
+		Invalidate: func(_ context.Context, key string) { b.invalidate(key) },
+		Clean:      func(context.Context) { b.clean() },
 	}
-	b.telemetry = &telemetry{
-		logger: b.Logger, metrics: m, tally: newTally(), longer: make(map[string]time.Time),
-		events: newEventQueue(b.Backend, func(ctx context.Context) bool { return letsSubscribe(ctx, b.System()) }, m.eventEnded),
-	}
+	b.maxLeaseTTL = mount.NewLeaseSetting(func() time.Duration { return b.System().MaxLeaseTTL() })
+	b.defaultLeaseTTL = mount.NewLeaseSetting(func() time.Duration { return b.System().DefaultLeaseTTL() })
+	b.report = report.New(b.Logger, b.Backend, func(ctx context.Context) bool {
+		return mount.IsEnterprise(ctx, b.System())
+	})
+	b.shared = share.NewRoles(b.report.SharedTokenDropped)
+	b.state = state.New(b.report.APICallEnded, b.shared.Retire)
 	return b
 }
 
-// clean ends the mount on this node.
-func (b *backend) clean(context.Context) {
+// clean ends the mount on this node. It waits for no write, no call and no event,
+// because the SDK holds a lock of all the process's mounts meanwhile.
+func (b *backend) clean() {
 	b.cancel()
-	b.cache.invalidate(configStoragePath)
-	b.telemetry.events.close()
+	b.state.Close()
+	b.report.Close()
 }
 
-// invalidate is called by Vault when another node changed a key of the mount's
+// invalidate is called by Vault when another node has changed a key of the mount's
 // storage.
-func (b *backend) invalidate(_ context.Context, key string) {
-	b.cache.invalidate(key)
-	if name, ok := roleOfKey(key); ok {
-		b.telemetry.metrics.roleDropped(name) // it may have been deleted
+func (b *backend) invalidate(key string) {
+	b.state.Invalidate(key)
+	if name, ok := state.RoleName(key); ok {
+		b.report.RoleGone(name) // it may have been deleted
 	}
 }
 
-// HandleRequest parses the request's fields, and contains a panic: the other
+// request is a request for a handler.
+type request struct {
+	*logical.Request
+	role     string // the name in the path, if it has one
+	in       fields.Input
+	received time.Time
+}
+
+// source names the request in a report.
+func (r *request) source() report.Source { return report.SourceOf(r.Request) }
+
+// receivedKey is the context key of the time of receipt.
+type receivedKey struct{}
+
+// handle makes an operation of a handler. It is the one place where an error becomes
+// a response.
+func (b *backend) handle(f func(context.Context, *request) (*logical.Response, error)) framework.OperationFunc {
+	return func(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+		r := &request{Request: req, in: d.Raw}
+		r.received, _ = ctx.Value(receivedKey{}).(time.Time)
+		r.role, _ = d.Raw["name"].(string)
+		resp, err := f(ctx, r)
+		if err != nil {
+			return outcome.Classify(err).Respond()
+		}
+		return resp, nil
+	}
+}
+
+// HandleRequest parses the request's fields, and contains a panic, so that the other
 // mounts of this process continue.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp *logical.Response, err error) {
 	defer b.recoverPanic(req, &resp, &err)
 	ctx = context.WithValue(ctx, receivedKey{}, time.Now())
 	if len(req.Data) > 0 && req.Operation != logical.HelpOperation { // whose data is Vault's own
-		data, err := parseRequest(b.Route(req.Path), req)
+		data, err := fields.Parse(b.Route(req.Path), req)
 		if err != nil {
 			return logical.ErrorResponse(err.Error()), nil
 		}
@@ -116,9 +165,9 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp
 	return b.Backend.HandleRequest(ctx, req)
 }
 
-// HandleExistenceCheck ignores the request's fields: they are parsed once it is
-// clear that the caller may write. An error here would reach the caller as a
-// 500, and Vault's log with the value in it.
+// HandleExistenceCheck ignores the request's fields, which are parsed once it is
+// clear that the caller may write. An error here would reach the caller as a 500,
+// and Vault's log with the value in it.
 func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (checkFound, exists bool, err error) {
 	defer b.recoverPanic(req, nil, &err)
 	bare := *req
@@ -126,39 +175,42 @@ func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request
 	return b.Backend.HandleExistenceCheck(ctx, &bare)
 }
 
-// recoverPanic turns a panic of a handler into a 500 for that one request. The
-// value of the panic is not shown, because it may contain anything.
+// recoverPanic turns a panic in a handler into a 500 for that one request.
 func (b *backend) recoverPanic(req *logical.Request, resp **logical.Response, err *error) {
 	value := recover()
 	if value == nil {
 		return
 	}
-	stack := debug.Stack()
-	if p, ok := value.(*panicked); ok {
-		value, stack = p.value, p.stack
-	}
 	if resp != nil {
 		*resp = nil
 	}
-	*err = b.panicked(req, value, stack)
+	*err = b.panicked(report.SourceOf(req), value)
 }
 
 // panicked reports a panic, and returns the error for its request.
-func (b *backend) panicked(req *logical.Request, value any, stack []byte) error {
-	b.telemetry.metrics.panics.Inc()
-	b.telemetry.requestLog(req).Error("panic in a handler; the request failed and the engine continues",
-		"operation", req.Operation, "path", req.Path,
-		"panic_type", fmt.Sprintf("%T", value), "stack", string(stack))
+func (b *backend) panicked(source report.Source, value any) error {
+	stack := debug.Stack()
+	if p, ok := value.(*mount.Panic); ok {
+		value, stack = p.Value, p.Stack
+	}
+	b.report.Panicked(source, value, stack)
 	return logical.CodedError(http.StatusInternalServerError,
-		fmt.Sprintf("internal error in the Cable secrets engine: search Vault's log for request_id %s", req.ID))
+		"internal error in the Cable secrets engine: search Vault's log for request_id "+source.ID)
 }
 
-// forwarded declares an operation that writes storage: it belongs on the
-// active node of the primary cluster.
+// forwarded declares an operation that writes storage. It belongs on the active node
+// of the primary cluster.
 func forwarded(p *framework.PathOperation) *framework.PathOperation {
 	p.ForwardPerformanceStandby = true
 	p.ForwardPerformanceSecondary = true
 	return p
+}
+
+// tokensValidUntil says until when tokens minted so far, or by requests in flight,
+// may be valid if each is valid for at most that long.
+func tokensValidUntil(now time.Time, most time.Duration) string {
+	return "tokens minted before now cannot be revoked, and the last may be valid until " +
+		outcome.Time(now.Add(most+state.MaxRequestTimeout))
 }
 
 const backendHelp = `

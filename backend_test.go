@@ -26,6 +26,7 @@ import (
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
@@ -39,6 +40,7 @@ type testMount struct {
 	env     *logical.PluginEnvironment // to be set before the first event
 	sim     *cabletest.Server
 	log     *syncBuffer
+	logger  hclog.Logger
 	events  *logical.MockEventSender
 	hangTTL atomic.Pointer[chan struct{}] // lease settings are not reported until it is closed
 	maxTTL  atomic.Int64                  // max_lease_ttl if not 0, for tuning during requests
@@ -63,7 +65,12 @@ func (v testView) MaxLeaseTTL() time.Duration {
 }
 
 // PluginEnv implements [logical.SystemView].
-func (v testView) PluginEnv(context.Context) (*logical.PluginEnvironment, error) { return v.m.env, nil }
+func (v testView) PluginEnv(context.Context) (*logical.PluginEnvironment, error) {
+	if v.m.env == nil {
+		return nil, errors.New("not known")
+	}
+	return v.m.env, nil
+}
 
 // syncBuffer collects a log that several goroutines write.
 type syncBuffer struct {
@@ -95,9 +102,11 @@ func newMount(t testing.TB) *testMount {
 		sim:     cabletest.NewServer(t, nil),
 		log:     new(syncBuffer),
 		events:  logical.NewMockEventSender(),
+		env:     &logical.PluginEnvironment{VaultVersion: "1.21.1", VaultVersionMetadata: "ent"},
 	}
+	m.logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true})
 	lb, err := Factory(t.Context(), &logical.BackendConfig{
-		Logger:      hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true}),
+		Logger:      m.logger,
 		System:      testView{m.sys, m},
 		StorageView: m.storage,
 		BackendUUID: "test",
@@ -230,11 +239,11 @@ func (m *testMount) writeKey(key string) []string {
 }
 
 // putRole stores a role behind the engine's back, as another node does.
-func (m *testMount) putRole(name string, role *roleEntry) {
+func (m *testMount) putRole(name string, role *state.Role) {
 	m.Helper()
-	entry, err := logical.StorageEntryJSON(rolesStoragePrefix+name, role)
+	raw, err := role.Encode()
 	if err == nil {
-		err = m.storage.Put(m.Context(), entry)
+		err = m.storage.Put(m.Context(), &logical.StorageEntry{Key: state.RoleKey(name), Value: raw})
 	}
 	if err != nil {
 		m.Error(err)
@@ -242,11 +251,11 @@ func (m *testMount) putRole(name string, role *roleEntry) {
 }
 
 // putConfig is putRole for the configuration.
-func (m *testMount) putConfig(config *configEntry) {
+func (m *testMount) putConfig(config *state.Config) {
 	m.Helper()
-	raw, err := config.encode()
+	raw, err := config.Encode()
 	if err == nil {
-		err = m.storage.Put(m.Context(), &logical.StorageEntry{Key: configStoragePath, Value: raw})
+		err = m.storage.Put(m.Context(), &logical.StorageEntry{Key: state.ConfigKey, Value: raw})
 	}
 	if err != nil {
 		m.Error(err)
@@ -399,13 +408,13 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 	}{
 		{logical.UpdateOperation, "config", "auth_scheme, ca_cert, disabled, organization_id, refresh_key, request_timeout, token_url, verify_role"},
 		{logical.PatchOperation, "config", "auth_scheme, ca_cert"},
-		{logical.ReadOperation, "config", "takes no parameters"},
-		{logical.DeleteOperation, "config", "takes no parameters"},
+		{logical.ReadOperation, "config", "accepts no parameters"},
+		{logical.DeleteOperation, "config", "accepts no parameters"},
 		{logical.UpdateOperation, "roles/ci", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
 		{logical.UpdateOperation, "roles/new", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
 		{logical.PatchOperation, "roles/ci", "disabled, max_ttl"},
-		{logical.ReadOperation, "roles/ci", "takes no parameters"},
-		{logical.DeleteOperation, "roles/ci", "takes no parameters"},
+		{logical.ReadOperation, "roles/ci", "accepts no parameters"},
+		{logical.DeleteOperation, "roles/ci", "accepts no parameters"},
 		{logical.ListOperation, "roles/", "after, limit"},
 		{logical.ReadOperation, "creds/ci", "scopes, ttl"},
 		{logical.UpdateOperation, "creds/ci", "scopes, ttl"},
@@ -457,7 +466,7 @@ func TestInvalidateWinsOverRebuild(t *testing.T) {
 		do   func(newKey string)
 	}{
 		{"invalidate", func(newKey string) {
-			cfg, err := getConfig(t.Context(), m.storage)
+			cfg, err := state.ReadConfig(t.Context(), m.storage)
 			if err != nil {
 				t.Error(err)
 			}
@@ -468,11 +477,11 @@ func TestInvalidateWinsOverRebuild(t *testing.T) {
 		}},
 		{"write", func(newKey string) { m.writeKey(newKey) }},
 	} {
-		m.b.cache.invalidate(configStoragePath)
+		m.b.state.Invalidate(state.ConfigKey)
 		slow := &slowStorage{Storage: m.storage, read: make(chan struct{}), proceed: make(chan struct{})}
 		done := make(chan error)
 		go func() {
-			_, err := m.b.cache.config(t.Context(), slow)
+			_, err := m.b.state.Config(t.Context(), slow)
 			done <- err
 		}()
 		<-slow.read
@@ -509,8 +518,8 @@ func TestRolesAreCached(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
-	put := func(ttl int64) {
-		m.putRole("ci", &roleEntry{Scopes: []string{"person:read"}, TTL: ttl})
+	put := func(ttl time.Duration) {
+		m.putRole("ci", &state.Role{Scopes: []string{"person:read"}, TTL: ttl * time.Second})
 	}
 	asked := func() int64 {
 		m.read("creds/ci")
@@ -534,7 +543,7 @@ func TestRolesAreCached(t *testing.T) {
 	slow := &slowStorage{Storage: m.storage, read: make(chan struct{}), proceed: make(chan struct{})}
 	done := make(chan error)
 	go func() {
-		_, err := m.b.cache.role(t.Context(), slow, "ci")
+		_, err := m.b.state.Role(t.Context(), slow, "ci")
 		done <- err
 	}()
 	<-slow.read
@@ -551,57 +560,6 @@ func TestRolesAreCached(t *testing.T) {
 	m.ok(logical.DeleteOperation, "roles/ci", nil)
 	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "does not exist")
 
-	for i := range maxCachedRoles + 2 {
-		name := fmt.Sprintf("r%d", i)
-		m.putRole(name, &roleEntry{Scopes: []string{"person:read"}})
-		if _, err := m.b.cache.role(t.Context(), m.storage, name); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if n := len(m.b.cache.roles); n > maxCachedRoles {
-		t.Errorf("%d roles are kept", n)
-	}
-}
-
-// TestReplicationState pins that the node's role is asked for at most once a
-// second, and that no answer is not taken for one.
-func TestReplicationState(t *testing.T) {
-	t.Parallel()
-	asked := &countingView{}
-	view := &systemView{SystemView: asked}
-	for range 3 {
-		if got := view.ReplicationState(); got != consts.ReplicationUnknown {
-			t.Errorf("state %v", got)
-		}
-	}
-	if asked.n != 3 {
-		t.Errorf("asked %d times without an answer, want 3", asked.n)
-	}
-	asked.state = consts.ReplicationPerformanceStandby
-	for range 3 {
-		if got := view.ReplicationState(); got != consts.ReplicationPerformanceStandby {
-			t.Errorf("state %v", got)
-		}
-	}
-	if asked.n != 4 {
-		t.Errorf("asked %d times, want 4", asked.n)
-	}
-	asked.state = consts.ReplicationPerformanceDisabled
-	view.readAt = view.readAt.Add(-replicationStateMaxAge)
-	if got := view.ReplicationState(); got != consts.ReplicationPerformanceDisabled {
-		t.Errorf("state %v after a second", got)
-	}
-}
-
-type countingView struct {
-	logical.StaticSystemView
-	n     int
-	state consts.ReplicationState
-}
-
-func (c *countingView) ReplicationState() consts.ReplicationState {
-	c.n++
-	return c.state
 }
 
 // TestStandby pins that a performance standby and a secondary hand on what they
@@ -615,7 +573,6 @@ func TestStandby(t *testing.T) {
 	} {
 		m := newConfiguredMount(t)
 		m.sys.ReplicationStateVal = state
-		m.b.System().(*systemView).readAt = time.Time{}
 		for path, forward := range want {
 			op, data := logical.Operation(logical.UpdateOperation), map[string]any{"organization_id": cabletest.DefaultOrganizationID}
 			if path == "creds/ci" {

@@ -6,18 +6,16 @@ package cablesecrets
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
 // lateStorage reports an error for each write and keeps it, to be committed
@@ -126,34 +124,6 @@ func TestUncertainIsNotKept(t *testing.T) {
 	m.read("creds/ci")
 }
 
-// TestUncertainIsBounded: writes of made-up roles that fail take no memory for
-// good, and a blocked role stays blocked.
-func TestUncertainIsBounded(t *testing.T) {
-	t.Parallel()
-	c := newCache(nil, nil)
-	fails := func() error { return errors.New("context canceled") }
-	_ = c.write(t.Context(), "roles/blocked", true, fails)
-	for i := range 3 * maxCachedRoles {
-		_ = c.write(t.Context(), fmt.Sprintf("roles/r%d", i), false, fails)
-	}
-	if len(c.uncertain) > maxCachedRoles || c.keepsRoles {
-		t.Errorf("%d entries, keeps roles: %t", len(c.uncertain), c.keepsRoles)
-	}
-	_ = c.write(t.Context(), configStoragePath, false, fails)
-	if c.isCertain(configStoragePath) {
-		t.Error("the configuration is kept although its last write failed")
-	}
-	if c.uncertainLocked("roles/blocked") == nil {
-		t.Error("the blocked role is forgotten")
-	}
-	s := new(logical.InmemStorage)
-	m := &testMount{TB: t, storage: s}
-	m.putRole("r", &roleEntry{Scopes: []string{"a:b"}})
-	if role, err := c.role(t.Context(), s, "r"); err != nil || role == nil || len(c.roles) != 0 {
-		t.Errorf("%v %v, %d kept", role, err, len(c.roles))
-	}
-}
-
 // gateStorage holds calls of one kind for a key until they may proceed; it does
 // not look at their contexts, as an SDK call that cannot be cancelled.
 type gateStorage struct {
@@ -197,17 +167,17 @@ func TestRoleReadTwice(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	m.write("roles/app", map[string]any{"scopes": "person:read"})
-	gate := newGate(m.storage, rolesStoragePrefix+"app", false)
-	slow := make(chan *roleEntry)
+	gate := newGate(m.storage, "roles/app", false)
+	slow := make(chan *state.Role)
 	go func() {
-		role, err := m.b.cache.role(m.Context(), gate, "app")
+		role, err := m.b.state.Role(m.Context(), gate, "app")
 		if err != nil {
 			t.Error(err)
 		}
 		slow <- role
 	}()
 	<-gate.reached
-	role, err := m.b.cache.role(m.Context(), m.storage, "app")
+	role, err := m.b.state.Role(m.Context(), m.storage, "app")
 	close(gate.proceed)
 	if other := <-slow; err != nil || role == nil || role != other {
 		t.Errorf("two entries, %p and %p, %v", role, other, err)
@@ -242,9 +212,6 @@ func TestDisablingDoesNotWait(t *testing.T) {
 		t.Error(err)
 	}
 	m.write("roles/ci", map[string]any{"disabled": true})
-	if n := len(m.b.cache.writes.held); n != 0 {
-		t.Errorf("%d mutexes are left", n)
-	}
 }
 
 // TestHangingWriteIsAbandoned: a storage write that hangs ends with its caller,
@@ -275,7 +242,7 @@ func TestDisabledMeanwhile(t *testing.T) {
 		"mount disabled": func(m *testMount) { m.write("config", map[string]any{"disabled": true}) },
 		"config deleted": func(m *testMount) { m.ok(logical.DeleteOperation, "config", nil) },
 		"on another node": func(m *testMount) {
-			m.putRole("ci", &roleEntry{Scopes: []string{"person:read"}, Disabled: true})
+			m.putRole("ci", &state.Role{Scopes: []string{"person:read"}, Disabled: true})
 			m.b.InvalidateKey(m.Context(), "roles/ci")
 		},
 	}
@@ -332,7 +299,7 @@ func TestDisabledMeanwhile(t *testing.T) {
 			if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
 				t.Errorf("undelivered_tokens_total %v", n)
 			}
-			if line := m.logLine(m.log.String(), undeliveredPhrase); line["@level"] != "warn" || line["undelivered_until"] == nil {
+			if line := m.logLine(m.log.String(), undelivered); line["@level"] != "warn" || line["undelivered_until"] == nil {
 				t.Errorf("the line in the log: %v", line)
 			}
 		})
@@ -385,7 +352,7 @@ func TestBudgetFromReceipt(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
 		m.write("config", map[string]any{"request_timeout": 1})
-		if _, err := m.b.cache.config(t.Context(), m.storage); err != nil {
+		if _, err := m.b.state.Config(t.Context(), m.storage); err != nil {
 			t.Fatal(err)
 		}
 		m.b.InvalidateKey(t.Context(), "config")
@@ -413,90 +380,6 @@ func TestBudgetFromReceipt(t *testing.T) {
 		status, err := m.on(gate, logical.ReadOperation, "creds/ci", nil)
 		if took := time.Since(start); status != http.StatusGatewayTimeout || took > 3*time.Second {
 			t.Errorf("%d %v after %s, want one budget for both", status, err, took)
-		}
-	})
-}
-
-// TestLeaseSetting: requests share calls to Vault, and none gets what was read
-// before it came.
-func TestLeaseSetting(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		var ttl, calls, took atomic.Int64 // seconds
-		s := &leaseSetting{read: func() time.Duration {
-			calls.Add(1)
-			value := ttl.Load()
-			time.Sleep(seconds(took.Load()))
-			if value < 0 {
-				panic("no value")
-			}
-			return seconds(value)
-		}}
-		const waiting = 10
-		get := func() (value int64, panicked bool) {
-			defer func() { panicked = recover() != nil }()
-			ctx, cancel := context.WithTimeoutCause(t.Context(), time.Minute, errBudget)
-			defer cancel()
-			value, err := s.get(ctx)
-			if err != nil {
-				return -1, false
-			}
-			return value, false
-		}
-		// atOnce has a first request make a call, and more come during it, after
-		// the setting has changed.
-		atOnce := func(first, then, duration int64) (wrong int) {
-			var wg sync.WaitGroup
-			var bad atomic.Int64
-			start := func(want int64) {
-				wg.Go(func() {
-					if value, panicked := get(); value != want && !panicked || panicked != (want < 0) {
-						bad.Add(1)
-					}
-				})
-				synctest.Wait()
-			}
-			ttl.Store(first)
-			took.Store(duration)
-			calls.Store(0)
-			start(first)
-			ttl.Store(then)
-			took.Store(0)
-			for range waiting {
-				start(then)
-			}
-			wg.Wait()
-			return int(bad.Load())
-		}
-		if wrong := atOnce(600, 300, 1); wrong != 0 || calls.Load() != 2 {
-			t.Errorf("%d wrong values, %d calls; want 2 calls", wrong, calls.Load())
-		}
-		if wrong := atOnce(600, -1, 1); wrong != 0 || calls.Load() != 2 {
-			t.Errorf("a panic: %d wrong values, %d calls", wrong, calls.Load())
-		}
-
-		// A call that hangs holds up nobody who comes later.
-		ttl.Store(600)
-		took.Store(3600)
-		go get()
-		synctest.Wait()
-		took.Store(0)
-		time.Sleep(2 * leaseSettingPatience)
-		if value, _ := get(); value != 600 {
-			t.Errorf("while another call hangs: %d", value)
-		}
-		took.Store(3600)
-		if value, _ := get(); value != -1 {
-			t.Errorf("of a call that hangs: %d, want the end of the budget", value)
-		}
-		time.Sleep(2 * time.Hour)
-		took.Store(0)
-		if value, _ := get(); value != 600 {
-			t.Errorf("after that: %d", value)
-		}
-		synctest.Wait()
-		if s.reader != nil {
-			t.Error("a reader is at work although nobody waits")
 		}
 	})
 }

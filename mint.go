@@ -4,398 +4,373 @@
 package cablesecrets
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
-	"github.com/hashicorp/vault/sdk/logical"
-
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/lifetime"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/report"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/share"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
-// One token request from start to end: read the settings, narrow and resolve,
-// call Cable, check the grant, lease.
+// One token request, from its receipt to its report: read the settings, narrow them
+// by the caller's parameters, call Cable or share a call, check the grant and the
+// settings, decide the lease.
 
-// tokenParams is how the caller narrows the role.
-type tokenParams struct {
-	hasTTL bool     // the caller named a ttl
-	ttl    int64    // in seconds
+// recheckTimeout bounds the wait for storage after a token has arrived.
+const recheckTimeout = time.Second
+
+// params narrow a role for one token request.
+type params struct {
+	hasTTL bool
+	ttl    time.Duration
 	scopes []string // nil if the caller named none
 }
 
-// isDefault reports whether the caller named nothing.
-func (p tokenParams) isDefault() bool { return !p.hasTTL && p.scopes == nil }
+// isDefault reports whether the caller named no parameter.
+func (p params) isDefault() bool { return !p.hasTTL && p.scopes == nil }
 
-// settings are what a token request is resolved with.
-type settings struct {
-	config *liveConfig
-	role   *roleEntry
+// attempt is one pass through the steps. Its fields are set as far as it came.
+type attempt struct {
+	kind      report.Kind
+	role      string
+	set       state.Settings
+	requested cable.TokenRequest
+	token     *outcome.Token
+	shared    share.Result
 }
 
-// receivedKey is of the time of receipt in a request's context.
-type receivedKey struct{}
-
-// receivedAt returns when the request was received: its budget begins then.
-func receivedAt(ctx context.Context) time.Time {
-	if t, ok := ctx.Value(receivedKey{}).(time.Time); ok {
-		return t
+// mint handles a caller's token request. An attempt whose settings change before an
+// API call is repeated, and decides everything anew.
+func (b *backend) mint(ctx context.Context, r *request) (*outcome.Token, error) {
+	a := attempt{role: r.role}
+	p, err := parseParams(r)
+	for again := err == nil; again; again = errors.Is(err, outcome.ErrChanged) {
+		a, err = b.try(ctx, r, p)
 	}
-	return time.Now()
+	return a.token, b.ended(r.source(), r.received, a, err)
 }
 
-// recheckTimeout bounds how long storage is waited for once a token has arrived.
-const recheckTimeout = time.Second
-
-// errChanged stops a token request whose settings have changed, before an API
-// call is made with them.
-var errChanged = errors.New("the settings have changed")
-
-// mint handles a token request for a caller, and reports it. The error is a
-// *failure.
-func (b *backend) mint(ctx context.Context, r *tokenReport, params tokenParams) (*mintedToken, error) {
-	err := errChanged
-	for errors.Is(err, errChanged) {
-		r.minted, err = b.mintOnce(ctx, r, params)
+// ended reports an attempt that was the last, and returns its error as a failure.
+func (b *backend) ended(source report.Source, began time.Time, a attempt, err error) error {
+	r := a.report(source, began, outcome.Classify(err))
+	r.RoleIsCurrent = b.state.IsCurrent(a.set)
+	b.report.TokenRequestEnded(r)
+	if r.RoleIsCurrent && !b.state.IsCurrent(a.set) {
+		b.report.RoleGone(a.role) // it may have been deleted just before its series was made
 	}
-	return b.ended(r, err)
-}
-
-// ended reports a token request that ended with a token in r, or with err.
-func (b *backend) ended(r *tokenReport, err error) (*mintedToken, error) {
-	r.failure = classify(err)
-	b.telemetry.tokenRequestEnded(r, b.cache.isCurrent)
-	if r.failure != nil {
-		return nil, r.failure
-	}
-	return r.minted, nil
-}
-
-// mintOnce is mint with the settings as they are now. It returns errChanged,
-// and has called nobody, if they change before the API call.
-func (b *backend) mintOnce(ctx context.Context, r *tokenReport, params tokenParams) (*mintedToken, error) {
-	set, err := b.settings(ctx, r)
-	if err != nil {
-		return nil, err
-	}
-	if set.role.ReuseFor > 0 && params.isDefault() {
-		if s := b.cache.sharedRole(r.role, set, r.generation); s != nil {
-			return b.mintShared(ctx, r, s)
-		}
-	}
-	generation := r.generation
-	return b.mintWith(ctx, r, set, params, func() error {
-		if !b.cache.isCurrent(generation) {
-			return errChanged
-		}
+	if r.Failure == nil {
 		return nil
-	})
+	}
+	return r.Failure
 }
 
-// mintShared returns a token that the role's readers share.
-func (b *backend) mintShared(ctx context.Context, r *tokenReport, s *sharedRole) (*mintedToken, error) {
-	requested, warnings, err := b.resolve(ctx, r, s.settings, tokenParams{})
+// report assembles the report of an attempt that began at that time.
+func (a *attempt) report(source report.Source, began time.Time, f *outcome.Failure) report.TokenRequest {
+	return report.TokenRequest{
+		Source:     source,
+		Kind:       a.kind,
+		Took:       time.Since(began),
+		Role:       a.role,
+		RoleExists: a.set.Role != nil,
+		Requested:  a.requested,
+		Token:      a.token,
+		Failure:    f,
+		Shared:     a.shared,
+	}
+}
+
+// try makes one attempt. It returns outcome.ErrChanged, and has made no API call, if
+// the settings change before.
+func (b *backend) try(ctx context.Context, r *request, p params) (a attempt, err error) {
+	a = attempt{kind: report.Direct, role: r.role}
+	if a.set, err = b.settings(ctx, r); err != nil {
+		return a, err
+	}
+	var warnings []string
+	if a.requested, warnings, err = b.narrow(ctx, r, a.set, p); err != nil {
+		return a, err
+	}
+	isShared := false
+	if a.set.Role.ReuseFor > 0 && p.isDefault() {
+		isShared, err = b.share(ctx, r, &a)
+	}
+	if !isShared {
+		a.token, err = b.mintOne(ctx, &a, r.received, func() error { return b.recheck(ctx, r, &a) })
+	}
+	if a.token != nil {
+		a.token.Warnings = append(warnings, a.token.Warnings...)
+	}
+	return a, err
+}
+
+// mintOne mints a token whose budget began at that time. check is called between the
+// API call and the decision on the lease.
+func (b *backend) mintOne(ctx context.Context, a *attempt, began time.Time, check func() error) (*outcome.Token, error) {
+	a.requested.Start, a.requested.Allow = began, b.allow(a.set)
+	granted, err := b.call(ctx, a.role, a.set.Config, a.requested)
 	if err != nil {
 		return nil, err
 	}
-	r.sharing = true
-	m, err := b.reuse(ctx, r, s, requested)
-	if m != nil {
-		m.warnings = append(warnings, m.warnings...)
-	}
-	return m, err
-}
-
-// settings returns the configuration and the role, from memory or storage, and
-// refuses if there is none. It takes until the request's budget ends at most.
-func (b *backend) settings(ctx context.Context, r *tokenReport) (settings, error) {
-	if set, generation, ok := b.cache.settings(r.role); ok {
-		r.roleExists, r.generation = true, generation
-		return set, nil
-	}
-	generation, timeout := b.cache.now()
-	configCtx, cancel := r.withBudget(ctx, timeout)
-	defer cancel()
-	config, err := b.cache.config(configCtx, r.req.Storage)
-	if err != nil {
-		return settings{}, err
-	}
-	if config != nil {
-		timeout = config.timeout()
-	}
-	roleCtx, cancel := r.withBudget(ctx, timeout)
-	defer cancel()
-	role, err := b.cache.role(roleCtx, r.req.Storage, r.role)
-	if err != nil {
-		return settings{}, err
-	}
-	r.roleExists, r.generation = role != nil, generation
-	if role == nil {
-		b.telemetry.metrics.roleDropped(r.role) // it may have been deleted on another node
-		return settings{}, noSuchRole(r.role)
-	}
-	if config == nil {
-		return settings{}, refusal("the mount is not configured: write refresh_key to config")
-	}
-	return settings{config, role}, nil
-}
-
-// withBudget bounds ctx by the request's budget, which begins at its receipt.
-func (r *tokenReport) withBudget(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
-	return context.WithDeadlineCause(ctx, r.received.Add(timeout), errBudget)
-}
-
-// mintWith requests a token with these settings. allow is asked before each API
-// call, and again before its first byte is sent.
-func (b *backend) mintWith(ctx context.Context, r *tokenReport, set settings, params tokenParams, allow func() error) (*mintedToken, error) {
-	requested, warnings, err := b.resolve(ctx, r, set, params)
-	if err != nil {
-		return nil, err
-	}
-	requested.Start, requested.Allow = r.received, allow
-	m, err := b.call(ctx, r, set.config, requested)
-	if err != nil {
-		return nil, err
-	}
-	m.warnings = append(warnings, m.warnings...)
-	return m, nil
-}
-
-// call requests a token from Cable, checks the grant, and decides the lease.
-func (b *backend) call(ctx context.Context, r *tokenReport, config *liveConfig, requested cable.TokenRequest) (*mintedToken, error) {
-	token, err := b.callCable(ctx, config.client, requested)
-	if err != nil {
-		return nil, callFailure(err, r, config)
-	}
-	r.granted = token
-
-	granted, missing, err := checkGrant(requested, token)
+	token, err := checkGrant(a.requested, granted)
 	if err == nil {
-		err = b.checkStillEnabled(ctx, r)
+		err = check()
+	}
+	if err == nil {
+		err = decideLease(token, a.requested.Lifetime)
 	}
 	if err != nil {
-		return nil, refuseToken(err, token)
+		return nil, outcome.Drop(err, granted)
 	}
-	lifetime := int64(requested.Lifetime / time.Second)
-	now := time.Now()
-	m := &mintedToken{Token: token, scopes: granted}
-	m.lease, m.lifetime, err = decideLease(grantedLifetime{
-		requested: lifetime, expiry: token.Expiry, date: token.Date, sentAt: token.SentAt, elapsed: cable.Elapsed(token.SentAt, now),
-	})
-	if err != nil {
-		return nil, refuseToken(&mismatch{err.Error()}, token)
-	}
-	if len(missing) > 0 {
-		m.warnings = append(m.warnings, "Cable granted fewer scopes than requested; missing: "+showScopes(missing))
-	}
-	if m.longer = m.lifetime > lifetime+longerGrant; m.longer {
-		m.warnings = append(m.warnings, fmt.Sprintf("Cable granted %ds instead of the requested %ds: the lease ends first, the token is valid until %s", m.lifetime, lifetime, m.expiresAt()))
-	}
-	return m, nil
+	return token, nil
 }
 
-// callCable is requestToken, counted while it lasts.
-func (b *backend) callCable(ctx context.Context, client *cable.Client, requested cable.TokenRequest) (*cable.Token, error) {
-	b.telemetry.metrics.tokenRequestsInFlight.Inc()
-	defer b.telemetry.metrics.tokenRequestsInFlight.Dec() // if it panics, too
-	return b.requestToken(ctx, client, requested)
-}
-
-// resolve narrows the role by the caller's parameters and decides what to
-// request from Cable, with a warning for each bound that changed it.
-func (b *backend) resolve(ctx context.Context, r *tokenReport, set settings, params tokenParams) (requested cable.TokenRequest, warnings []string, err error) {
-	defer func() { r.requested = requested }()
-	config, role := set.config, set.role
-	requested = cable.TokenRequest{OrganizationID: role.OrganizationID, Scopes: role.Scopes}
-	if err := checkEnabled(r.role, set); err != nil {
-		return requested, nil, err
-	}
-	if requested.OrganizationID == "" {
-		requested.OrganizationID = config.OrganizationID
-	}
-	if requested.OrganizationID == "" {
-		return requested, nil, refusal(fmt.Sprintf("no organization: write organization_id to roles/%s or to config", r.role))
-	}
-	if len(requested.Scopes) == 0 {
-		return requested, nil, refusal(fmt.Sprintf("role %q names no scopes: write scopes to roles/%s", r.role, r.role))
-	}
-	if params.scopes != nil {
-		if outside := without(params.scopes, role.Scopes); len(outside) > 0 {
-			return requested, nil, refusal(fmt.Sprintf("scopes outside role %q: %s; it allows %s", r.role, showScopes(outside), showScopes(role.Scopes)))
-		}
-		requested.Scopes = params.scopes
-	}
-	in := lifetimeInput{hasTTL: params.hasTTL, requestTTL: params.ttl, roleTTL: role.TTL, roleMaxTTL: role.MaxTTL}
-	// Each of the mount's lease settings is read from Vault, only if it matters.
-	ctx, cancel := r.withBudget(ctx, config.timeout())
+// share returns the token that the role's readers share. ok is false if the request
+// must mint alone, because too many roles share.
+func (b *backend) share(ctx context.Context, r *request, a *attempt) (ok bool, err error) {
+	source, call := r.source(), *a
+	call.kind = report.SharedCall
+	readerCtx, cancel := state.WithBudget(ctx, r.received, a.set.Config.RequestTimeout)
 	defer cancel()
-	in.mountMax, err = b.maxLeaseTTL.get(ctx)
-	if err == nil && !in.hasTTL && in.roleTTL == 0 {
-		in.mountDefault, err = b.defaultLeaseTTL.get(ctx)
+	a.shared, ok, err = b.shared.Read(readerCtx, share.Reader{
+		Role:     a.role,
+		Settings: a.set,
+		Lifetime: a.requested.Lifetime,
+		Check:    func() error { return b.recheck(ctx, r, a) },
+		Call: func(started time.Time) (*outcome.Token, error) {
+			return b.sharedCall(source, started, call)
+		},
+		Undelivered: func(token *outcome.Token) {
+			const why = outcome.Refusal("no reader received the shared token before it was dropped")
+			if f := outcome.Drop(why, token.Token); f.UndeliveredUntil > 0 {
+				b.report.TokenRequestEnded(call.report(source, token.SentAt, f))
+			}
+		},
+	})
+	if ok {
+		a.kind, a.token = report.Reader, a.shared.Token
 	}
-	if err != nil {
-		return requested, nil, err
-	}
-	lifetime, warnings, err := decideLifetime(in)
-	requested.Lifetime = seconds(lifetime)
-	return requested, warnings, err
+	return ok, err
 }
 
-// checkEnabled refuses if the mount or the role is disabled.
-func checkEnabled(name string, set settings) error {
-	if set.config.Disabled {
-		return refusal("the mount is disabled: write disabled=false to config to mint again")
+// sharedCall mints a token for all readers of a role that wait, and reports that. It
+// touches neither storage nor system view, and contains its own panics.
+func (b *backend) sharedCall(source report.Source, started time.Time, a attempt) (token *outcome.Token, err error) {
+	defer func() {
+		if value := recover(); value != nil {
+			token, err = nil, b.panicked(source, value)
+		}
+		if a.token = token; !errors.Is(err, outcome.ErrChanged) {
+			err = b.ended(source, started, a, err)
+		}
+	}()
+	return b.mintOne(b.ctx, &a, started, func() error { return nil })
+}
+
+// settings returns the configuration and the role, or a refusal if either is missing.
+func (b *backend) settings(ctx context.Context, r *request) (state.Settings, error) {
+	set, err := b.state.Settings(ctx, r.Storage, r.role, r.received)
+	if err == nil && set.Role == nil {
+		b.report.RoleGone(r.role) // it may have been deleted on another node
 	}
-	if set.role.Disabled {
-		return refusal(fmt.Sprintf("role %q is disabled: write disabled=false to roles/%s to mint again", name, name))
+	if err == nil {
+		err = checkSettings(r.role, set)
+	}
+	return set, err
+}
+
+// checkSettings refuses a token request if an entry is missing or disabled. A
+// disabled role, or mount, mints no token.
+func checkSettings(role string, set state.Settings) error {
+	switch {
+	case set.Role == nil:
+		return noSuchRole(role)
+	case set.Config == nil:
+		return outcome.Refuse("the mount is not configured: write refresh_key to config")
+	case set.Config.Disabled:
+		return outcome.Refuse("the mount is disabled: write disabled=false to config to mint again")
+	case set.Role.Disabled:
+		return outcome.Refuse("role %q is disabled: write disabled=false to roles/%[1]s to mint again", role)
 	}
 	return nil
 }
 
-// checkStillEnabled refuses a token that arrived after the mount or the role was
-// disabled or deleted, or if that cannot be known.
-func (b *backend) checkStillEnabled(ctx context.Context, r *tokenReport) error {
-	if r.verify || r.shared || b.cache.isCurrent(r.generation) {
+// narrow narrows the role by the caller's parameters and decides the request to
+// Cable, with a warning for each bound that changed it.
+func (b *backend) narrow(
+	ctx context.Context, r *request, set state.Settings, p params,
+) (requested cable.TokenRequest, warnings []string, err error) {
+	requested = cable.TokenRequest{OrganizationID: organization(set), Scopes: set.Role.Scopes}
+	if requested.OrganizationID == "" {
+		return requested, nil, outcome.Refuse("no organization: write organization_id to roles/%s or to config", r.role)
+	}
+	if len(requested.Scopes) == 0 {
+		return requested, nil, outcome.Refuse("role %q names no scopes: write scopes to roles/%[1]s", r.role)
+	}
+	if p.scopes != nil {
+		if outside := fields.Without(p.scopes, set.Role.Scopes); len(outside) > 0 {
+			return requested, nil, outcome.Refuse("scopes outside role %q: %s; it allows %s",
+				r.role, fields.Scope.QuoteAll(outside), fields.Scope.QuoteAll(set.Role.Scopes))
+		}
+		requested.Scopes = p.scopes
+	}
+	bounds := lifetime.Bounds{HasRequest: p.hasTTL, Request: p.ttl, Role: set.Role.TTL, RoleMax: set.Role.MaxTTL}
+	// Each of the mount's lease settings is read from Vault, and only if it matters.
+	ctx, cancel := state.WithBudget(ctx, r.received, set.Config.RequestTimeout)
+	defer cancel()
+	bounds.MountMax, err = b.maxLeaseTTL.Get(ctx)
+	if err == nil && !p.hasTTL && bounds.Role == 0 {
+		bounds.MountDefault, err = b.defaultLeaseTTL.Get(ctx)
+	}
+	if err != nil {
+		return requested, nil, err
+	}
+	requested.Lifetime, warnings, err = bounds.Decide()
+	return requested, warnings, err
+}
+
+// organization is the role's, or else the configuration's.
+func organization(set state.Settings) string {
+	if set.Role.OrganizationID != "" {
+		return set.Role.OrganizationID
+	}
+	return set.Config.OrganizationID
+}
+
+// allow returns the gate of an API call: once a write that disables, deletes or
+// narrows has returned, no call is sent with what it took away.
+func (b *backend) allow(set state.Settings) func() error {
+	return func() error {
+		if !b.state.IsCurrent(set) {
+			return outcome.ErrChanged
+		}
 		return nil
 	}
-	// What is asked of storage now may take a moment beyond the request's budget:
-	// the token is here.
-	ctx, cancel := context.WithTimeoutCause(ctx, recheckTimeout, errBudget)
-	defer cancel()
-	set, err := b.settings(ctx, &tokenReport{req: r.req, role: r.role, received: time.Now()})
-	if err == nil {
-		err = checkEnabled(r.role, set)
-	}
-	return err
 }
 
-// mismatch is a grant that is not what was requested.
-type mismatch struct{ text string }
-
-// Error implements error.
-func (m *mismatch) Error() string { return m.text }
-
-// checkGrant compares a response with its request. It returns the granted
-// scopes, sorted and without duplicates; those that were requested and not
-// granted; or a mismatch that names what Cable granted and was not requested.
-//
-// A response without scopes takes the requested ones: Cable's schema does not
-// require them in the response.
-func checkGrant(requested cable.TokenRequest, got *cable.Token) (granted, missing []string, err error) {
-	for _, org := range []struct{ what, id string }{{"the token is", got.OrganizationID}, {"the token's scopes are", got.ScopesOrganizationID}} {
-		if org.id != requested.OrganizationID && (org.id != "" || org.what == "the token is") {
-			return nil, nil, &mismatch{fmt.Sprintf("%s for organization %s instead of %s", org.what, show(orgShape, org.id), show(orgShape, requested.OrganizationID))}
-		}
-	}
-	if got.Scopes == nil {
-		return requested.Scopes, nil, nil
-	}
-	granted = append([]string{}, got.Scopes...) // not nil: an empty list is a response, too
-	slices.Sort(granted)
-	granted = slices.Compact(granted)
-	if extra := without(granted, requested.Scopes); len(extra) > 0 {
-		return nil, nil, &mismatch{"the token has scopes that were not requested: " + showScopes(extra)}
-	}
-	return granted, without(requested.Scopes, granted), nil
-}
-
-// callFailure adds to a failed API call what the caller can do about it.
-func callFailure(err error, r *tokenReport, config *liveConfig) error {
+// call requests a token from Cable. Its failure says what the caller can do.
+func (b *backend) call(
+	ctx context.Context, role string, config *state.Live, requested cable.TokenRequest,
+) (*cable.Token, error) {
+	defer b.report.CallBegan()()
+	token, err := b.requestToken(ctx, config.Client, requested)
 	var ce *cable.Error
 	if !errors.As(err, &ce) {
-		return err // of allow
+		return token, err // nil, or returned by allow
 	}
-	f := classify(err)
-	switch f.outcome {
-	case outcomeKeyRejected:
-		other := authSchemeBearer
-		if config.AuthScheme == authSchemeBearer {
-			other = authSchemeRaw
-		}
-		f.message += fmt.Sprintf("; the refresh key was sent with auth_scheme=%s%s: write a valid refresh_key to config, or try auth_scheme=%s, because Cable's documents show both",
-			config.AuthScheme, sentTo(config.configEntry), other)
-	case outcomeRateLimited:
-		f.message += fmt.Sprintf("; no API call for another %ds", wholeSeconds(ce.RetryAfter))
-	case outcomeRejectedByCable:
-		switch ce.StatusCode {
-		case http.StatusForbidden, http.StatusBadRequest:
-			f.message += fmt.Sprintf("; check the organization and the scopes of roles/%s with Cable", r.role)
-		case http.StatusNotFound:
-			f.message += "; check token_url in config"
-		}
+	f := outcome.Classify(err)
+	scheme, other := config.AuthScheme, state.AuthSchemeBearer
+	if scheme == other {
+		other = state.AuthSchemeRaw
+	}
+	switch {
+	case f.Outcome == outcome.KeyRejected:
+		f.Message += fmt.Sprintf("; the refresh key was sent with auth_scheme=%s%s: write a valid refresh_key to config, "+
+			"or try auth_scheme=%s, because Cable's documents show both", scheme, sentTo(config.Config), other)
+	case f.Outcome == outcome.RateLimited:
+		f.Message += fmt.Sprintf("; no API call for another %ds", outcome.WholeSeconds(ce.RetryAfter))
+	case ce.StatusCode == http.StatusForbidden:
+		f.Message += fmt.Sprintf("; check the organization and the scopes of roles/%s with Cable, or try auth_scheme=%s "+
+			"instead of %s, because some gateways respond 403 to a key in another form", role, other, scheme)
+	case ce.StatusCode == http.StatusBadRequest:
+		f.Message += fmt.Sprintf("; check the organization and the scopes of roles/%s with Cable", role)
+	case ce.StatusCode == http.StatusNotFound:
+		f.Message += "; check token_url in config"
 	}
 	if ce.MaybeIssued {
-		f.undelivered(time.Now().Add(r.requested.Lifetime).Unix())
+		f.Undelivered(time.Now().Add(requested.Lifetime).Unix())
 	}
-	return f
+	return nil, f
 }
 
-// refuseToken makes a failure of a token that Cable granted and the engine does
-// not return: a mismatch, or another reason.
-func refuseToken(err error, token *cable.Token) error {
-	var m *mismatch
-	f := classify(err)
-	if errors.As(err, &m) {
-		f = &failure{outcome: outcomeGrantMismatch, message: "cable's response was refused: " + m.text, detail: m.text, cause: err}
+// checkGrant compares a response with its request. A token for another organization,
+// or with a scope that was not requested, is a mismatch, and so a 502. A response
+// without scopes takes the requested ones, because Cable's schema does not require
+// them in the response.
+func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token, error) {
+	want := requested.OrganizationID
+	for _, subject := range []struct{ verb, id string }{
+		{"token is", got.OrganizationID}, {"token's scopes are", cmp.Or(got.ScopesOrganizationID, want)},
+	} {
+		if subject.id != want {
+			return nil, outcome.Mismatch(fmt.Sprintf("the %s for organization %s instead of %s",
+				subject.verb, fields.Organization.Quote(subject.id), fields.Organization.Quote(want)))
+		}
 	}
-	f.cableStatus, f.attempts = http.StatusOK, token.Attempts
-	if until := validUntil(token.Expiry, token.Date, time.Now()); until > 0 {
-		f.undelivered(until)
+	token := &outcome.Token{Token: got, Granted: requested.Scopes}
+	if got.Scopes == nil {
+		return token, nil
 	}
-	return f
+	token.Granted = append([]string{}, got.Scopes...) // not nil, because an empty list is a response, too
+	slices.Sort(token.Granted)
+	token.Granted = slices.Compact(token.Granted)
+	if extra := fields.Without(token.Granted, requested.Scopes); len(extra) > 0 {
+		return nil, outcome.Mismatch("the token has scopes that were not requested: " + fields.Scope.QuoteAll(extra))
+	}
+	if missing := fields.Without(requested.Scopes, token.Granted); len(missing) > 0 {
+		token.Warnings = append(token.Warnings,
+			"Cable granted fewer scopes than requested; missing: "+fields.Scope.QuoteAll(missing))
+	}
+	return token, nil
+}
+
+// recheck refuses a token that the settings, as they are now, do not allow any more,
+// or if that cannot be determined. The settings are read until those that were read
+// are still current when the reading ends. So no token is returned whose last check
+// did not begin after a write that disables, deletes or narrows had returned.
+//
+// Reading storage may exceed the request's budget by recheckTimeout, because giving
+// up now would waste a token.
+func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, recheckTimeout, outcome.ErrBudget)
+	defer cancel()
+	for began := time.Now(); ; {
+		now, err := b.state.Settings(ctx, r.Storage, a.role, began)
+		if err == nil {
+			err = checkSettings(a.role, now)
+		}
+		if err == nil && (!now.Config.SameDestination(a.set.Config.Config) ||
+			organization(now) != a.requested.OrganizationID || now.Role.MaxLifetime() < a.requested.Lifetime ||
+			len(fields.Without(a.requested.Scopes, now.Role.Scopes)) > 0) {
+			err = outcome.Refuse("role %q or the configuration was changed while Cable was called, "+
+				"and does not allow this token any more: read again", a.role)
+		}
+		if err == nil && ctx.Err() != nil {
+			err = context.Cause(ctx) // the caller left, so Vault would drop the token
+		}
+		if err != nil || b.state.IsCurrent(now) {
+			return err
+		}
+	}
+}
+
+// decideLease gives a token its lease, and warns of a longer lifetime than requested.
+func decideLease(token *outcome.Token, requested time.Duration) (err error) {
+	token.Lease, token.Lifetime, err = lifetime.Lease(token.Token, requested, time.Now())
+	if err != nil {
+		return &cable.Error{Kind: cable.InvalidResponse, Detail: err.Error()}
+	}
+	if token.IsLonger = lifetime.IsLonger(token.Lifetime, requested); token.IsLonger {
+		token.Warnings = append(token.Warnings, fmt.Sprintf(
+			"Cable granted %s instead of the requested %s: the lease ends first, the token is valid until %s",
+			lifetime.Format(token.Lifetime), lifetime.Format(requested), token.ExpiresAt()))
+	}
+	return nil
 }
 
 // sentTo names the host that the refresh key is sent to, if it is not Cable's.
-func sentTo(config *configEntry) string {
+func sentTo(config *state.Config) string {
 	u, err := cable.ParseTokenURL(config.TokenURL)
 	if config.TokenURL == cable.DefaultTokenURL || err != nil {
 		return ""
 	}
 	return " to " + cable.HostForDisplay(u)
-}
-
-// noSuchRole is the refusal for a role that does not exist.
-func noSuchRole(name string) error {
-	where := "roles/"
-	if nameShape.MatchString(name) {
-		where += name
-	}
-	return refusal(fmt.Sprintf("role %s does not exist: write it to %s", show(nameShape, name), where))
-}
-
-// leased is the response to a token request: the token as a secret with a lease.
-func (b *backend) leased(role string, m *mintedToken) *logical.Response {
-	lease := time.Duration(m.lease) * time.Second
-	resp := b.Secret(cableTokenType).Response(
-		map[string]any{
-			"token":             m.Value.Reveal(),
-			"expiry":            m.Expiry,
-			"expires_at":        m.expiresAt(),
-			"organization_id":   m.OrganizationID,
-			"organization_name": m.OrganizationName,
-			"scope":             strings.Join(m.scopes, " "),
-			"scopes":            m.scopes,
-		},
-		leaseData(role, m, time.Now().Add(lease)),
-	)
-	resp.Secret.TTL, resp.Secret.MaxTTL = lease, lease
-	resp.Secret.Renewable = false
-	resp.Warnings = m.warnings
-	return resp
-}
-
-// leaseData is what Vault keeps with the lease: who has which rights until
-// when, and when the lease is to end, as strings, and never the token.
-func leaseData(role string, m *mintedToken, end time.Time) map[string]any {
-	return map[string]any{
-		"role":            role,
-		"organization_id": m.OrganizationID,
-		"scopes":          strings.Join(m.scopes, ","),
-		"expiry":          strconv.FormatInt(m.Expiry, 10),
-		"lease_end":       strconv.FormatInt(end.Unix(), 10),
-	}
 }

@@ -16,132 +16,17 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/lifetime"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/report"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
-
-// toResponseData returns every field but the refresh key.
-func (c *configEntry) toResponseData() map[string]any {
-	return map[string]any{
-		"token_url":              c.TokenURL,
-		"auth_scheme":            c.AuthScheme,
-		"organization_id":        c.OrganizationID,
-		"request_timeout":        c.RequestTimeout,
-		"ca_cert":                c.CACert,
-		"disabled":               c.Disabled,
-		"refresh_key_version":    c.RefreshKeyVersion,
-		"refresh_key_updated_at": timestamp(c.RefreshKeyUpdatedAt),
-	}
-}
-
-// merge returns the entry with a write laid over it, or a refusal. The entry
-// itself stays as it is; a nil entry is one that was never written. Only what
-// changes is judged: the rest may come from another version of the engine.
-func (c *configEntry) merge(in input, isPatch bool, now time.Time) (*configEntry, error) {
-	next := newConfigEntry()
-	if c != nil {
-		*next = *c
-	}
-	key, hasKey := in.text("refresh_key")
-	changes, err := in.changed(next.toResponseData(), func(name string, value any) bool {
-		return name == "organization_id" && isPatch && value == nil || name == "ca_cert"
-	})
-	switch {
-	case err != nil:
-		return nil, err
-	case hasKey:
-		if err := checkRefreshKey(key); err != nil {
-			return nil, err
-		}
-		if err := next.checkDestination(in); err != nil {
-			return nil, err
-		}
-		if next.RefreshKey.Reveal() != key {
-			next.RefreshKey = cable.NewSecret(key)
-			next.RefreshKeyVersion++
-			next.RefreshKeyUpdatedAt = now.UTC().Truncate(time.Second)
-		}
-	case c == nil:
-		return nil, refusal("refresh_key is missing: the first write of config needs it")
-	case changes.has("token_url"), changes.has("ca_cert"):
-		return nil, refusal("changing token_url or ca_cert needs refresh_key in the same request: permission to edit the configuration is not permission to send the key to another host")
-	}
-	return next, next.apply(changes)
-}
-
-// checkDestination refuses a refresh key that is written without naming where
-// it goes, unless that is the default: somebody else may have changed it, with a
-// key of their own, to receive this one.
-func (c *configEntry) checkDestination(in input) error {
-	const needs = "writing refresh_key needs %s in the same request, because the stored value is not the default%s: read config, then name the value that you trust, or %s"
-	if c.TokenURL != cable.DefaultTokenURL && !in.has("token_url") {
-		return refusal(fmt.Sprintf(needs, "token_url", " (the key would go"+sentTo(c)+")", "token_url="+cable.DefaultTokenURL))
-	}
-	if c.CACert != "" && !in.has("ca_cert") {
-		return refusal(fmt.Sprintf(needs, "ca_cert", "", `ca_cert="" for none`))
-	}
-	return nil
-}
-
-// apply lays the changes over the entry, and judges each.
-func (c *configEntry) apply(changes input) error {
-	if v, ok := changes.text("token_url"); ok {
-		if _, err := cable.ParseTokenURL(v); err != nil {
-			return refusal(err.Error())
-		}
-		c.TokenURL = v
-	}
-	if v, ok := changes.text("ca_cert"); ok {
-		c.CACert = ""
-		if v != "" {
-			if err := cable.CheckCACert(v); err != nil {
-				return refusal(err.Error())
-			}
-			c.CACert, _ = changes["ca_cert"].(string) // as it was written
-		}
-	}
-	if v, ok := changes.text("auth_scheme"); ok {
-		if v != authSchemeRaw && v != authSchemeBearer {
-			return refusal(fmt.Sprintf("auth_scheme is %s: write %q or %q", show(wordShape, v), authSchemeRaw, authSchemeBearer))
-		}
-		c.AuthScheme = v
-	}
-	if v, ok := changes.text("organization_id"); ok {
-		if err := checkWord(v, maxOrganizationID); err != nil {
-			return refusal("organization_id " + err.Error())
-		}
-		c.OrganizationID = v
-	}
-	if v, ok := changes["request_timeout"].(int); ok {
-		if v < minRequestTimeout || v > maxRequestTimeout {
-			return refusal(fmt.Sprintf("request_timeout is %s: write %ds to %ds", showSeconds(int64(v)), minRequestTimeout, maxRequestTimeout))
-		}
-		c.RequestTimeout = v
-	}
-	if v, ok := changes["disabled"].(bool); ok {
-		c.Disabled = v
-	}
-	return nil
-}
-
-// checkRefreshKey accepts what can stand in a header. Its error repeats nothing.
-func checkRefreshKey(key string) error {
-	if strings.HasPrefix(key, "Bearer ") {
-		return refusal(`refresh_key must be the key alone, without "Bearer ": set auth_scheme=bearer to have it sent so`)
-	}
-	if len(key) > maxRefreshKey {
-		return refusal(fmt.Sprintf("refresh_key is %d bytes long: at most %d are allowed", len(key), maxRefreshKey))
-	}
-	for _, c := range []byte(key) {
-		if c <= ' ' || c >= 0x7f {
-			return refusal("refresh_key must not contain white space, control characters or anything but printable ASCII inside")
-		}
-	}
-	return nil
-}
 
 func (b *backend) pathConfig() *framework.Path {
 	write := func(summary string) *framework.PathOperation {
 		return forwarded(&framework.PathOperation{
-			Callback: b.pathConfigWrite,
+			Callback: b.handle(b.pathConfigWrite),
 			Summary:  summary,
 			Responses: map[int][]framework.Response{
 				http.StatusOK:        {{Description: "Stored, with warnings"}},
@@ -152,32 +37,36 @@ func (b *backend) pathConfig() *framework.Path {
 	fields := configResponseFields()
 	fields["request_timeout"].Type = framework.TypeDurationSecond
 	fields["refresh_key"] = &framework.FieldSchema{
-		Type:         framework.TypeString,
-		Description:  "Cable's long-lived refresh key. Required at first; never returned. Outer white space is dropped. A write that carries it names token_url and ca_cert too if their stored values are not the default.",
+		Type: framework.TypeString,
+		Description: "Cable's long-lived refresh key. Required in the first write; never returned. Outer white space " +
+			"is dropped. A write that carries it must also name token_url and ca_cert if their stored values are " +
+			"not the default.",
 		DisplayAttrs: &framework.DisplayAttributes{Name: "Refresh key", Sensitive: true},
 	}
 	fields["verify_role"] = &framework.FieldSchema{
-		Type:        framework.TypeString,
-		Description: "A role to mint one token for with the new settings, before they are stored. If that fails, nothing is stored. For this request only.",
+		Type: framework.TypeString,
+		Description: "A role to mint one token for with the new settings, before they are stored. If that fails, " +
+			"nothing is stored. For this request only.",
 	}
 	return &framework.Path{
-		Pattern:      configStoragePath,
+		Pattern:      state.ConfigKey,
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "configuration"},
 		Fields:       fields,
-		// NOTE: no existence check, so that every write is an update: a policy
-		// that permits create cannot let anybody replace the key.
+		// NOTE: there is no existence check, so every write is an update, and a policy
+		// with create alone cannot replace the key.
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.pathConfigRead,
+				Callback: b.handle(b.pathConfigRead),
 				Summary:  "Read the configuration, without the refresh key.",
 				Responses: map[int][]framework.Response{
 					http.StatusOK: {{Description: "The configuration", Fields: configResponseFields()}},
 				},
 			},
 			logical.UpdateOperation: write("Write the configuration, or some fields of it."),
-			logical.PatchOperation:  write("Change some fields of the configuration; null removes organization_id, or with refresh_key ca_cert."),
+			logical.PatchOperation: write(
+				"Change some fields of the configuration; null removes organization_id, and with refresh_key ca_cert."),
 			logical.DeleteOperation: forwarded(&framework.PathOperation{
-				Callback: b.pathConfigDelete,
+				Callback: b.handle(b.pathConfigDelete),
 				Summary:  "Delete the configuration, and with it the refresh key.",
 				Responses: map[int][]framework.Response{
 					http.StatusOK:        {{Description: "Deleted, with a warning"}},
@@ -195,25 +84,29 @@ func (b *backend) pathConfig() *framework.Path {
 func configResponseFields() map[string]*framework.FieldSchema {
 	return map[string]*framework.FieldSchema{
 		"token_url": {
-			Type:        framework.TypeString,
-			Description: "The whole endpoint of Cable's token API: https, or http to a loopback host. Default " + cable.DefaultTokenURL + ". Changing it needs refresh_key in the same request.",
+			Type: framework.TypeString,
+			Description: "The whole endpoint of Cable's token API: https, or http to a loopback host. Default " +
+				cable.DefaultTokenURL + ". Changing it needs refresh_key in the same request.",
 		},
 		"auth_scheme": {
-			Type:          framework.TypeString,
-			Description:   `How the refresh key is written into the Authorization header: "raw" (the key alone, the default) or "bearer".`,
-			AllowedValues: []any{authSchemeRaw, authSchemeBearer},
+			Type: framework.TypeString,
+			Description: `How the refresh key is written into the Authorization header: ` +
+				`"raw" (the key alone, the default) or "bearer".`,
+			AllowedValues: []any{state.AuthSchemeRaw, state.AuthSchemeBearer},
 		},
 		"organization_id": {
 			Type:        framework.TypeString,
 			Description: "The organization for roles that name none.",
 		},
 		"request_timeout": {
-			Type:        framework.TypeInt,
-			Description: "The budget of one token request in seconds, from its receipt, retries and storage included: 1s to 60s, default 20s.",
+			Type: framework.TypeInt,
+			Description: "The budget of one token request in seconds, from its receipt, retries and storage included: " +
+				"1s to 60s, default 20s.",
 		},
 		"ca_cert": {
-			Type:         framework.TypeString,
-			Description:  "PEM certificates to trust in addition to the system's, for an egress proxy that inspects TLS: certificates only, at most 64 KiB. Changing it needs refresh_key in the same request.",
+			Type: framework.TypeString,
+			Description: "PEM certificates to trust in addition to the system's, for an egress proxy that inspects TLS: " +
+				"certificates only, at most 64 KiB. Changing it needs refresh_key in the same request.",
 			DisplayAttrs: &framework.DisplayAttributes{Name: "CA certificates", EditType: "textarea"},
 		},
 		"disabled": {
@@ -231,178 +124,296 @@ func configResponseFields() map[string]*framework.FieldSchema {
 	}
 }
 
+// configResponseData returns every field but the refresh key.
+func configResponseData(c *state.Config) map[string]any {
+	return map[string]any{
+		"token_url":              c.TokenURL,
+		"auth_scheme":            c.AuthScheme,
+		"organization_id":        c.OrganizationID,
+		"request_timeout":        int(c.RequestTimeout / time.Second),
+		"ca_cert":                c.CACert,
+		"disabled":               c.Disabled,
+		"refresh_key_version":    c.RefreshKeyVersion,
+		"refresh_key_updated_at": outcome.Time(c.RefreshKeyUpdatedAt),
+	}
+}
+
 // pathConfigRead handles GET config.
-func (b *backend) pathConfigRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	cfg, err := getConfig(ctx, req.Storage)
-	if cfg == nil || err != nil {
+func (b *backend) pathConfigRead(ctx context.Context, r *request) (*logical.Response, error) {
+	c, err := state.ReadConfig(ctx, r.Storage)
+	if c == nil || err != nil {
 		return nil, err // Vault answers nil with 404
 	}
-	return &logical.Response{Data: cfg.toResponseData()}, nil
+	return &logical.Response{Data: configResponseData(c)}, nil
 }
 
-// pathConfigWrite handles POST and PATCH config. The merged result is
-// judged, verified if that is requested, stored, and only then used.
-func (b *backend) pathConfigWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	resp, err := b.writeConfig(ctx, req, d.Raw)
-	if err != nil {
-		return classify(err).respond()
-	}
-	return resp, nil
-}
-
-// writeConfig is pathConfigWrite before its errors are given a status.
-func (b *backend) writeConfig(ctx context.Context, req *logical.Request, in input) (*logical.Response, error) {
+// pathConfigWrite handles POST and PATCH config. The merged entry is verified if that
+// is requested, stored, and only then used.
+func (b *backend) pathConfigWrite(ctx context.Context, r *request) (*logical.Response, error) {
 	resp := new(logical.Response)
+	var trial string
 	var verified []byte
-	if in.has("verify_role") {
-		// NOTE: no lock is held over a call to Cable. A write in the meantime wins.
-		warning, stored, err := b.verifyConfig(ctx, req, in)
-		if err != nil {
+	if r.in.Has("verify_role") {
+		// NOTE: no lock is held during a call to Cable. A write in the meantime wins.
+		var err error
+		if trial, verified, err = b.verify(ctx, r); err != nil {
 			return nil, err
 		}
-		resp.AddWarning(warning)
-		verified = stored
+		resp.AddWarning(trial)
 	}
-
-	unlock, err := b.cache.writes.lock(ctx, configStoragePath)
+	entry, err := b.state.Lock(ctx, r.Storage, state.ConfigKey)
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	before, next, stored, err := mergeConfig(ctx, req, in)
+	defer entry.Unlock()
+	stored, err := entry.Read(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if in.has("verify_role") && !bytes.Equal(stored, verified) {
-		return nil, refusal("config was changed meanwhile, by another request while verify_role was minting: nothing was stored by this one, read config and write again; " + resp.Warnings[0])
+	before, next, err := mergeConfig(stored, r)
+	if err != nil {
+		return nil, err
 	}
-	raw, err := next.encode()
+	if trial != "" && !bytes.Equal(stored, verified) {
+		return nil, outcome.Refuse("config was changed meanwhile: another request wrote it while verify_role was minting, "+
+			"so nothing was stored; read config, then write again; %s", trial)
+	}
+	raw, err := next.Encode()
 	if err != nil {
 		return nil, errors.New("encoding the configuration failed")
 	}
-	err = b.cache.write(ctx, configStoragePath, before.narrowedBy(next), func() error {
-		return req.Storage.Put(ctx, &logical.StorageEntry{Key: configStoragePath, Value: raw})
-	})
-	if err != nil {
-		if in.has("verify_role") {
-			b.telemetry.requestLog(req).Warn("config not stored, but verify_role had already minted a token", "detail", resp.Warnings[0])
-		}
+	if err := entry.Write(ctx, raw, before.NarrowedBy(next)); err != nil {
+		b.report.WriteFailed(r.source(), err, trial)
 		return nil, err
 	}
-	b.telemetry.requestLog(req).Info("config written", "refresh_key_version", next.RefreshKeyVersion, "disabled", next.Disabled)
-	b.telemetry.events.sendConfig(req, eventConfigWrite, next.RefreshKeyVersion)
-	if in["disabled"] == true {
-		resp.AddWarning("the mount is disabled: no token is minted until disabled=false is written. " + tokensValidUntil(time.Now(), maxLifetime))
+	b.report.ConfigWritten(r.source(), next)
+	if r.in["disabled"] == true {
+		resp.AddWarning("the mount is disabled: no token is minted until disabled=false is written; " +
+			tokensValidUntil(time.Now(), lifetime.Max))
 	}
 	if to := sentTo(next); to != "" {
 		resp.AddWarning("token_url is not Cable's default: the refresh key is sent" + to)
 	}
 	if u, err := cable.ParseTokenURL(next.TokenURL); err == nil && strings.Trim(u.Path, "/") == "" {
-		resp.AddWarning("token_url has no path: it is used as it is, and Cable's endpoint has one, as in " + cable.DefaultTokenURL)
+		resp.AddWarning("token_url has no path: it is used as it is, but Cable's endpoint has one, as in " +
+			cable.DefaultTokenURL)
 	}
-	if len(resp.Warnings) == 0 {
-		return nil, nil
-	}
-	return resp, nil
+	return orNoContent(resp), nil
 }
 
-// mergeConfig reads the stored entry and lays the write over it. It also
-// returns the stored bytes, to tell whether they have changed since.
-func mergeConfig(ctx context.Context, req *logical.Request, in input) (before, next *configEntry, stored []byte, err error) {
-	isPatch := req.Operation == logical.PatchOperation
-	entry, err := getEntry(ctx, req.Storage, configStoragePath)
+// orNoContent returns a response with warnings, or else none, which is a 204.
+func orNoContent(resp *logical.Response) *logical.Response {
+	if len(resp.Warnings) == 0 {
+		return nil
+	}
+	return resp
+}
+
+// mergeConfig decodes the stored entry, nil if there is none, and lays a write over
+// it. It refuses what the write must not change; the rest of the entry may come from
+// another version of the engine, and is not judged.
+func mergeConfig(stored []byte, r *request) (before, next *state.Config, err error) {
+	if before, err = state.DecodeConfig(stored); err != nil {
+		return nil, nil, err
+	}
+	isPatch := r.Operation == logical.PatchOperation
+	next = state.NewConfig()
+	switch {
+	case before != nil:
+		*next = *before
+	case isPatch:
+		return nil, nil, outcome.Refuse("config is not written yet: write refresh_key to config first")
+	}
+	key, hasKey := r.in.Text("refresh_key")
+	changes, err := r.in.Changes(configResponseData(next), func(name string, value any) bool {
+		// A patch with null removes organization_id; with a key, a blank removes ca_cert.
+		return name == "organization_id" && isPatch && value == nil || name == "ca_cert"
+	})
 	switch {
 	case err != nil:
-		return nil, nil, nil, err
-	case entry != nil:
-		stored = entry.Value
-		if before, err = decodeConfig(stored); err != nil {
-			return nil, nil, nil, err
+		return nil, nil, err
+	case hasKey:
+		if err := checkRefreshKey(key); err != nil {
+			return nil, nil, err
 		}
-	case isPatch:
-		return nil, nil, nil, refusal("config is not written yet: write refresh_key to config first")
+		if err := checkDestination(next, r.in); err != nil {
+			return nil, nil, err
+		}
+		if next.RefreshKey.Reveal() != key {
+			next.RefreshKey = cable.NewSecret(key)
+			next.RefreshKeyVersion++
+			next.RefreshKeyUpdatedAt = time.Now().UTC().Truncate(time.Second)
+		}
+	case before == nil:
+		return nil, nil, outcome.Refuse("refresh_key is missing: the first write of config needs it")
+	case changes.Has("token_url"), changes.Has("ca_cert"):
+		// URL and key: changing token_url or ca_cert needs the key.
+		return nil, nil, outcome.Refuse("changing token_url or ca_cert needs refresh_key in the same request: " +
+			"permission to edit the configuration is not permission to send the key to another host")
 	}
-	next, err = before.merge(in, isPatch, time.Now())
-	return before, next, stored, err
+	return before, next, changeConfig(next, changes)
 }
 
-// verifyConfig mints one token of the shortest lifetime with settings that are
-// not stored yet, and drops it. It returns the warning that says so, and what
-// was stored before.
-func (b *backend) verifyConfig(ctx context.Context, req *logical.Request, in input) (warning string, stored []byte, err error) {
-	r := &tokenReport{req: req, received: receivedAt(ctx), verify: true}
-	r.generation, _ = b.cache.now()
-	_, next, stored, err := mergeConfig(ctx, req, in)
-	if err != nil {
-		return "", nil, err
+// checkDestination refuses a refresh key that is written without naming its
+// destination, unless that is the default. Another person may have changed the
+// destination, with a made-up key, to receive this one.
+func checkDestination(c *state.Config, in fields.Input) error {
+	const needs = "writing refresh_key needs %s in the same request, because the stored value is not the default%s: " +
+		"read config, then name the value that you trust, or %s"
+	if c.TokenURL != cable.DefaultTokenURL && !in.Has("token_url") {
+		return outcome.Refuse(needs, "token_url", " (the key would go"+sentTo(c)+")", "token_url="+cable.DefaultTokenURL)
 	}
-	r.role, _ = in.text("verify_role")
-	if err := checkRoleName(r.role); err != nil {
-		return "", nil, refusal("verify_role: " + err.Error())
+	if c.CACert != "" && !in.Has("ca_cert") {
+		return outcome.Refuse(needs, "ca_cert", "", `ca_cert="" for none`)
 	}
-	readCtx, cancel := r.withBudget(ctx, next.timeout())
-	defer cancel()
-	role, err := getRole(readCtx, req.Storage, r.role)
-	if err != nil {
-		return "", nil, err
-	}
-	if role == nil {
-		return "", nil, refusal(fmt.Sprintf("verify_role %s does not exist: nothing was stored, write the role first or leave verify_role out", show(nameShape, r.role)))
-	}
-	r.roleExists = true
-	// A key that is written is not compared with the stored one, not even by its
-	// pause: that would let somebody test guesses of it.
-	var pause *cable.Pause
-	if !in.has("refresh_key") {
-		pause = b.cache.inheritedPause(next)
-	}
-	trial, err := b.cache.newLive(next, pause, nil)
-	if err != nil {
-		return "", nil, refusal(err.Error())
-	}
-	defer trial.client.Close()
-	r.minted, err = b.mintWith(ctx, r, settings{trial, role}, tokenParams{hasTTL: true, ttl: minLifetime}, func() error {
-		if !b.cache.isCurrent(r.generation) {
-			return refusal("config or a role was changed meanwhile: write again")
+	return nil
+}
+
+// changeConfig lays the changes over the entry, and judges each.
+func changeConfig(c *state.Config, changes fields.Input) error {
+	if v, ok := changes.Text("token_url"); ok {
+		if _, err := cable.ParseTokenURL(v); err != nil {
+			return outcome.Refusal(err.Error())
 		}
-		return nil
-	})
-	m, err := b.ended(r, err)
+		c.TokenURL = v
+	}
+	if v, ok := changes.Text("ca_cert"); ok {
+		c.CACert = ""
+		if v != "" {
+			if err := cable.CheckCACert(v); err != nil {
+				return outcome.Refusal(err.Error())
+			}
+			c.CACert, _ = changes["ca_cert"].(string) // as it was written
+		}
+	}
+	if v, ok := changes.Text("auth_scheme"); ok {
+		if v != state.AuthSchemeRaw && v != state.AuthSchemeBearer {
+			return outcome.Refuse("auth_scheme is %s: write %q or %q",
+				fields.Word.Quote(v), state.AuthSchemeRaw, state.AuthSchemeBearer)
+		}
+		c.AuthScheme = v
+	}
+	if v, ok := changes.Text("organization_id"); ok {
+		if err := fields.CheckOrganization(v); err != nil {
+			return err
+		}
+		c.OrganizationID = v // null removes organization_id
+	}
+	if v, ok := changes.Duration("request_timeout"); ok {
+		if v < state.MinRequestTimeout || v > state.MaxRequestTimeout {
+			return outcome.Refuse("request_timeout is %s: write %s to %s", lifetime.Format(v),
+				lifetime.Format(state.MinRequestTimeout), lifetime.Format(state.MaxRequestTimeout))
+		}
+		c.RequestTimeout = v
+	}
+	if v, ok := changes["disabled"].(bool); ok {
+		c.Disabled = v
+	}
+	return nil
+}
+
+// checkRefreshKey refuses a key that an HTTP header cannot carry. Its errors never
+// quote the key.
+func checkRefreshKey(key string) error {
+	isQuoted := len(key) > 1 && key[0] == key[len(key)-1] && strings.ContainsAny(key[:1], "\"'`")
+	switch {
+	case strings.HasPrefix(key, "\ufeff"), strings.HasPrefix(key, "\ufffd"), strings.Contains(key, "\x00"):
+		return outcome.Refuse("refresh_key begins with a byte order mark, or is UTF-16: save the file as plain UTF-8")
+	case isQuoted:
+		return outcome.Refuse("refresh_key is in quotes: write the key alone")
+	case strings.HasPrefix(key, "Bearer "):
+		return outcome.Refuse(`refresh_key must be the key alone, without "Bearer ": write auth_scheme=bearer instead`)
+	case len(key) > fields.MaxRefreshKey:
+		return outcome.Refuse("refresh_key is %d bytes long: at most %d are allowed", len(key), fields.MaxRefreshKey)
+	}
+	for _, c := range []byte(key) {
+		if c <= ' ' || c >= 0x7f {
+			return outcome.Refuse("refresh_key must not contain white space, control characters or non-ASCII characters")
+		}
+	}
+	return nil
+}
+
+// verify mints a token of the shortest lifetime with settings that are not stored yet,
+// and drops it. It returns the warning that says so, and the bytes that were stored
+// before.
+func (b *backend) verify(ctx context.Context, r *request) (warning string, stored []byte, err error) {
+	stored, err = state.Read(ctx, r.Storage, state.ConfigKey)
 	if err != nil {
-		f := classify(err)
+		return "", nil, err
+	}
+	_, next, err := mergeConfig(stored, r)
+	if err != nil {
+		return "", nil, err
+	}
+	trial := *r
+	trial.role, _ = r.in.Text("verify_role")
+	if err := fields.CheckRoleName(trial.role); err != nil {
+		return "", nil, outcome.Refuse("verify_role: %s", err)
+	}
+	readCtx, cancel := state.WithBudget(ctx, r.received, next.RequestTimeout)
+	defer cancel()
+	a := attempt{kind: report.Trial, role: trial.role}
+	if a.set, err = b.state.RoleSettings(readCtx, r.Storage, a.role); err != nil {
+		return "", nil, err
+	}
+	if a.set.Role == nil {
+		return "", nil, outcome.Refuse("verify_role %s does not exist: nothing was stored, "+
+			"write the role first or leave verify_role out", fields.RoleName.Quote(a.role))
+	}
+	// NOTE: a submitted key never inherits the stored key's pause, because that would
+	// reveal whether the two are equal.
+	var pause *cable.Pause
+	if !r.in.Has("refresh_key") {
+		pause = b.state.InheritedPause(next)
+	}
+	live, err := state.NewLive(next, pause, nil)
+	if err != nil {
+		return "", nil, outcome.Refusal(err.Error())
+	}
+	defer live.Client.Close()
+	a.set.Config = live
+	if err = checkSettings(a.role, a.set); err == nil {
+		a.requested, _, err = b.narrow(ctx, &trial, a.set, params{hasTTL: true, ttl: lifetime.Min})
+	}
+	if err == nil {
+		a.token, err = b.mintOne(ctx, &a, r.received, func() error { return nil })
+	}
+	if errors.Is(err, outcome.ErrChanged) {
+		err = outcome.Refuse("config or the role was changed meanwhile by another request: write again")
+	}
+	if err := b.ended(r.source(), r.received, a, err); err != nil {
+		f := outcome.Classify(err)
 		where := ""
 		if to := sentTo(next); to != "" {
 			where = "; the refresh key goes" + to
 		}
-		f.message = fmt.Sprintf("verify_role %q failed and nothing was stored%s: %s", r.role, where, f.message)
+		f.Message = fmt.Sprintf("verify_role %q failed and nothing was stored%s: %s", a.role, where, f.Message)
 		return "", nil, f
 	}
-	return fmt.Sprintf("verify_role %q: Cable minted a token with these settings. It was dropped; it cannot be revoked and is valid until %s.",
-		r.role, m.expiresAt()), stored, nil
+	return fmt.Sprintf("verify_role %q: Cable minted a token with these settings; "+
+		"it was dropped, cannot be revoked, and is valid until %s", a.role, a.token.ExpiresAt()), stored, nil
 }
 
 // pathConfigDelete handles DELETE config.
-func (b *backend) pathConfigDelete(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	unlock, err := b.cache.writes.lock(ctx, configStoragePath)
+func (b *backend) pathConfigDelete(ctx context.Context, r *request) (*logical.Response, error) {
+	entry, err := b.state.Lock(ctx, r.Storage, state.ConfigKey)
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	entry, err := getEntry(ctx, req.Storage, configStoragePath)
-	if err != nil {
+	defer entry.Unlock()
+	stored, err := entry.Read(ctx)
+	if err != nil || stored == nil && entry.IsCertain() {
 		return nil, err
 	}
-	if entry == nil && b.cache.isCertain(configStoragePath) {
-		return nil, nil
-	}
-	err = b.cache.write(ctx, configStoragePath, true, func() error { return req.Storage.Delete(ctx, configStoragePath) })
-	if err != nil {
+	if err := entry.Write(ctx, nil, stored != nil); err != nil {
+		b.report.WriteFailed(r.source(), err, "")
 		return nil, err
 	}
-	b.telemetry.requestLog(req).Info("config deleted")
-	b.telemetry.events.sendConfig(req, eventConfigDelete, 0)
+	b.report.ConfigDeleted(r.source())
 	resp := new(logical.Response)
-	resp.AddWarning("the configuration is deleted: no token is minted until config is written again. " + tokensValidUntil(time.Now(), maxLifetime))
+	resp.AddWarning("the configuration is deleted: no token is minted until config is written again; " +
+		tokensValidUntil(time.Now(), lifetime.Max))
 	return resp, nil
 }
 

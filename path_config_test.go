@@ -20,6 +20,8 @@ import (
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
 func TestConfigDefaults(t *testing.T) {
@@ -44,7 +46,7 @@ func TestConfigDefaults(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
-	cfg, err := getConfig(t.Context(), m.storage)
+	cfg, err := state.ReadConfig(t.Context(), m.storage)
 	if err != nil || cfg.RefreshKey.Reveal() != m.sim.RefreshKey() {
 		t.Error("the key was not stored, or not trimmed")
 	}
@@ -84,7 +86,7 @@ func TestConfigPartialWrite(t *testing.T) {
 		if got := m.read("config")["refresh_key_version"]; got != 2 {
 			t.Errorf("refresh_key_version %v, want 2", got)
 		}
-		if got, err := getConfig(t.Context(), m.storage); err != nil || got.RefreshKey.Reveal() != "another-key" {
+		if got, err := state.ReadConfig(t.Context(), m.storage); err != nil || got.RefreshKey.Reveal() != "another-key" {
 			t.Error("the new key was not stored")
 		}
 	}
@@ -92,12 +94,21 @@ func TestConfigPartialWrite(t *testing.T) {
 
 // TestConfigRefusals pins that bad input is a 400, says what is allowed, and
 // changes nothing in storage or memory.
+func (m *testMount) live() *state.Live {
+	m.Helper()
+	live, err := m.b.state.Config(m.Context(), m.storage)
+	if err != nil {
+		m.Fatal(err)
+	}
+	return live
+}
+
 func TestConfigRefusals(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	key := m.sim.RefreshKey()
 	m.read("creds/ci")
-	before, current := m.read("config"), m.b.cache.live
+	before, current := m.read("config"), m.live()
 	for _, tt := range []struct {
 		data map[string]any
 		says string
@@ -111,8 +122,13 @@ func TestConfigRefusals(t *testing.T) {
 		{map[string]any{"refresh_key": true}, "refresh_key must be a string, not a boolean"},
 		{map[string]any{"refresh_key": key + " " + key}, "must not contain white space"},
 		{map[string]any{"refresh_key": key + "\n" + key}, "must not contain white space"},
-		{map[string]any{"refresh_key": key + "\x00"}, "must not contain white space, control"},
-		{map[string]any{"refresh_key": "\ufeff" + key}, "printable ASCII"},
+		{map[string]any{"refresh_key": key + "\x00"}, "UTF-16"},
+		{map[string]any{"refresh_key": "\ufeff" + key}, "byte order mark"},
+		{map[string]any{"refresh_key": "\ufffd\ufffdr\x00k\x00"}, "UTF-16"}, // as Vault's CLI sends such a file
+		{map[string]any{"refresh_key": `"` + key + `"`}, "in quotes"},
+		{map[string]any{"refresh_key": "'" + key + "'"}, "in quotes"},
+		{map[string]any{"refresh_key": key + "\x7f"}, "must not contain white space, control"},
+		{map[string]any{"refresh_key": key + "\u00e9"}, "non-ASCII"},
 		{map[string]any{"refresh_key": "Bearer " + key}, "auth_scheme=bearer"},
 		{map[string]any{"refresh_key": strings.Repeat(key, 300)}, "at most 8192"},
 		{map[string]any{"token_url": "https://elsewhere.example/v2/auth/token"}, "needs refresh_key in the same request"},
@@ -162,7 +178,7 @@ func TestConfigRefusals(t *testing.T) {
 	if diff := cmp.Diff(before, m.read("config")); diff != "" {
 		t.Error(diff)
 	}
-	if m.b.cache.live != current {
+	if m.live() != current {
 		t.Error("the configuration in use was replaced")
 	}
 	if n := m.sim.CallCount(); n != 1 {
@@ -233,7 +249,7 @@ func TestVerifyRole(t *testing.T) {
 	before := m.read("config")
 
 	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"},
-		`verify_role "ci" failed and nothing was stored`, "cable responded 401", "auth_scheme=bearer")
+		`verify_role "ci" failed and nothing was stored`, "Cable responded 401", "auth_scheme=bearer")
 	m.sim.SetFault(cabletest.Fault{Status: 503, Times: 1})
 	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"}, "nothing was stored", "503")
 	m.sim.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}})
@@ -341,7 +357,7 @@ func FuzzStoredConfig(f *testing.F) {
 	f.Add([]byte(`{"refresh_key":["REFRESHKEYCANARY"]}`))
 	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY","request_timeout":"REFRESHKEYCANARY"}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		cfg, err := decodeConfig(raw)
+		cfg, err := state.DecodeConfig(raw)
 		if err != nil {
 			if strings.Contains(err.Error(), cabletest.RefreshKeyMarker) {
 				t.Errorf("the error holds the key: %v", err)
@@ -351,11 +367,11 @@ func FuzzStoredConfig(f *testing.F) {
 		if cfg.RefreshKey.IsZero() {
 			t.Error("accepted without a key")
 		}
-		stored, err := cfg.encode()
+		stored, err := cfg.Encode()
 		if err != nil {
 			return // a year that RFC 3339 cannot write
 		}
-		again, err := decodeConfig(stored)
+		again, err := state.DecodeConfig(stored)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -377,11 +393,11 @@ func FuzzStoredConfig(f *testing.F) {
 // key means the defaults.
 func TestStoredConfigDefaults(t *testing.T) {
 	t.Parallel()
-	cfg, err := decodeConfig([]byte(`{"refresh_key":"k","of_a_later_version":true}`))
+	cfg, err := state.DecodeConfig([]byte(`{"refresh_key":"k","of_a_later_version":true}`))
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := newConfigEntry()
+	want := state.NewConfig()
 	want.RefreshKey = cable.NewSecret("k")
 	if diff := diffJSON(want, cfg); diff != "" {
 		t.Error(diff)
@@ -394,10 +410,10 @@ func TestRefreshKeyRoundTrip(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
 	rapid.Check(t, func(rt *rapid.T) {
-		key := rapid.StringMatching(`[!-~]{1,200}`).Draw(rt, "key")
+		key := "k" + rapid.StringMatching(`[!-~]{0,200}`).Draw(rt, "key")
 		around := rapid.SampledFrom([]string{"", "\n", " ", "\r\n\t"}).Draw(rt, "around")
 		m.write("config", map[string]any{"refresh_key": around + key + around})
-		cfg, err := getConfig(t.Context(), m.storage)
+		cfg, err := state.ReadConfig(t.Context(), m.storage)
 		if err != nil || cfg.RefreshKey.Reveal() != key {
 			rt.Fatalf("not stored as written: %v", err)
 		}
@@ -414,7 +430,7 @@ func TestKeyAndDestination(t *testing.T) {
 	pem, otherPEM := cabletest.NewTLSServer(t, nil).CA, strings.Repeat(cabletest.NewTLSServer(t, nil).CA, 2)
 	rapid.Check(t, func(rt *rapid.T) {
 		const hosts = 3
-		var stored *configEntry
+		var stored []byte
 		named := map[string]map[string]bool{"token_url": {cable.DefaultTokenURL: true}, "ca_cert": {"": true}}
 		for range rapid.IntRange(1, 12).Draw(rt, "writes") {
 			knows := rapid.Bool().Draw(rt, "knows the key")
@@ -422,7 +438,7 @@ func TestKeyAndDestination(t *testing.T) {
 				stored = nil
 				continue
 			}
-			in := input{}
+			in := fields.Input{}
 			if knows || rapid.Bool().Draw(rt, "with a key") {
 				key := "made-up-" + rapid.StringMatching(`[a-z]{3}`).Draw(rt, "made up")
 				if knows {
@@ -458,7 +474,8 @@ func TestKeyAndDestination(t *testing.T) {
 					}
 				}
 			}
-			next, err := stored.merge(in, rapid.Bool().Draw(rt, "patch"), time.Now())
+			op := rapid.SampledFrom([]logical.Operation{logical.UpdateOperation, logical.PatchOperation}).Draw(rt, "op")
+			_, next, err := mergeConfig(stored, &request{Request: &logical.Request{Operation: op}, in: in})
 			if err != nil {
 				continue // nothing is sent, nothing stored
 			}
@@ -467,7 +484,9 @@ func TestKeyAndDestination(t *testing.T) {
 				rt.Fatalf("the key goes to %s under %d bytes of roots: %v", next.TokenURL, len(next.CACert), in)
 			}
 			if rapid.Bool().Draw(rt, "not only tried") {
-				stored = next
+				if stored, err = next.Encode(); err != nil {
+					rt.Fatal(err)
+				}
 			}
 		}
 	})
@@ -531,11 +550,11 @@ func TestWriteNamesTheHost(t *testing.T) {
 func TestDisableAlone(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.putConfig(&configEntry{
-		RefreshKey: cable.NewSecret("a key"), TokenURL: "gopher://x y", AuthScheme: "basic", RequestTimeout: 3600,
+	m.putConfig(&state.Config{
+		RefreshKey: cable.NewSecret("a key"), TokenURL: "gopher://x y", AuthScheme: "basic", RequestTimeout: time.Hour,
 		CACert: "nonsense", OrganizationID: strings.Repeat("o o", 100),
 	})
-	m.putRole("ci", &roleEntry{Scopes: []string{"a b", strings.Repeat("c", 200)}, TTL: 7, MaxTTL: 5, OrganizationID: "o o"})
+	m.putRole("ci", &state.Role{Scopes: []string{"a b", strings.Repeat("c", 200)}, TTL: 7 * time.Second, MaxTTL: 5 * time.Second, OrganizationID: "o o"})
 	m.b.InvalidateKey(t.Context(), "config")
 	m.b.InvalidateKey(t.Context(), "roles/ci")
 	for _, op := range []logical.Operation{logical.UpdateOperation, logical.PatchOperation} {

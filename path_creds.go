@@ -10,14 +10,18 @@ import (
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
 )
 
 func (b *backend) pathCreds() *framework.Path {
 	operation := func(summary, suffix string) *framework.PathOperation {
 		return &framework.PathOperation{
-			Callback:     b.pathCredsRead,
-			Summary:      summary,
-			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationVerb: "generate", OperationSuffix: suffix},
+			Callback: b.handle(b.pathCredsRead),
+			Summary:  summary,
+			DisplayAttrs: &framework.DisplayAttributes{
+				OperationPrefix: operationPrefix, OperationVerb: "generate", OperationSuffix: suffix,
+			},
 			Responses: map[int][]framework.Response{
 				http.StatusOK: {{Description: "The access token, as a leased secret", Fields: credsResponseFields()}},
 			},
@@ -35,9 +39,10 @@ func (b *backend) pathCreds() *framework.Path {
 				Required:    true,
 			},
 			"ttl": {
-				Type:        framework.TypeDurationSecond,
-				Description: "A lifetime other than the role's, in seconds or as a duration: 300s or more; capped at the role's and the mount's maximum.",
-				Query:       true,
+				Type: framework.TypeDurationSecond,
+				Description: "A lifetime other than the role's, in seconds or as a duration: 300s or more; " +
+					"capped at the role's and the mount's maximum.",
+				Query: true,
 			},
 			"scopes": {
 				Type:        framework.TypeCommaStringSlice,
@@ -73,34 +78,27 @@ func credsResponseFields() map[string]*framework.FieldSchema {
 }
 
 // pathCredsRead handles GET and POST creds/<name>.
-func (b *backend) pathCredsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	r := &tokenReport{req: req, received: receivedAt(ctx), role: d.Get("name").(string)}
-	params, err := parseTokenParams(r.role, d.Raw)
-	var m *mintedToken
-	if err == nil {
-		m, err = b.mint(ctx, r, params)
-	} else {
-		m, err = b.ended(r, err)
+func (b *backend) pathCredsRead(ctx context.Context, r *request) (*logical.Response, error) {
+	if err := r.in.RefuseBlanks(); err != nil {
+		return nil, err // malformed, so it is not counted as a token request
 	}
+	token, err := b.mint(ctx, r)
 	if err != nil {
-		return classify(err).respond()
+		return nil, err
 	}
-	return b.leased(r.role, m), nil
+	return b.leased(r.role, token), nil
 }
 
-// parseTokenParams reads the caller's parameters, or refuses them or the role's
-// name.
-func parseTokenParams(role string, in input) (params tokenParams, err error) {
-	if err := checkRoleName(role); err != nil {
-		return params, err
+// parseParams reads the caller's parameters, or refuses them or the role's name.
+func parseParams(r *request) (p params, err error) {
+	if err := fields.CheckRoleName(r.role); err != nil {
+		return p, err
 	}
-	if v, ok := in["ttl"].(int); ok {
-		params.hasTTL, params.ttl = true, int64(v)
+	p.ttl, p.hasTTL = r.in.Duration("ttl")
+	if v, ok := r.in["scopes"].([]string); ok {
+		p.scopes, err = fields.ParseScopes(v)
 	}
-	if v, ok := in["scopes"].([]string); ok {
-		params.scopes, err = parseScopes(v)
-	}
-	return params, err
+	return p, err
 }
 
 const credsHelp = `

@@ -20,6 +20,9 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/lifetime"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
 func ptr[T any](v T) *T { return &v }
@@ -149,7 +152,7 @@ func FuzzNarrowing(f *testing.F) {
 	for _, s := range []string{`{}`, `{"scopes":"a:x"}`, `{"scopes":["a:x","b:x,c:x"]}`, `{"scopes":null}`, `{"scopes":""}`, `{"scopes":{"a:x":1}}`, `{"ttl":"5m","scopes":[["a:x"]]}`, `{"scopes":"d:x"}`, `{"ttl":-1}`, `{"ttl":1e300,"scopes":"a:x\u0000"}`} {
 		f.Add([]byte(s))
 	}
-	role := &roleEntry{OrganizationID: "org", Scopes: []string{"a:x", "b:x", "c:x"}, MaxTTL: 7200}
+	role := &state.Role{OrganizationID: "org", Scopes: []string{"a:x", "b:x", "c:x"}, MaxTTL: 2 * time.Hour}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		var data map[string]any
 		if json.Unmarshal(body, &data) != nil {
@@ -157,32 +160,36 @@ func FuzzNarrowing(f *testing.F) {
 		}
 		b := newBackend()
 		path := b.pathCreds()
-		if err := b.Setup(t.Context(), &logical.BackendConfig{System: &logical.StaticSystemView{MaxLeaseTTLVal: 24 * time.Hour, DefaultLeaseTTLVal: time.Hour}}); err != nil {
+		if err := b.Setup(t.Context(), &logical.BackendConfig{System: &logical.StaticSystemView{
+			MaxLeaseTTLVal: 24 * time.Hour, DefaultLeaseTTLVal: time.Hour,
+		}}); err != nil {
 			t.Fatal(err)
 		}
-		ask := func(op logical.Operation) {
-			parsed, err := parseRequest(path, &logical.Request{Operation: op, Data: data})
+		set := state.Settings{Config: &state.Live{Config: state.NewConfig()}, Role: role}
+		narrow := func(op logical.Operation) {
+			parsed, err := fields.Parse(path, &logical.Request{Operation: op, Data: data})
+			if err != nil || fields.Input(parsed).RefuseBlanks() != nil {
+				return
+			}
+			r := &request{role: "ci", in: parsed, received: time.Now()}
+			p, err := parseParams(r)
 			if err != nil {
 				return
 			}
-			params, err := parseTokenParams("ci", parsed)
+			requested, _, err := b.narrow(t.Context(), r, set, p)
 			if err != nil {
 				return
 			}
-			r := &tokenReport{role: "ci", received: time.Now()}
-			asked, _, err := b.resolve(t.Context(), r, settings{&liveConfig{configEntry: newConfigEntry()}, role}, params)
-			if err != nil {
-				return
+			if len(requested.Scopes) == 0 || len(fields.Without(requested.Scopes, role.Scopes)) > 0 ||
+				!slices.IsSorted(requested.Scopes) {
+				t.Errorf("%s: requests %q", body, requested.Scopes)
 			}
-			if len(asked.Scopes) == 0 || len(without(asked.Scopes, role.Scopes)) > 0 || !slices.IsSorted(asked.Scopes) {
-				t.Errorf("%s: asks for %q", body, asked.Scopes)
-			}
-			if asked.OrganizationID != "org" || asked.Lifetime < 300*time.Second || asked.Lifetime > 7200*time.Second {
-				t.Errorf("%s: asks for %+v", body, asked)
+			if requested.OrganizationID != "org" || requested.Lifetime < lifetime.Min || requested.Lifetime > role.MaxTTL {
+				t.Errorf("%s: requests %+v", body, requested)
 			}
 		}
-		ask(logical.ReadOperation)
-		ask(logical.UpdateOperation)
+		narrow(logical.ReadOperation)
+		narrow(logical.UpdateOperation)
 	})
 }
 
@@ -192,12 +199,12 @@ func TestCredsGrants(t *testing.T) {
 	t.Parallel()
 	scopes := func(s ...string) cabletest.Grant { return cabletest.Grant{Scopes: &s} }
 	for _, tt := range []struct {
-		name        string
-		fault       cabletest.Fault
-		refused     string   // a part of the 502, or "" if the token is returned
-		scopes      []string // nil: as asked
-		warning     []string
-		maxLifetime int64 // the lease at most; 0: an hour
+		name    string
+		fault   cabletest.Fault
+		refused string   // a part of the 502, or "" if the token is returned
+		scopes  []string // nil: as asked
+		warning []string
+		longest int64 // the lease at most; 0: an hour
 	}{
 		{name: "another organization", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("org_other")}}, refused: `organization "org_other" instead of`},
 		{name: "no organization", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("")}}, refused: `organization "" instead of`},
@@ -211,7 +218,7 @@ func TestCredsGrants(t *testing.T) {
 		{name: "no scopes in the answer", fault: cabletest.Fault{Grant: &cabletest.Grant{OmitScopes: true}}},
 		{name: "longer by more than a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(2 * time.Hour)}}, warning: []string{"granted 7200s instead of the requested 3600s", "is valid until"}},
 		{name: "longer by a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(time.Hour + time.Minute)}}},
-		{name: "shorter", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(10 * time.Second)}}, maxLifetime: 10},
+		{name: "shorter", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(10 * time.Second)}}, longest: 10},
 		{name: "past", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(-time.Second)}}, refused: "its expiry is not in the future"},
 		{name: "over at once", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(time.Duration(0))}}, refused: "its expiry is not in the future"},
 		{name: "clock ahead", fault: cabletest.Fault{ClockSkew: 5 * time.Hour}},
@@ -224,7 +231,7 @@ func TestCredsGrants(t *testing.T) {
 			m := newConfiguredMount(t)
 			m.sim.SetFault(tt.fault)
 			if tt.refused != "" {
-				m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "cable's response was refused", tt.refused)
+				m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "Cable's response was refused", tt.refused)
 				if m.sim.CallCount() != 1 {
 					t.Errorf("Cable was called %d times", m.sim.CallCount())
 				}
@@ -243,7 +250,7 @@ func TestCredsGrants(t *testing.T) {
 			} else if tt.warning != nil {
 				m.wantWarning(resp.Warnings, tt.warning...)
 			}
-			longest := tt.maxLifetime
+			longest := tt.longest
 			if longest == 0 {
 				longest = 3600
 			}
@@ -325,12 +332,12 @@ func TestCredsErrors(t *testing.T) {
 		says   []string
 		calls  int
 	}{
-		{"400", envelope(400), 400, []string{"cable responded 400: cable says why: scopes.scopes: a field's fault", "roles/ci"}, 1},
-		{"401", envelope(401), 400, []string{"cable responded 401", "auth_scheme=raw", "auth_scheme=bearer", "refresh_key"}, 1},
-		{"403", envelope(403), 400, []string{"cable responded 403", "roles/ci"}, 1},
-		{"404", envelope(404), 400, []string{"cable responded 404", "token_url"}, 1},
-		{"429", envelope(429), 429, []string{"cable responded 429", "no API call for another 5s"}, 1},
-		{"500", envelope(500), 502, []string{"cable responded 500: cable says why", "Cable may have issued a token that was not delivered, valid until"}, 1},
+		{"400", envelope(400), 400, []string{"Cable responded 400: cable says why: scopes.scopes: a field's fault", "roles/ci"}, 1},
+		{"401", envelope(401), 400, []string{"Cable responded 401", "auth_scheme=raw", "auth_scheme=bearer", "refresh_key"}, 1},
+		{"403", envelope(403), 400, []string{"Cable responded 403", "roles/ci"}, 1},
+		{"404", envelope(404), 400, []string{"Cable responded 404", "token_url"}, 1},
+		{"429", envelope(429), 429, []string{"Cable responded 429", "no API call for another 5s"}, 1},
+		{"500", envelope(500), 502, []string{"Cable responded 500: cable says why", "Cable may have issued a token that was not delivered, valid until"}, 1},
 		{"slow", cabletest.Fault{Delay: time.Minute}, 504, []string{"did not respond in time", "budget of 1s", "Cable may have issued a token that was not delivered, valid until"}, 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -534,8 +541,8 @@ func BenchmarkCredsReuse(b *testing.B) {
 }
 
 func benchmarkCredsRead(b *testing.B, m *testMount) {
-	m.b.telemetry.events.off.Store(true)       // as on Vault Community
-	m.b.telemetry.logger = hclog.NewNullLogger // as at level info
+	m.env = nil // as on Vault Community
+	m.logger.SetLevel(hclog.Info)
 	read := func() {
 		resp, err := m.b.HandleRequest(b.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
 		if err != nil || resp.IsError() {

@@ -15,6 +15,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/expfmt"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/report"
 )
 
 func (b *backend) pathMetrics() *framework.Path {
@@ -24,7 +26,7 @@ func (b *backend) pathMetrics() *framework.Path {
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "metrics"},
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.pathMetricsRead,
+				Callback: b.handle(b.pathMetricsRead),
 				// A standby mints nothing; and behind one address, figures of two
 				// nodes would jump.
 				ForwardPerformanceStandby: true,
@@ -42,24 +44,21 @@ func (b *backend) pathMetrics() *framework.Path {
 	}
 }
 
-// pathMetricsRead handles GET metrics. The response is not JSON: Vault passes
-// the body through.
-func (b *backend) pathMetricsRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	gatherers := prometheus.Gatherers{b.telemetry.metrics.registry}
+// pathMetricsRead handles GET metrics. The response is not JSON, and Vault passes the
+// body through.
+func (b *backend) pathMetricsRead(ctx context.Context, r *request) (*logical.Response, error) {
+	gatherers := prometheus.Gatherers{b.report.Metrics()}
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
-	live, err := b.cache.config(ctx, req.Storage)
-	if err != nil {
-		// The other figures are worth having all the more.
-		b.telemetry.requestLog(req).Warn("serving metrics without configuration gauges: configuration could not be read", "detail", err.Error())
-	} else {
-		var config configMetrics
-		if live != nil {
-			config = configMetrics{live.configEntry, time.Now().Add(live.client.Pause().Remaining())}
-		}
-		gauges := prometheus.NewRegistry()
-		gauges.MustRegister(config)
-		gatherers = append(gatherers, gauges)
+	live, err := b.state.Config(ctx, r.Storage)
+	switch {
+	case err != nil: // the other figures are worth having all the more
+		b.report.NoConfigGauges(r.source(), err)
+	case live == nil:
+		gatherers = append(gatherers, report.ConfigMetrics(nil, time.Time{}))
+	default:
+		gatherers = append(gatherers,
+			report.ConfigMetrics(live.Config, time.Now().Add(live.Client.Pause().Remaining())))
 	}
 	families, err := gatherers.Gather()
 	if err != nil {

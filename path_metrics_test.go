@@ -25,6 +25,9 @@ import (
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/report"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
@@ -81,7 +84,7 @@ func TestMetricsLint(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, p := range problems {
-		if strings.HasPrefix(p.Metric, metricsNamespace) {
+		if strings.HasPrefix(p.Metric, "vault_cable") {
 			t.Errorf("%s: %s", p.Metric, p.Text)
 		}
 	}
@@ -126,7 +129,7 @@ func TestMetricsMove(t *testing.T) {
 		{`api_calls_total{code="401"}`, func() { fault(cabletest.Fault{Status: 401}); mint() }, up},
 		{`api_calls_total{code="4xx"}`, func() { fault(cabletest.Fault{Status: 418}); mint() }, up},
 		{`api_calls_total{code="5xx"}`, func() { fault(cabletest.Fault{Status: 599}); mint() }, up},
-		{`api_calls_total{code="other"}`, func() { m.b.telemetry.metrics.apiCallEnded(cable.Call{StatusCode: 1200}) }, up}, // as HTTP/2 can
+		{`api_calls_total{code="other"}`, func() { m.b.report.APICallEnded(cable.Call{StatusCode: 999}) }, up},
 		{`api_calls_total{code="none"}`, func() { fault(cabletest.Fault{Reset: cabletest.ResetAfter}); mint() }, up},
 		{"api_call_duration_seconds_count", good, up},
 		{"api_call_duration_seconds_sum", good, moved},
@@ -192,14 +195,14 @@ func TestMetricsMove(t *testing.T) {
 		before := m.figures()
 		s.do()
 		after := m.figures()
-		series := metricsNamespace + "_" + s.series
+		series := "vault_cable" + "_" + s.series
 		if !s.want(after[series], before[series]) {
 			t.Errorf("%s: %v, and %v before", series, after[series], before[series])
 		}
 		covered[strings.TrimSuffix(strings.TrimSuffix(strings.SplitN(series, "{", 2)[0], "_count"), "_sum")] = true
 	}
 	for name := range m.families() {
-		if strings.HasPrefix(name, metricsNamespace) && !covered[name] {
+		if strings.HasPrefix(name, "vault_cable") && !covered[name] {
 			t.Errorf("no case makes %s move", name)
 		}
 	}
@@ -223,16 +226,18 @@ func (m *testMount) revoke(role string) {
 }
 
 // reportOf is a token request for a role that exists.
-func reportOf(role string, o outcome) *tokenReport {
-	r := &tokenReport{role: role, roleExists: true}
-	if o != outcomeMinted {
-		r.failure = &failure{outcome: o}
+func reportOf(role string, o outcome.Outcome) report.TokenRequest {
+	r := report.TokenRequest{Role: role, RoleExists: true, RoleIsCurrent: true}
+	if o == outcome.Minted {
+		r.Token = &outcome.Token{Token: new(cable.Token)}
+	} else {
+		r.Failure = &outcome.Failure{Outcome: o}
 	}
 	return r
 }
 
-// always says that a generation is current.
-func always(uint64) bool { return true }
+// maxMeteredRoles is the number of roles that have series, as docs/reference.md says.
+const maxMeteredRoles = 1000
 
 // waitUntil polls until done returns true.
 func (m *testMount) waitUntil(done func() bool) {
@@ -250,12 +255,14 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	for i := range 3 * maxMeteredRoles {
-		m.b.telemetry.metrics.tokenRequests.WithLabelValues(m.b.telemetry.metrics.roleLabel(&tokenReport{role: fmt.Sprintf("made-up-%d", i)}, always), string(outcomeInvalidRequest)).Inc()
+		r := reportOf(fmt.Sprintf("made-up-%d", i), outcome.InvalidRequest)
+		r.RoleExists = false
+		m.b.report.TokenRequestEnded(r)
 	}
 	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/made-up", nil)
 	m.read("creds/ci")
 	series := func() (roles []string) {
-		for _, metric := range m.families()[metricsNamespace+"_token_requests_total"].GetMetric() {
+		for _, metric := range m.families()["vault_cable"+"_token_requests_total"].GetMetric() {
 			for _, l := range metric.GetLabel() {
 				if l.GetName() == "role" {
 					roles = append(roles, l.GetValue())
@@ -265,20 +272,20 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 		slices.Sort(roles)
 		return roles
 	}
-	if got := series(); !slices.Equal(got, []string{unknownRole, "ci"}) {
+	if got := series(); !slices.Equal(got, []string{"(unknown)", "ci"}) {
 		t.Errorf("series for the roles %q", got)
 	}
 	for i := range 3 * maxMeteredRoles {
-		m.b.telemetry.metrics.tokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), outcomeMinted), 0, always)
+		m.b.report.TokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), outcome.Minted))
 	}
-	if got := series(); len(got) != maxMeteredRoles+2 || !slices.Contains(got, otherRoles) {
+	if got := series(); len(got) != maxMeteredRoles+2 || !slices.Contains(got, "(other)") {
 		t.Errorf("%d series of %d roles, want one for each of the first %d, for the others, and for the unknown", len(got), 3*maxMeteredRoles, maxMeteredRoles)
 	}
 	m.ok(logical.DeleteOperation, "roles/ci", nil)
 	if slices.Contains(series(), "ci") {
 		t.Error("the series of a deleted role are still there")
 	}
-	m.b.telemetry.metrics.tokenRequestEnded(reportOf("new", outcomeMinted), 0, always)
+	m.b.report.TokenRequestEnded(reportOf("new", outcome.Minted))
 	if !slices.Contains(series(), "new") {
 		t.Error("a deleted role still takes a place")
 	}
@@ -296,7 +303,7 @@ func TestMetricsWithoutStorage(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
-	m.b.InvalidateKey(t.Context(), configStoragePath)
+	m.b.InvalidateKey(t.Context(), state.ConfigKey)
 	m.storage.Underlying().FailGet(true)
 	figures := m.figures()
 	if _, ok := figures["vault_cable_configured"]; ok {
@@ -325,8 +332,8 @@ func BenchmarkMetricsRead(b *testing.B) {
 		b.Run(fmt.Sprintf("%d roles", roles), func(b *testing.B) {
 			m := newConfiguredMount(b)
 			for i := range roles {
-				for _, o := range []outcome{outcomeMinted, outcomeInvalidRequest, outcomeCableError} {
-					m.b.telemetry.metrics.tokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), o), 0, always)
+				for _, o := range []outcome.Outcome{outcome.Minted, outcome.InvalidRequest, outcome.CableError} {
+					m.b.report.TokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), o))
 				}
 			}
 			b.ReportAllocs()
@@ -362,8 +369,10 @@ func TestMetricSlotsOfDeletedRoles(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if n := len(m.b.telemetry.metrics.roles); n != 0 {
-		t.Errorf("%d places are taken by roles that were deleted", n)
+	for series := range m.figures() {
+		if strings.HasPrefix(series, "vault_cable_token_requests_total") && !strings.Contains(series, "(") {
+			t.Errorf("a role that was deleted has a series: %s", series)
+		}
 	}
 	m.read("creds/ci")
 	if n := m.figures()[`vault_cable_token_requests_total{outcome="minted",role="ci"}`]; n != 1 {

@@ -13,110 +13,12 @@ import (
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/lifetime"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
-
-// toResponseData returns the role as it was written.
-func (r *roleEntry) toResponseData() map[string]any {
-	return map[string]any{
-		"organization_id": r.OrganizationID,
-		"scopes":          r.Scopes,
-		"ttl":             r.TTL,
-		"max_ttl":         r.MaxTTL,
-		"reuse_for":       r.ReuseFor,
-		"disabled":        r.Disabled,
-	}
-}
-
-// validUntil says until when tokens of the role may be valid that exist by now.
-func (r *roleEntry) validUntil(now time.Time) string {
-	return tokensValidUntil(now, max(r.maxLifetime(), r.EarlierUntil-now.Unix()))
-}
-
-// merge returns the role with a write laid over it, or a refusal. The role
-// itself stays as it is; a nil role is one that was never written. Only what
-// changes is judged: the rest may come from another version of the engine.
-func (r *roleEntry) merge(in input, isPatch bool, now time.Time) (*roleEntry, error) {
-	next := new(roleEntry)
-	if r != nil {
-		*next = *r
-	}
-	changes, err := in.changed(next.toResponseData(), func(name string, value any) bool {
-		return name == "organization_id" && isPatch && value == nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	if v, ok := changes.text("organization_id"); ok {
-		if err := checkWord(v, maxOrganizationID); err != nil {
-			return nil, refusal("organization_id " + err.Error())
-		}
-		next.OrganizationID = v
-	}
-	if v, ok := changes["scopes"].([]string); ok {
-		if next.Scopes, err = parseScopes(v); err != nil {
-			return nil, err
-		}
-	} else if r == nil {
-		return nil, refusal(`scopes is missing: name at least one, such as "transactions:read"`)
-	}
-	for _, field := range []struct {
-		name string
-		ttl  *int64
-	}{{"ttl", &next.TTL}, {"max_ttl", &next.MaxTTL}} {
-		if v, ok := changes[field.name].(int); ok {
-			*field.ttl = int64(v)
-			if v != 0 && (*field.ttl < minLifetime || *field.ttl > maxLifetime) {
-				return nil, refusal(fmt.Sprintf("%s is %s: Cable's tokens are valid for %ds to %ds; write one of those, or 0 for the default", field.name, showSeconds(*field.ttl), minLifetime, maxLifetime))
-			}
-		}
-	}
-	if (changes.has("ttl") || changes.has("max_ttl")) && next.TTL > next.maxLifetime() {
-		return nil, refusal(fmt.Sprintf("ttl of %ds is above max_ttl of %ds: lower ttl or raise max_ttl", next.TTL, next.maxLifetime()))
-	}
-	if v, ok := changes["reuse_for"].(int); ok {
-		next.ReuseFor = int64(v)
-	}
-	if (changes.has("reuse_for") || changes.has("ttl")) && next.ReuseFor > next.TTL/2 {
-		return nil, refusal(fmt.Sprintf("reuse_for of %s needs a ttl of at least twice that, and ttl is %ds (0: not set): lower reuse_for or set ttl", showSeconds(next.ReuseFor), next.TTL))
-	}
-	if v, ok := changes["disabled"].(bool); ok {
-		next.Disabled = v
-	}
-	if r != nil && next.maxLifetime() < r.maxLifetime() {
-		next.EarlierUntil = max(r.EarlierUntil, now.Unix()+r.maxLifetime())
-	}
-	return next, nil
-}
-
-// scopesOfReference are the scopes that Cable's reference names. The API has
-// more resources, so another scope may be valid.
-func scopesOfReference() []string {
-	return []string{
-		"customer_sar:read", "customer_sar:write", "person:read", "person:write",
-		"transactions:delete", "transactions:read", "transactions:write",
-	}
-}
-
-// scopeWarnings describes the scopes that look mistyped. They are stored all the
-// same: Cable's list is not closed.
-func scopeWarnings(scopes []string) []string {
-	var shape, unknown, warnings []string
-	for _, s := range scopes {
-		resource, action, ok := strings.Cut(s, ":")
-		if !ok || resource == "" || action == "" || strings.Contains(action, ":") {
-			shape = append(shape, s)
-		} else if !slices.Contains(scopesOfReference(), s) {
-			unknown = append(unknown, s)
-		}
-	}
-	if len(shape) > 0 {
-		warnings = append(warnings, "scopes that are not of the form resource:action were stored: "+showScopes(shape))
-	}
-	if len(unknown) > 0 {
-		warnings = append(warnings, "scopes that Cable's reference does not name were stored, and Cable may reject them: "+showScopes(unknown))
-	}
-	return warnings
-}
 
 func (b *backend) pathRolesList() *framework.Path {
 	return &framework.Path{
@@ -136,7 +38,7 @@ func (b *backend) pathRolesList() *framework.Path {
 		},
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ListOperation: &framework.PathOperation{
-				Callback: b.pathRolesListNames,
+				Callback: b.handle(b.pathRolesListNames),
 				Summary:  "List the names of the roles, in order.",
 				Responses: map[int][]framework.Response{
 					http.StatusOK: {{Description: "The names", Fields: map[string]*framework.FieldSchema{
@@ -153,7 +55,7 @@ func (b *backend) pathRolesList() *framework.Path {
 func (b *backend) pathRoles() *framework.Path {
 	write := func(summary string) *framework.PathOperation {
 		return forwarded(&framework.PathOperation{
-			Callback: b.pathRolesWrite,
+			Callback: b.handle(b.pathRolesWrite),
 			Summary:  summary,
 			Responses: map[int][]framework.Response{
 				http.StatusOK:        {{Description: "Stored, with warnings"}},
@@ -177,7 +79,7 @@ func (b *backend) pathRoles() *framework.Path {
 		ExistenceCheck: b.pathRolesExists,
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.pathRolesRead,
+				Callback: b.handle(b.pathRolesRead),
 				Summary:  "Read a role.",
 				Responses: map[int][]framework.Response{
 					http.StatusOK: {{Description: "The role", Fields: roleResponseFields()}},
@@ -187,7 +89,7 @@ func (b *backend) pathRoles() *framework.Path {
 			logical.UpdateOperation: write("Change some fields of a role."),
 			logical.PatchOperation:  write("Change some fields of an existing role; null removes organization_id."),
 			logical.DeleteOperation: forwarded(&framework.PathOperation{
-				Callback: b.pathRolesDelete,
+				Callback: b.handle(b.pathRolesDelete),
 				Summary:  "Delete a role.",
 				Responses: map[int][]framework.Response{
 					http.StatusOK:        {{Description: "Deleted, with a warning"}},
@@ -208,20 +110,24 @@ func roleResponseFields() map[string]*framework.FieldSchema {
 			Description: "The organization that tokens are for; config's if not set.",
 		},
 		"scopes": {
-			Type:        framework.TypeCommaStringSlice,
-			Description: "The scopes of tokens, of the form resource:action, separated by commas or as a JSON array. Required at first.",
+			Type: framework.TypeCommaStringSlice,
+			Description: "The scopes of tokens, of the form resource:action, separated by commas or as a " +
+				"JSON array. Required in the first write.",
 		},
 		"ttl": {
-			Type:        framework.TypeInt,
-			Description: "The lifetime of a token in seconds, if the request names none: 300s to 86400s; 0 for the default: the mount's default_lease_ttl or one hour, whichever is less.",
+			Type: framework.TypeInt,
+			Description: "The lifetime of a token in seconds, if the request names none: 300s to 86400s; " +
+				"0 for the default: the mount's default_lease_ttl or one hour, whichever is less.",
 		},
 		"max_ttl": {
-			Type:        framework.TypeInt,
-			Description: "The longest lifetime of a token in seconds: 300s to 86400s; 0 for 24 hours. The mount's max_lease_ttl caps it.",
+			Type: framework.TypeInt,
+			Description: "The longest lifetime of a token in seconds: 300s to 86400s; 0 for 24 hours. The " +
+				"mount's max_lease_ttl caps it.",
 		},
 		"reuse_for": {
-			Type:        framework.TypeInt,
-			Description: "For how long, in seconds, reads without parameters share a token: at most half of ttl, which must be set; 0 (the default): each read mints.",
+			Type: framework.TypeInt,
+			Description: "For how long, in seconds, reads without parameters share a token: at most half " +
+				"of ttl, which must be set; 0 (the default): each read mints.",
 		},
 		"disabled": {
 			Type:        framework.TypeBool,
@@ -230,172 +136,285 @@ func roleResponseFields() map[string]*framework.FieldSchema {
 	}
 }
 
-// pathRolesExists tells create from update, for policies. It does not decode
-// the entry: an error here would deny the write without a reason.
+// roleResponseData returns the role as it was written.
+func roleResponseData(role *state.Role) map[string]any {
+	return map[string]any{
+		"organization_id": role.OrganizationID,
+		"scopes":          role.Scopes,
+		"ttl":             int64(role.TTL / time.Second),
+		"max_ttl":         int64(role.MaxTTL / time.Second),
+		"reuse_for":       int64(role.ReuseFor / time.Second),
+		"disabled":        role.Disabled,
+	}
+}
+
+// pathRolesExists tells create from update, for policies. It does not decode the
+// entry, because an error here would deny the write without a reason.
 func (b *backend) pathRolesExists(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
-	if checkRoleName(d.Get("name").(string)) != nil {
+	name := d.Get("name").(string)
+	if fields.CheckRoleName(name) != nil {
 		return false, nil // the write will say so
 	}
-	entry, err := getEntry(ctx, req.Storage, rolesStoragePrefix+d.Get("name").(string))
-	return entry != nil, err
+	stored, err := state.Read(ctx, req.Storage, state.RoleKey(name))
+	return stored != nil, err
 }
 
 // pathRolesRead handles GET roles/<name>.
-func (b *backend) pathRolesRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	name := d.Get("name").(string)
-	if err := checkRoleName(name); err != nil {
-		return classify(err).respond()
+func (b *backend) pathRolesRead(ctx context.Context, r *request) (*logical.Response, error) {
+	if err := fields.CheckRoleName(r.role); err != nil {
+		return nil, err
 	}
-	role, err := getRole(ctx, req.Storage, name)
+	role, err := state.ReadRole(ctx, r.Storage, r.role)
 	if role == nil || err != nil {
 		return nil, err // Vault answers nil with 404
 	}
-	return &logical.Response{Data: role.toResponseData()}, nil
+	return &logical.Response{Data: roleResponseData(role)}, nil
 }
 
 // pathRolesWrite handles POST and PATCH roles/<name>.
-func (b *backend) pathRolesWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	resp, err := b.writeRole(ctx, req, d.Get("name").(string), d.Raw)
-	if err != nil {
-		return classify(err).respond()
-	}
-	return resp, nil
-}
-
-// writeRole is pathRolesWrite before its errors are given a status.
-func (b *backend) writeRole(ctx context.Context, req *logical.Request, name string, in input) (*logical.Response, error) {
-	if err := checkRoleName(name); err != nil {
+func (b *backend) pathRolesWrite(ctx context.Context, r *request) (*logical.Response, error) {
+	if err := fields.CheckRoleName(r.role); err != nil {
 		return nil, err
 	}
-	unlock, err := b.cache.writes.lock(ctx, rolesStoragePrefix+name)
+	entry, err := b.state.Lock(ctx, r.Storage, state.RoleKey(r.role))
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	role, err := getRole(ctx, req.Storage, name)
+	defer entry.Unlock()
+	stored, err := entry.Read(ctx)
 	if err != nil {
 		return nil, err
 	}
-	// NOTE: Vault asked whether the role exists before the lock was held, and
-	// checked the caller's policy for the one or the other.
-	switch {
-	case role == nil && req.Operation == logical.PatchOperation:
-		return nil, noSuchRole(name)
-	case role == nil && req.Operation == logical.UpdateOperation, role != nil && req.Operation == logical.CreateOperation:
-		return nil, refusal(fmt.Sprintf("role %s was changed meanwhile by another request, and nothing was stored by this one: write again", show(nameShape, name)))
+	// NOTE: Vault read whether the role exists before the lock was held, and chose the
+	// create or the update capability by the answer, which may be outdated. A policy
+	// with create alone can never change a role.
+	switch op := r.Operation; {
+	case stored == nil && op == logical.PatchOperation:
+		return nil, noSuchRole(r.role)
+	case stored == nil && op == logical.UpdateOperation, stored != nil && op == logical.CreateOperation:
+		return nil, outcome.Refuse("role %s was changed meanwhile by another request, so nothing was stored: write again",
+			fields.RoleName.Quote(r.role))
 	}
-	next, err := role.merge(in, req.Operation == logical.PatchOperation, time.Now())
+	before, next, err := mergeRole(stored, r)
 	if err != nil {
 		return nil, err
 	}
-	entry, err := logical.StorageEntryJSON(rolesStoragePrefix+name, next)
+	raw, err := next.Encode()
 	if err != nil {
 		return nil, fmt.Errorf("encoding the role: %w", err)
 	}
-	err = b.cache.write(ctx, entry.Key, role.narrowedBy(next), func() error { return req.Storage.Put(ctx, entry) })
-	if err != nil {
+	if err := entry.Write(ctx, raw, before.NarrowedBy(next)); err != nil {
+		b.report.WriteFailed(r.source(), err, "")
 		return nil, err
 	}
-	b.telemetry.requestLog(req).Info("role written", "role", name, "organization", shown(orgShape, next.OrganizationID), "disabled", next.Disabled)
-	b.telemetry.events.sendRole(req, eventRoleWrite, name, next)
+	b.report.RoleWritten(r.source(), r.role, next)
 	resp := new(logical.Response)
-	if in.has("scopes") {
+	if r.in.Has("scopes") {
 		resp.Warnings = scopeWarnings(next.Scopes)
 	}
-	if role != nil && role.OrganizationID != "" && next.OrganizationID == "" {
-		resp.AddWarning("organization_id is removed: token requests use " + b.fallbackOrganization(ctx, req.Storage))
+	if before != nil && before.OrganizationID != "" && next.OrganizationID == "" {
+		resp.AddWarning(fallbackOrganization(ctx, r.Storage))
 	}
-	if in["disabled"] == true {
-		resp.AddWarning("the role is disabled: no token is minted for it until disabled=false is written. " + next.validUntil(time.Now()))
+	if r.in["disabled"] == true {
+		resp.AddWarning("the role is disabled: no token is minted for it until disabled=false is written; " +
+			roleTokensValidUntil(next))
 	}
-	if len(resp.Warnings) == 0 {
-		return nil, nil
-	}
-	return resp, nil
+	return orNoContent(resp), nil
 }
 
-// fallbackOrganization says which organization roles without one use.
-func (b *backend) fallbackOrganization(ctx context.Context, s logical.Storage) string {
-	config, err := getConfig(ctx, s)
+// mergeRole decodes the stored role, nil if there is none, and lays a write over it.
+// It judges what the write changes; the rest may come from another version of the
+// engine.
+func mergeRole(stored []byte, r *request) (before, next *state.Role, err error) {
+	if before, err = state.DecodeRole(r.role, stored); err != nil {
+		return nil, nil, err
+	}
+	next = new(state.Role)
+	if before != nil {
+		*next = *before
+	}
+	changes, err := r.in.Changes(roleResponseData(next), func(name string, value any) bool {
+		// A patch with null removes organization_id.
+		return name == "organization_id" && r.Operation == logical.PatchOperation && value == nil
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	if v, ok := changes.Text("organization_id"); ok {
+		if err := fields.CheckOrganization(v); err != nil {
+			return nil, nil, err
+		}
+		next.OrganizationID = v // null removes organization_id
+	}
+	if v, ok := changes["scopes"].([]string); ok {
+		if next.Scopes, err = fields.ParseScopes(v); err != nil {
+			return nil, nil, err
+		}
+	} else if before == nil {
+		return nil, nil, outcome.Refuse(`scopes is missing: name at least one, such as "transactions:read"`)
+	}
+	if v, ok := changes["disabled"].(bool); ok {
+		next.Disabled = v
+	}
+	if err := changeLifetimes(next, changes); err != nil {
+		return nil, nil, err
+	}
+	if before != nil && next.MaxLifetime() < before.MaxLifetime() {
+		next.EarlierUntil = max(before.EarlierUntil, time.Now().Add(before.MaxLifetime()).Unix())
+	}
+	return before, next, nil
+}
+
+// changeLifetimes lays the changes of lifetimes over a role, and judges them.
+func changeLifetimes(role *state.Role, changes fields.Input) error {
+	for _, field := range []struct {
+		name  string
+		value *time.Duration
+	}{{"ttl", &role.TTL}, {"max_ttl", &role.MaxTTL}} {
+		v, ok := changes.Duration(field.name)
+		if !ok {
+			continue
+		}
+		if v != 0 && (v < lifetime.Min || v > lifetime.Max) {
+			return outcome.Refuse("%s is %s: Cable's tokens are valid for %s to %s; write one of those, or 0 for the default",
+				field.name, lifetime.Format(v), lifetime.Format(lifetime.Min), lifetime.Format(lifetime.Max))
+		}
+		*field.value = v
+	}
+	if (changes.Has("ttl") || changes.Has("max_ttl")) && role.TTL > role.MaxLifetime() {
+		return outcome.Refuse("ttl of %s is above max_ttl of %s: lower ttl or raise max_ttl",
+			lifetime.Format(role.TTL), lifetime.Format(role.MaxLifetime()))
+	}
+	if v, ok := changes.Duration("reuse_for"); ok {
+		role.ReuseFor = v
+	}
+	if (changes.Has("reuse_for") || changes.Has("ttl")) && role.ReuseFor > role.TTL/2 {
+		ttl := "is " + lifetime.Format(role.TTL)
+		if role.TTL == 0 {
+			ttl = "is not set"
+		}
+		return outcome.Refuse("reuse_for of %s needs a ttl of at least twice that, and ttl %s: lower reuse_for or set ttl",
+			lifetime.Format(role.ReuseFor), ttl)
+	}
+	return nil
+}
+
+// scopesOfReference are the scopes that Cable's reference names. The API has
+// more resources, so another scope may be valid.
+func scopesOfReference() []string {
+	return []string{
+		"customer_sar:read", "customer_sar:write", "person:read", "person:write",
+		"transactions:delete", "transactions:read", "transactions:write",
+	}
+}
+
+// scopeWarnings describes the scopes that look mistyped. They are stored all the same,
+// because Cable's list is not closed.
+func scopeWarnings(scopes []string) []string {
+	var shape, unknown, warnings []string
+	for _, s := range scopes {
+		resource, action, ok := strings.Cut(s, ":")
+		if !ok || resource == "" || action == "" || strings.Contains(action, ":") {
+			shape = append(shape, s)
+		} else if !slices.Contains(scopesOfReference(), s) {
+			unknown = append(unknown, s)
+		}
+	}
+	if len(shape) > 0 {
+		warnings = append(warnings,
+			"scopes that are not of the form resource:action were stored: "+fields.Scope.QuoteAll(shape))
+	}
+	if len(unknown) > 0 {
+		warnings = append(warnings,
+			"scopes that Cable's reference does not name were stored, and Cable may reject them: "+fields.Scope.QuoteAll(unknown))
+	}
+	return warnings
+}
+
+// fallbackOrganization says which organization a role uses whose own was removed.
+func fallbackOrganization(ctx context.Context, s logical.Storage) string {
+	c, err := state.ReadConfig(ctx, s)
 	switch {
 	case err != nil:
-		return "config's, which could not be read"
-	case config == nil || config.OrganizationID == "":
-		return "config's, which names none: they are refused until one of the two does"
+		return "organization_id is removed: token requests use config's, which could not be read"
+	case c == nil || c.OrganizationID == "":
+		return "organization_id is removed, and config has none: token requests are refused until the role or config " +
+			"names one"
 	default:
-		return "config's, " + show(orgShape, config.OrganizationID)
+		return "organization_id is removed: token requests use config's, " + fields.Organization.Quote(c.OrganizationID)
 	}
+}
+
+// roleTokensValidUntil says until when the role's existing tokens may be valid.
+func roleTokensValidUntil(role *state.Role) string {
+	now := time.Now()
+	return tokensValidUntil(now, max(role.MaxLifetime(), time.Unix(role.EarlierUntil, 0).Sub(now)))
+}
+
+// noSuchRole is the refusal for a role that does not exist.
+func noSuchRole(name string) error {
+	quoted := fields.RoleName.Quote(name)
+	path := "roles/"
+	if fields.RoleName.Redact(name) == name {
+		path += name
+	}
+	return outcome.Refuse("role %s does not exist: write it to %s", quoted, path)
 }
 
 // pathRolesDelete handles DELETE roles/<name>.
-func (b *backend) pathRolesDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	name := d.Get("name").(string)
-	if err := checkRoleName(name); err != nil {
-		return classify(err).respond()
+func (b *backend) pathRolesDelete(ctx context.Context, r *request) (*logical.Response, error) {
+	if err := fields.CheckRoleName(r.role); err != nil {
+		return nil, err
 	}
-	key := rolesStoragePrefix + name
-	unlock, err := b.cache.writes.lock(ctx, key)
-	if err != nil {
-		return classify(err).respond()
-	}
-	defer unlock()
-	entry, err := getEntry(ctx, req.Storage, key)
+	entry, err := b.state.Lock(ctx, r.Storage, state.RoleKey(r.role))
 	if err != nil {
 		return nil, err
 	}
-	role := new(roleEntry)
-	if entry != nil {
-		if role, err = decodeRole(name, entry.Value); err != nil {
-			role = new(roleEntry) // it cannot be read, but it can be deleted
-		}
-	} else if b.cache.isCertain(key) {
-		return nil, nil
-	}
-	err = b.cache.write(ctx, key, true, func() error { return req.Storage.Delete(ctx, key) })
-	if err != nil {
+	defer entry.Unlock()
+	stored, err := entry.Read(ctx)
+	if err != nil || stored == nil && entry.IsCertain() {
 		return nil, err
 	}
-	b.telemetry.requestLog(req).Info("role deleted", "role", name)
-	b.telemetry.metrics.roleDropped(name)
-	b.telemetry.events.sendRole(req, eventRoleDelete, name, nil)
+	role, err := state.DecodeRole(r.role, stored)
+	if role == nil || err != nil {
+		role = new(state.Role) // a role that cannot be read can be deleted
+	}
+	if err := entry.Write(ctx, nil, stored != nil); err != nil {
+		b.report.WriteFailed(r.source(), err, "")
+		return nil, err
+	}
+	b.report.RoleDeleted(r.source(), r.role)
 	resp := new(logical.Response)
-	resp.AddWarning(fmt.Sprintf("role %q is deleted: no token is minted for it any more. %s", name, role.validUntil(time.Now())))
+	resp.AddWarning(fmt.Sprintf("role %q is deleted: no token is minted for it any more; %s",
+		r.role, roleTokensValidUntil(role)))
 	return resp, nil
 }
 
 // pathRolesListNames handles LIST roles.
-func (b *backend) pathRolesListNames(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	names, err := listRoles(ctx, req.Storage)
+func (b *backend) pathRolesListNames(ctx context.Context, r *request) (*logical.Response, error) {
+	if value, ok := r.in["limit"]; ok {
+		if err := (fields.Input{"limit": value}).RefuseBlanks(); err != nil {
+			return nil, err
+		}
+	}
+	names, err := state.RoleNames(ctx, r.Storage)
 	if err != nil {
 		return nil, err
 	}
-	if after := d.Get("after").(string); after != "" {
+	if after, _ := r.in.Text("after"); after != "" {
 		i, found := slices.BinarySearch(names, after)
 		if found {
 			i++
 		}
 		names = names[i:]
 	}
-	if v, ok := d.GetOk("limit"); ok {
-		limit := v.(int)
+	if limit, ok := r.in["limit"].(int); ok {
 		if limit < 1 {
-			return classify(refusal(fmt.Sprintf("limit is %d: write 1 or more, or leave it out for all", limit))).respond()
+			return nil, outcome.Refuse("limit is %d: write 1 or more, or leave it out for all", limit)
 		}
 		names = names[:min(limit, len(names))]
 	}
 	return logical.ListResponse(names), nil
-}
-
-// checkRoleName refuses names that no role can have: Vault's pattern for names
-// sets no length, and lets through what Vault's storage then refuses.
-func checkRoleName(name string) error {
-	if len(name) > maxRoleName {
-		return refusal(fmt.Sprintf("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName))
-	}
-	if strings.Contains(name, "..") {
-		return refusal(fmt.Sprintf(`the role's name %s must not contain "..": use single dots`, show(nameShape, name)))
-	}
-	return nil
 }
 
 const rolesListHelp = `

@@ -4,7 +4,6 @@
 package cablesecrets
 
 import (
-	"encoding/json"
 	"fmt"
 	"math"
 	"net/http"
@@ -15,8 +14,13 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/hashicorp/vault/sdk/logical"
 	"pgregory.net/rapid"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/lifetime"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
 func TestRoleWrite(t *testing.T) {
@@ -262,11 +266,11 @@ func TestParseScopes(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		in := rapid.SliceOf(rapid.OneOf(rapid.StringMatching(`[a-z]{1,4}:[a-z]{1,4}`), rapid.String())).Draw(rt, "in")
-		got, err := parseScopes(in)
+		got, err := fields.ParseScopes(in)
 		if err != nil {
 			return
 		}
-		if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) || len(got) > maxScopes {
+		if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) || len(got) > 64 {
 			rt.Fatalf("not normal: %q", got)
 		}
 		for _, s := range got {
@@ -274,7 +278,7 @@ func TestParseScopes(t *testing.T) {
 				rt.Fatalf("%q is not of %q", s, in)
 			}
 		}
-		again, err := parseScopes(got)
+		again, err := fields.ParseScopes(got)
 		if diff := cmp.Diff(got, again); diff != "" || err != nil {
 			rt.Fatalf("not stable: %s %v", diff, err)
 		}
@@ -290,33 +294,35 @@ func FuzzRoleEntry(f *testing.F) {
 	f.Add(" , ", "o o", 299, 86401, false, []byte(`{"scopes":7}`))
 	f.Add("a:b", "org", -1, math.MaxInt, false, []byte(`{"ttl":1e99}`))
 	f.Fuzz(func(t *testing.T, scopes, org string, ttl, maxTTL int, disabled bool, stored []byte) {
-		if role, err := decodeRole("r", stored); err == nil {
-			_ = role.toResponseData()
-			_ = role.validUntil(time.Now())
+		if role, err := state.DecodeRole("r", stored); err == nil {
+			_ = roleResponseData(role)
+			_ = roleTokensValidUntil(role)
 		}
 		path := newBackend().pathRoles()
 		raw := map[string]any{"scopes": scopes, "ttl": ttl, "max_ttl": maxTTL, "disabled": disabled}
 		if org != "" {
 			raw["organization_id"] = org
 		}
-		data, err := parseRequest(path, &logical.Request{Operation: logical.UpdateOperation, Data: raw})
+		data, err := fields.Parse(path, &logical.Request{Operation: logical.UpdateOperation, Data: raw})
 		if err != nil {
 			return
 		}
-		role, err := (*roleEntry)(nil).merge(data, false, time.Now())
+		_, role, err := mergeRole(nil, &request{
+			Request: &logical.Request{Operation: logical.UpdateOperation}, role: "r", in: data,
+		})
 		if err != nil {
 			return
 		}
-		if len(role.Scopes) == 0 || role.TTL > role.maxLifetime() || role.maxLifetime() > maxLifetime ||
-			role.TTL != 0 && role.TTL < minLifetime || role.MaxTTL != 0 && role.MaxTTL < minLifetime {
+		if len(role.Scopes) == 0 || role.TTL > role.MaxLifetime() || role.MaxLifetime() > lifetime.Max ||
+			role.TTL != 0 && role.TTL < lifetime.Min || role.MaxTTL != 0 && role.MaxTTL < lifetime.Min {
 			t.Errorf("accepted %+v", role)
 		}
-		entry, err := json.Marshal(role)
+		entry, err := role.Encode()
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := decodeRole("r", entry)
-		if diff := cmp.Diff(role, again); diff != "" || err != nil {
+		again, err := state.DecodeRole("r", entry)
+		if diff := cmp.Diff(role, again, cmpopts.IgnoreUnexported(state.Role{})); diff != "" || err != nil {
 			t.Errorf("%s %v", diff, err)
 		}
 	})

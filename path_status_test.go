@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
@@ -92,7 +93,7 @@ func TestStatusWithoutStorage(t *testing.T) {
 	if resp.Data["configured"] != true {
 		t.Errorf("a broken role hides the configuration: %v", resp.Data)
 	}
-	m.b.InvalidateKey(t.Context(), configStoragePath)
+	m.b.InvalidateKey(t.Context(), state.ConfigKey)
 	m.storage.Underlying().FailGet(true)
 	m.storage.Underlying().FailList(true)
 	resp = m.ok(logical.ReadOperation, "status", nil)
@@ -142,14 +143,14 @@ func TestVerifyIsNoMint(t *testing.T) {
 	m.ok(logical.UpdateOperation, "config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "verify_role": "ci"})
 	after := m.figures()
 	for series, value := range before {
-		if strings.HasPrefix(series, metricsNamespace) && !strings.Contains(series, "refresh_key_updated") && !strings.Contains(series, "events") && after[series] != value {
+		if strings.HasPrefix(series, "vault_cable") && !strings.Contains(series, "refresh_key_updated") && !strings.Contains(series, "events") && after[series] != value {
 			t.Errorf("%s: %v, and %v before", series, after[series], value)
 		}
 	}
 	if status := m.read("status"); status["last_failure_at"] != "" || fmt.Sprint(status["token_requests"]) != "map[minted:1]" {
 		t.Errorf("status: %v", status)
 	}
-	m.waitForEvent(eventConfigWrite, func(map[string]string) bool { return len(m.sentEvents()) > events })
+	m.waitForEvent("cable/config-write", func(map[string]string) bool { return len(m.sentEvents()) > events })
 	for _, e := range m.sentEvents()[events:] {
 		if strings.HasPrefix(e["type"], "cable/creds") && e["path"] == "config" {
 			t.Errorf("an event of a trial: %v", e)
@@ -165,7 +166,7 @@ func TestStatusOfManyRoles(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
 	for i := range maxStatusRoles + 5 {
-		m.putRole(fmt.Sprintf("role-%06d", i), &roleEntry{Scopes: []string{"person:read"}, Disabled: true})
+		m.putRole(fmt.Sprintf("role-%06d", i), &state.Role{Scopes: []string{"person:read"}, Disabled: true})
 	}
 	resp := m.ok(logical.ReadOperation, "status", nil)
 	m.wantWarning(resp.Warnings, fmt.Sprintf("only the first %d of %d roles were checked", maxStatusRoles, maxStatusRoles+5))

@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/vault/sdk/framework"
@@ -23,6 +22,8 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
 // The tables of docs/reference.md are compared with the code, both ways.
@@ -75,7 +76,7 @@ func firstCodes(rows [][]string) (words []string) {
 func engineSource(t *testing.T) string {
 	t.Helper()
 	var source strings.Builder
-	for _, pattern := range []string{"*.go", "internal/cable/*.go", "cmd/vault-plugin-secrets-cable/*.go"} {
+	for _, pattern := range []string{"*.go", "internal/*/*.go", "cmd/vault-plugin-secrets-cable/*.go"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
@@ -91,7 +92,7 @@ func engineSource(t *testing.T) string {
 			source.Write(text)
 		}
 	}
-	return source.String()
+	return regexp.MustCompile(`" \+\n\s*"`).ReplaceAllString(source.String(), "") // texts over several lines
 }
 
 // TestReferenceFields: the tables of fields have the fields of each path, and
@@ -134,11 +135,11 @@ func TestReferenceFields(t *testing.T) {
 			t.Errorf("%s, table %d (-code +reference):\n%s", tt.heading, tt.table, diff)
 		}
 	}
-	defaults := newConfigEntry()
+	defaults := state.NewConfig()
 	want := map[string]string{
 		"token_url":       cable.DefaultTokenURL,
 		"auth_scheme":     defaults.AuthScheme,
-		"request_timeout": (time.Duration(defaults.RequestTimeout) * time.Second).String(),
+		"request_timeout": defaults.RequestTimeout.String(),
 		"disabled":        strconv.FormatBool(defaults.Disabled),
 	}
 	for _, row := range referenceTable(t, "config", 0) {
@@ -151,17 +152,9 @@ func TestReferenceFields(t *testing.T) {
 // TestReferenceOutcomes: the table has each outcome with its HTTP status.
 func TestReferenceOutcomes(t *testing.T) {
 	t.Parallel()
-	source := engineSource(t)
-	names, want := map[string]string{}, map[string]string{}
-	for _, m := range regexp.MustCompile(`\b(outcome[A-Z]\w+) +outcome = "(\w+)"`).FindAllStringSubmatch(source, -1) {
-		names[m[1]] = m[2]
-	}
-	for _, m := range regexp.MustCompile(`\b(outcome[A-Z]\w+): +\{http\.Status(\w+),`).FindAllStringSubmatch(source, -1) {
-		for status := range 600 {
-			if strings.ReplaceAll(http.StatusText(status), " ", "") == m[2] {
-				want[names[m[1]]] = strconv.Itoa(status)
-			}
-		}
+	want := map[string]string{}
+	for _, o := range outcome.All() {
+		want[string(o)] = strconv.Itoa(o.Status())
 	}
 	got := map[string]string{}
 	for _, row := range referenceTable(t, "Outcomes", 0) {

@@ -6,52 +6,66 @@ package cablesecrets
 import (
 	"context"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
 )
 
 // cableTokenType is the type of this engine's leases.
 const cableTokenType = "cable_token"
 
 // cableToken is the one secret type. It cannot be renewed, because Cable cannot
-// lengthen a token; and its revocation ends the lease only.
+// lengthen a token; and its revocation ends only the lease.
 func (b *backend) cableToken() *framework.Secret {
 	return &framework.Secret{
 		Type:   cableTokenType,
 		Fields: credsResponseFields(),
-		Revoke: b.revokeToken,
+		Revoke: b.handle(b.revokeToken),
 	}
 }
 
-// revokeToken handles the end of a lease, revoked or expired. It reads no
-// storage and no configuration and calls nobody, because all of these may be
-// gone; and it never fails, because Vault would then keep the lease as
-// irrevocable and refuse to disable the mount.
-func (b *backend) revokeToken(_ context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+// leased is the response to a token request: the token as a secret with a lease. The
+// lease's internal data has role, organization, scopes, expiry and lease end, as
+// strings. It never contains the token.
+func (b *backend) leased(role string, t *outcome.Token) *logical.Response {
+	resp := b.Secret(cableTokenType).Response(map[string]any{
+		"token":             t.Value.Reveal(),
+		"expiry":            t.Expiry,
+		"expires_at":        t.ExpiresAt(),
+		"organization_id":   t.OrganizationID,
+		"organization_name": t.OrganizationName,
+		"scope":             strings.Join(t.Granted, " "),
+		"scopes":            t.Granted,
+	}, map[string]any{
+		"role":            role,
+		"organization_id": t.OrganizationID,
+		"scopes":          strings.Join(t.Granted, ","),
+		"expiry":          strconv.FormatInt(t.Expiry, 10),
+		"lease_end":       strconv.FormatInt(time.Now().Add(t.Lease).Unix(), 10),
+	})
+	resp.Secret.TTL, resp.Secret.MaxTTL = t.Lease, t.Lease // the lease never outlives its token
+	resp.Secret.Renewable = false
+	resp.Warnings = t.Warnings
+	return resp
+}
+
+// revokeToken handles the end of a lease, revoked or expired. Revoke always succeeds:
+// it reads no storage and no configuration and makes no call, because all of these
+// may be gone, and Vault keeps a lease whose revocation fails as irrevocable and
+// refuses to disable its mount.
+func (b *backend) revokeToken(_ context.Context, r *request) (*logical.Response, error) {
 	var data map[string]any
-	if req.Secret != nil {
-		data = req.Secret.InternalData
+	if r.Secret != nil {
+		data = r.Secret.InternalData
 	}
 	text := func(key string) string { s, _ := data[key].(string); return s }
-	role, organization := text("role"), text("organization_id")
-	expiry, err := strconv.ParseInt(text("expiry"), 10, 64)
-	left := time.Duration(-1) // not known
-	if err == nil {
-		left = max(0, time.Until(time.Unix(expiry, 0)))
-	}
-	end, err := strconv.ParseInt(text("lease_end"), 10, 64)
-	expired := err == nil && time.Now().Unix() >= end
-	log := b.telemetry.requestLog(req).With("role", role, "organization", shown(orgShape, organization))
-	switch {
-	case left < 0:
-		log.Info("lease ended; token expiry unknown")
-	case left > 0 && !expired:
-		log.Info("lease ended before its token; Cable cannot revoke tokens, so it stays valid", "expires_at", rfc3339(expiry), "remaining_seconds", int64(left/time.Second))
-	default:
-		log.Debug("lease ended", "expires_at", rfc3339(expiry))
-	}
-	b.telemetry.leaseEnded(role, organization, expiry, left)
+	number := func(key string) int64 { n, _ := strconv.ParseInt(text(key), 10, 64); return n }
+	end := number("lease_end")
+	b.report.LeaseEnded(r.source(), text("role"), text("organization_id"), number("expiry"),
+		end != 0 && time.Now().Unix() >= end)
 	return nil, nil
 }

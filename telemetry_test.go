@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"net/http"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -22,7 +21,12 @@ import (
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
+
+// undelivered is the phrase that operators search the log for.
+const undelivered = "token request failed after it was sent; Cable may have issued a token that was not delivered"
 
 // TestOutcomes ends a request for a token in each way that there is, and wants
 // the same word in the log, in metrics, in status and in an event.
@@ -30,7 +34,7 @@ func TestOutcomes(t *testing.T) {
 	t.Parallel()
 	const warn, fail, debug = "warn", "error", "debug"
 	for _, tt := range []struct {
-		outcome     outcome
+		outcome     outcome.Outcome
 		fault       cabletest.Fault
 		before      func(m *testMount) // besides the fault
 		level, log  string
@@ -41,32 +45,32 @@ func TestOutcomes(t *testing.T) {
 		notCalled bool // Cable
 		noFailure bool
 	}{
-		{outcome: outcomeMinted, noFailure: true, level: debug, log: "token minted", event: eventCredsCreate},
+		{outcome: outcome.Minted, noFailure: true, level: debug, log: "token minted", event: "cable/creds-create"},
 		{
-			outcome: outcomeInvalidRequest, notCalled: true, noFailure: true, level: debug, log: "token request refused",
+			outcome: outcome.InvalidRequest, notCalled: true, noFailure: true, level: debug, log: "token request refused",
 			before: func(m *testMount) { m.write("roles/ci", map[string]any{"disabled": true}) },
 		},
-		{outcome: outcomeKeyRejected, fault: cabletest.Fault{Status: 401}, level: warn, log: "token request failed", cable: 401, event: eventCredsCreateFail},
-		{outcome: outcomeRejectedByCable, fault: cabletest.Fault{Status: 403}, level: warn, log: "token request failed", cable: 403, event: eventCredsCreateFail},
-		{outcome: outcomeRateLimited, fault: cabletest.Fault{Status: 429}, level: warn, log: "token request failed", cable: 429, event: eventCredsCreateFail},
+		{outcome: outcome.KeyRejected, fault: cabletest.Fault{Status: 401}, level: warn, log: "token request failed", cable: 401, event: "cable/creds-create-fail"},
+		{outcome: outcome.RejectedByCable, fault: cabletest.Fault{Status: 403}, level: warn, log: "token request failed", cable: 403, event: "cable/creds-create-fail"},
+		{outcome: outcome.RateLimited, fault: cabletest.Fault{Status: 429}, level: warn, log: "token request failed", cable: 429, event: "cable/creds-create-fail"},
 		{
-			outcome: outcomePaused, notCalled: true, fault: cabletest.Fault{Status: 429}, level: debug, log: "token request failed", event: eventCredsCreateFail,
+			outcome: outcome.Paused, notCalled: true, fault: cabletest.Fault{Status: 429}, level: debug, log: "token request failed", event: "cable/creds-create-fail",
 			before: func(m *testMount) { m.refused(429, logical.ReadOperation, "creds/ci", nil) },
 		},
-		{outcome: outcomeCableError, fault: cabletest.Fault{Status: 503}, level: warn, log: undeliveredPhrase, cable: 503, event: eventCredsCreateFail, undelivered: true},
-		{outcome: outcomeCableError, fault: cabletest.Fault{Status: 500}, level: warn, log: undeliveredPhrase, cable: 500, event: eventCredsCreateFail, undelivered: true},
-		{outcome: outcomeCableError, fault: cabletest.Fault{Status: 408}, level: warn, log: undeliveredPhrase, cable: 408, event: eventCredsCreateFail, undelivered: true},
-		{outcome: outcomeUnreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: "token request failed", event: eventCredsCreateFail},
-		{outcome: outcomeUnreachable, fault: cabletest.Fault{Reset: cabletest.ResetAfter}, level: warn, log: undeliveredPhrase, event: eventCredsCreateFail, undelivered: true},
-		{outcome: outcomeTimedOut, fault: cabletest.Fault{Delay: time.Minute}, level: warn, log: undeliveredPhrase, event: eventCredsCreateFail, undelivered: true},
-		{outcome: outcomeInvalidResponse, fault: cabletest.Fault{Body: "<html>"}, level: fail, log: "Cable's response was refused and its token dropped", cable: 200, event: eventCredsCreateFail, undelivered: true},
+		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 503}, level: warn, log: undelivered, cable: 503, event: "cable/creds-create-fail", undelivered: true},
+		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 500}, level: warn, log: undelivered, cable: 500, event: "cable/creds-create-fail", undelivered: true},
+		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 408}, level: warn, log: undelivered, cable: 408, event: "cable/creds-create-fail", undelivered: true},
+		{outcome: outcome.Unreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: "token request failed", event: "cable/creds-create-fail"},
+		{outcome: outcome.Unreachable, fault: cabletest.Fault{Reset: cabletest.ResetAfter}, level: warn, log: undelivered, event: "cable/creds-create-fail", undelivered: true},
+		{outcome: outcome.TimedOut, fault: cabletest.Fault{Delay: time.Minute}, level: warn, log: undelivered, event: "cable/creds-create-fail", undelivered: true},
+		{outcome: outcome.InvalidResponse, fault: cabletest.Fault{Body: "<html>"}, level: fail, log: "Cable's response was refused and its token dropped", cable: 200, event: "cable/creds-create-fail", undelivered: true},
 		{
-			outcome: outcomeGrantMismatch, fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}},
-			level: fail, log: "Cable's response was refused and its token dropped", cable: 200, event: eventGrantMismatch, undelivered: true,
+			outcome: outcome.GrantMismatch, fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}},
+			level: fail, log: "Cable's response was refused and its token dropped", cable: 200, event: "cable/grant-mismatch", undelivered: true,
 		},
 		{
-			outcome: outcomeVaultError, notCalled: true, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
-			level: fail, log: "token request failed", event: eventCredsCreateFail,
+			outcome: outcome.VaultError, notCalled: true, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
+			level: fail, log: "token request failed", event: "cable/creds-create-fail",
 		},
 	} {
 		t.Run(string(tt.outcome), func(t *testing.T) {
@@ -87,7 +91,7 @@ func TestOutcomes(t *testing.T) {
 			if _, err := time.ParseDuration(line["duration"].(string)); err != nil {
 				t.Errorf("duration: %v", err)
 			}
-			if got, _ := line["cable_status"].(float64); tt.event != eventCredsCreate && int(got) != tt.cable {
+			if got, _ := line["cable_status"].(float64); tt.event != "cable/creds-create" && int(got) != tt.cable {
 				t.Errorf("cable_status in the log: %v, want %d", line["cable_status"], tt.cable)
 			}
 			if _, got := line["undelivered_until"]; got != tt.undelivered {
@@ -115,19 +119,19 @@ func TestOutcomes(t *testing.T) {
 				if status["last_failure_at"] != "" {
 					t.Errorf("a failure in status: %v", status)
 				}
-			} else if want == outcomePaused {
-				if status["last_failure_outcome"] != string(outcomeRateLimited) {
+			} else if want == outcome.Paused {
+				if status["last_failure_outcome"] != string(outcome.RateLimited) {
 					t.Errorf("the last failure in status: %v", status)
 				}
 			} else if status["last_failure_outcome"] != string(tt.outcome) || status["last_failure_cable_status"] != tt.cable ||
 				status["last_failure_role"] != "ci" || status["last_failure_at"] == "" {
 				t.Errorf("the last failure in status: %v", status)
 			}
-			if minted := tt.outcome == outcomeMinted; minted != (status["last_mint_at"] != "") || minted != (status["last_mint_role"] == "ci") {
+			if minted := tt.outcome == outcome.Minted; minted != (status["last_mint_at"] != "") || minted != (status["last_mint_role"] == "ci") {
 				t.Errorf("the last mint in status: %v", status)
 			}
 
-			if tt.outcome == outcomeGrantMismatch && (fmt.Sprint(line["granted_scopes"]) != "[everything:write]" || line["granted_organization"] != cabletest.DefaultOrganizationID || line["expires_at"] == nil) {
+			if tt.outcome == outcome.GrantMismatch && (fmt.Sprint(line["granted_scopes"]) != "[everything:write]" || line["granted_organization"] != cabletest.DefaultOrganizationID || line["expires_at"] == nil) {
 				t.Errorf("what was granted, in the log: %v", line)
 			}
 			if tt.event == "" {
@@ -140,7 +144,7 @@ func TestOutcomes(t *testing.T) {
 				return
 			}
 			event := m.waitForEvent(tt.event, func(e map[string]string) bool {
-				return tt.event == eventCredsCreate || e["outcome"] == string(tt.outcome)
+				return tt.event == "cable/creds-create" || e["outcome"] == string(tt.outcome)
 			})
 			if event["path"] != "creds/ci" || event["data_path"] != "roles/ci" || event["operation"] != "read" || event["modified"] != "false" || event["role"] != "ci" {
 				t.Errorf("the event: %v", event)
@@ -176,7 +180,7 @@ func TestOutcomes(t *testing.T) {
 		m.waitUntil(func() bool { return m.sim.CallCount() > 0 })
 		cancel()
 		<-done
-		line := m.logLine(m.log.String(), undeliveredPhrase)
+		line := m.logLine(m.log.String(), undelivered)
 		if line["outcome"] != "canceled" || line["@level"] != "warn" || line["undelivered_until"] == nil || line["requested_scopes"] == nil {
 			t.Errorf("the line in the log: %v", line)
 		}
@@ -229,43 +233,47 @@ func (m *testMount) logLine(log, text string) (fields map[string]any) {
 func TestClassify(t *testing.T) {
 	t.Parallel()
 	token := &cable.Token{Expiry: time.Now().Add(time.Hour).Unix()}
-	role, config := &tokenReport{role: "ci"}, &liveConfig{configEntry: newConfigEntry()}
-	call := func(e *cable.Error) error { return callFailure(e, role, config) }
+	call := func(e *cable.Error) error {
+		m := newMount(t)
+		m.b.requestToken = func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) { return nil, e }
+		_, err := m.b.call(t.Context(), "ci", &state.Live{Config: state.NewConfig()}, cable.TokenRequest{})
+		return err
+	}
 	for _, tt := range []struct {
 		err    error
-		want   outcome
+		want   outcome.Outcome
 		status int
 	}{
-		{refusal("no"), outcomeInvalidRequest, 400},
-		{fmt.Errorf("verifying: %w", refusal("no")), outcomeInvalidRequest, 400},
-		{errors.New("storage"), outcomeVaultError, 500},
-		{fmt.Errorf("reading: %w", context.Canceled), outcomeCanceled, 502},
-		{status.Error(codes.Canceled, "context canceled"), outcomeCanceled, 502},
-		{fmt.Errorf("reading: %w", context.DeadlineExceeded), outcomeTimedOut, 504},
-		{errBudget, outcomeTimedOut, 504},
-		{refuseToken(&mismatch{"no"}, token), outcomeGrantMismatch, 502},
-		{refuseToken(refusal("disabled"), token), outcomeInvalidRequest, 400},
-		{refuseToken(errors.New("storage"), token), outcomeVaultError, 500},
-		{call(&cable.Error{Kind: cable.Canceled}), outcomeCanceled, 502},
-		{call(&cable.Error{Kind: cable.Paused}), outcomePaused, 429},
-		{call(&cable.Error{Kind: cable.Unreachable}), outcomeUnreachable, 502},
-		{call(&cable.Error{Kind: cable.TimedOut}), outcomeTimedOut, 504},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 401}), outcomeKeyRejected, 400},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 429}), outcomeRateLimited, 429},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 418}), outcomeRejectedByCable, 400},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 408}), outcomeCableError, 502},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 599}), outcomeCableError, 502},
-		{call(&cable.Error{Kind: cable.InvalidResponse, StatusCode: 302}), outcomeInvalidResponse, 502},
+		{outcome.Refusal("no"), outcome.InvalidRequest, 400},
+		{fmt.Errorf("verifying: %w", outcome.Refusal("no")), outcome.InvalidRequest, 400},
+		{errors.New("storage"), outcome.VaultError, 500},
+		{fmt.Errorf("reading: %w", context.Canceled), outcome.Canceled, 502},
+		{status.Error(codes.Canceled, "context canceled"), outcome.Canceled, 502},
+		{fmt.Errorf("reading: %w", context.DeadlineExceeded), outcome.TimedOut, 504},
+		{outcome.ErrBudget, outcome.TimedOut, 504},
+		{outcome.Drop(outcome.Mismatch("no"), token), outcome.GrantMismatch, 502},
+		{outcome.Drop(outcome.Refusal("disabled"), token), outcome.InvalidRequest, 400},
+		{outcome.Drop(errors.New("storage"), token), outcome.VaultError, 500},
+		{call(&cable.Error{Kind: cable.Canceled}), outcome.Canceled, 502},
+		{call(&cable.Error{Kind: cable.Paused}), outcome.Paused, 429},
+		{call(&cable.Error{Kind: cable.Unreachable}), outcome.Unreachable, 502},
+		{call(&cable.Error{Kind: cable.TimedOut}), outcome.TimedOut, 504},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 401}), outcome.KeyRejected, 400},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 429}), outcome.RateLimited, 429},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 418}), outcome.RejectedByCable, 400},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 408}), outcome.CableError, 502},
+		{call(&cable.Error{Kind: cable.Responded, StatusCode: 599}), outcome.CableError, 502},
+		{call(&cable.Error{Kind: cable.InvalidResponse, StatusCode: 302}), outcome.InvalidResponse, 502},
 	} {
-		f := classify(tt.err)
-		if f.outcome != tt.want {
-			t.Errorf("%v: outcome %s, want %s", tt.err, f.outcome, tt.want)
+		f := outcome.Classify(tt.err)
+		if f.Outcome != tt.want {
+			t.Errorf("%v: outcome %s, want %s", tt.err, f.Outcome, tt.want)
 		}
-		if code, _ := statusOf(f.respond()); code != tt.status {
+		if code, _ := statusOf(f.Respond()); code != tt.status {
 			t.Errorf("%v: status %d, want %d", tt.err, code, tt.status)
 		}
 	}
-	if classify(nil) != nil {
+	if outcome.Classify(nil) != nil {
 		t.Error("a failure without an error")
 	}
 }
@@ -307,22 +315,10 @@ func TestLogIsDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
 	lines := map[string]bool{"Cable's response was refused and its token dropped": true}
-	for _, file := range files {
-		if strings.HasSuffix(file, "_test.go") {
-			continue
-		}
-		source, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, m := range regexp.MustCompile(`(?:\.(?:Debug|Info|Warn|Error)\(|[pP]hrase = |level, |hclog\.\w+, )"([^"]+)"`).FindAllStringSubmatch(string(source), -1) {
-			lines[m[1]] = true
-		}
+	call := regexp.MustCompile(`(?:\.(?:Debug|Info|Warn|Error)\(|[pP]hrase = |level, |hclog\.\w+, )"([^"]+)"`)
+	for _, m := range call.FindAllStringSubmatch(engineSource(t), -1) {
+		lines[m[1]] = true
 	}
 	if len(lines) < 14 {
 		t.Errorf("only %d lines were found: %v", len(lines), lines)

@@ -33,9 +33,8 @@ const (
 	thiefHost   = "tokens.example.net"        // somebody else's
 )
 
-// standInCable lets the commands of the documents be run as they are, with
-// Cable's default token_url: a proxy leads each of the hosts above to the
-// simulator, over TLS.
+// standInCable lets the commands of the documents be run as they are, with Cable's default token_url: a proxy leads
+// each of the hosts above to the simulator, over TLS.
 type standInCable struct {
 	*cabletest.Simulator
 	gatewayCA string   // PEM, for ca_cert
@@ -92,8 +91,8 @@ func newStandInCable(t *testing.T) *standInCable {
 	return c
 }
 
-// curl writes a curl to a folder that reaches Cable as the plugin does, and
-// returns its path: an operator's own has the proxy in the environment.
+// curl writes a curl to a folder that reaches Cable as the plugin does, and returns its path: an operator's own has the
+// proxy in the environment.
 func (c *standInCable) curl(t *testing.T) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "curl")

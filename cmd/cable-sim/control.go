@@ -44,8 +44,9 @@ Faults, for example (internal/cabletest/fault.go lists all fields):
   {"delay": "3s"}  {"every": 20, "reset": "after"}  {"grant": {"scopes": ["everything:write"]}}
 `
 
-// control returns the control listener's handler; see controlHelp.
-func control(sim *cabletest.Simulator, keyOut string) http.Handler {
+// control returns the control listener's handler; see controlHelp. newRefreshKey makes up a key and writes it to its
+// file.
+func control(sim *cabletest.Simulator, newRefreshKey func() (string, error)) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, sim.Stats()) })
 	mux.HandleFunc("GET /calls", func(w http.ResponseWriter, _ *http.Request) {
@@ -90,7 +91,7 @@ func control(sim *cabletest.Simulator, keyOut string) http.Handler {
 	change("POST /refresh-key", func(body []byte) (err error) {
 		key := strings.TrimSpace(string(body))
 		if key == "" {
-			if key, err = newRefreshKey(keyOut); err != nil {
+			if key, err = newRefreshKey(); err != nil {
 				return err
 			}
 		}

@@ -9,6 +9,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"flag"
 	"fmt"
@@ -43,6 +44,7 @@ type config struct {
 	urlFile, keyOut         string // where the token endpoint's URL and the refresh key are written to
 	control, controlURLFile string // loopback address, "" for no control listener; where its URL is written to
 	latency                 time.Duration
+	markers                 bool
 }
 
 // parseFlags returns flag.ErrHelp after it printed the help that was requested.
@@ -55,6 +57,7 @@ func parseFlags(args []string, stderr io.Writer) (*config, error) {
 	fs.StringVar(&c.control, "control", "", "loopback `address` of the control listener, port 0 for a free one; default: none")
 	fs.StringVar(&c.controlURLFile, "control-url-file", "", "write the control listener's URL to this `file`")
 	fs.DurationVar(&c.latency, "latency", 0, "`duration` to wait before each response")
+	fs.BoolVar(&c.markers, "markers", false, "for tests: markers in the key and in tokens, and a path that is not Cable's")
 	err := fs.Parse(args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -84,13 +87,14 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	} else if err != nil {
 		return err
 	}
-	key, err := newRefreshKey(c.keyOut)
+	key, err := c.newRefreshKey()
 	if err != nil {
 		return err
 	}
 	logger := log.New(stderr, "", 0)
 	opts := &cabletest.Options{
 		RefreshKey: key,
+		Plain:      !c.markers,
 		Default:    cabletest.Fault{Delay: c.latency},
 		Log: func(call cabletest.Call) {
 			logger.Printf("%s %s %d organization=%q scopes=%q expiry_seconds=%d", call.Time.UTC().Format(time.RFC3339Nano),
@@ -100,7 +104,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	sim := cabletest.New(opts)
 	failed := make(chan error, 2)
 	if c.control != "" {
-		srv := &http.Server{Handler: control(sim, c.keyOut), ReadHeaderTimeout: headerTimeout, ErrorLog: logger}
+		srv := &http.Server{Handler: control(sim, c.newRefreshKey), ReadHeaderTimeout: headerTimeout, ErrorLog: logger}
 		defer func() { _ = srv.Close() }()
 		url, err := serve(srv, c.control, "", c.controlURLFile, failed)
 		if err != nil {
@@ -140,10 +144,13 @@ func serve(srv *http.Server, address, path, urlFile string, failed chan<- error)
 	return url, writeFile(urlFile, []byte(url+"\n"), 0o644)
 }
 
-// newRefreshKey makes up a refresh key and writes it to the file out.
-func newRefreshKey(out string) (string, error) {
-	key := cabletest.NewRefreshKey()
-	return key, writeFile(out, []byte(key+"\n"), 0o600)
+// newRefreshKey makes up a refresh key and writes it to its file.
+func (c *config) newRefreshKey() (string, error) {
+	key := rand.Text()
+	if c.markers {
+		key = cabletest.NewRefreshKey()
+	}
+	return key, writeFile(c.keyOut, []byte(key+"\n"), 0o600)
 }
 
 // listenLoopback refuses any other address: the control listener authenticates nobody, and a simulator may be sent a

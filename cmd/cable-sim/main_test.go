@@ -82,7 +82,8 @@ func start(t *testing.T, args ...string) *program {
 	t.Helper()
 	p := &program{dir: t.TempDir(), stderr: &output{listening: make(chan struct{})}, client: &http.Client{}}
 	args = append([]string{
-		"-control", "127.0.0.1:0", "-control-url-file", p.dir + "/control", "-url-file", p.dir + "/url", "-refresh-key-out", p.dir + "/key",
+		"-control", "127.0.0.1:0", "-control-url-file", p.dir + "/control", "-url-file", p.dir + "/url",
+		"-refresh-key-out", p.dir + "/key", "-markers",
 	}, args...)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -159,6 +160,23 @@ func (p *program) mint(t *testing.T, authorization string) minted {
 		t.Fatalf("minting: status %d, %s, %v", status, body, err)
 	}
 	return m
+}
+
+// TestPlain pins that without -markers nothing in sight is a test's: not the URL, the key or a token.
+func TestPlain(t *testing.T) {
+	t.Parallel()
+	p := start(t, "-markers=false")
+	status, body := p.send(t, "POST", p.url, p.key, validBody)
+	if !strings.HasSuffix(p.url, "/v2/auth/token") || strings.Contains(p.url, "base") || status != 200 ||
+		strings.Contains(body+p.key, "CANARY") {
+		t.Errorf("%s: %d %s", p.url, status, body)
+	}
+	var m minted
+	_ = json.Unmarshal([]byte(body), &m)
+	p.send(t, "POST", p.url, p.key, strings.Replace(validBody, `"a:b"`, `"`+m.Token+`"`, 1))
+	if strings.Contains(p.stderr.String(), m.Token) {
+		t.Errorf("stderr holds a token:\n%s", p.stderr)
+	}
 }
 
 func TestRun(t *testing.T) {

@@ -18,11 +18,9 @@ const (
 	pemEnd     = "-----END CERTIFICATE-----"
 )
 
-// CheckCACert returns what is wrong with a ca_cert: text that must be 1 to 100
-// certificates in PEM, in at most 64 KiB, with nothing but white space before,
-// between and after them. It is returned to everyone who may read the
-// configuration, so that a private key pasted along would be shown to them. The
-// error repeats nothing of text.
+// CheckCACert returns an error unless text is a valid ca_cert, namely 1 to 100 certificates in PEM, in at most 64 KiB,
+// with nothing but white space before, between and after them. It is returned to everyone who may read the
+// configuration, so that a private key pasted along would be shown to them. The error repeats nothing of text.
 func CheckCACert(text string) error {
 	_, err := parseCACert(text)
 	return err
@@ -46,7 +44,7 @@ func rootsWith(text string) (*x509.CertPool, error) {
 
 // parseCACert returns the certificates in text.
 //
-// NOTE: pem.Decode is not used: it skips text before, between and inside blocks.
+// NOTE: pem.Decode is not used, because it skips text before, between and inside blocks.
 func parseCACert(text string) ([]*x509.Certificate, error) {
 	if len(text) > maxCACert {
 		return nil, fmt.Errorf("ca_cert has %d bytes: at most %d are allowed", len(text), maxCACert)
@@ -65,11 +63,11 @@ func parseCACert(text string) ([]*x509.Certificate, error) {
 			block, rest, found = strings.Cut(block, pemEnd)
 		}
 		if !found {
-			return nil, fmt.Errorf("ca_cert is not PEM at block %d: write CERTIFICATE blocks only, without other text around them", n)
+			return nil, fmt.Errorf("ca_cert is not PEM at block %d: write CERTIFICATE blocks and no other text", n)
 		}
 		der, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(block), ""))
 		if err != nil {
-			return nil, fmt.Errorf("ca_cert has a block %d that is not base64: write CERTIFICATE blocks only, without headers", n)
+			return nil, fmt.Errorf("ca_cert block %d is not base64: write CERTIFICATE blocks without headers", n)
 		}
 		cert, err := x509.ParseCertificate(der)
 		if err != nil {

@@ -24,8 +24,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestToken pins how a response becomes a Token, and that SentAt and ReceivedAt
-// are the times around the successful call.
+// TestToken pins how a response becomes a Token, and that SentAt and ReceivedAt are the times around the successful
+// call.
 func TestToken(t *testing.T) {
 	t.Parallel()
 	other := "org_x"
@@ -79,9 +79,8 @@ func TestToken(t *testing.T) {
 	}
 }
 
-// TestFaults pins the error for each way in which Cable can fail, how often
-// Cable was called, and how many tokens were issued. See also TestDecode and
-// TestRetries.
+// TestFaults pins the error for each way in which Cable can fail, how often Cable was called, and how many tokens were
+// issued. See also TestDecode and TestRetries.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	now := map[string]string{"Retry-After": "0"}
@@ -92,6 +91,9 @@ func TestFaults(t *testing.T) {
 	}
 	other := func(status int, detail string) Error {
 		return Error{Kind: InvalidResponse, StatusCode: status, Detail: fmt.Sprintf("its status is %d instead of 200%s", status, detail), MaybeIssued: true, Attempts: 1}
+	}
+	encoded := func(coding string) cabletest.Fault {
+		return cabletest.Fault{Header: map[string]string{"Content-Encoding": coding}}
 	}
 	const noJSON = "it is not a JSON object of the documented shape"
 	type faultTest struct {
@@ -109,15 +111,21 @@ func TestFaults(t *testing.T) {
 		{"hangs in the response", cabletest.Fault{Stall: time.Hour}, timedOut, 1},
 		{"hangs in a redirect", cabletest.Fault{Status: 302, Stall: time.Hour}, other(302, ", and redirects are not followed: check token_url"), 0},
 		{"8 MiB", cabletest.Fault{BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
-		{"8 MiB of an error", cabletest.Fault{Status: 400, BodySize: 8 << 20}, Error{Kind: Responded, StatusCode: 400, Attempts: 1}, 0},
+		{"8 MiB of an error", cabletest.Fault{Status: 400, BodySize: 8 << 20}, Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1}, 0},
 		{"8 MiB of JSON", cabletest.Fault{Body: `{"token":"`, BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
-		{"gzip bomb", cabletest.Fault{BodySize: 2 << 20, Gzip: true}, invalid(noJSON), 1},
-		{"gzip bomb of an error", cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true}, Error{Kind: Responded, StatusCode: 400, Attempts: 1}, 0},
+		{"gzip bomb", cabletest.Fault{BodySize: 2 << 20, Gzip: true}, invalid("its Content-Encoding is gzip, but only identity was accepted"), 1},
+		{"gzip bomb of an error", cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true}, Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1}, 0},
 		{"HTML", cabletest.Fault{Body: "<html>sign in</html>", Header: map[string]string{"Content-Type": "text/html"}}, invalid(noJSON), 1},
-		{"HTML of an error", cabletest.Fault{Status: 403, Body: "<html>blocked</html>", Header: map[string]string{"Content-Type": "text/html"}}, Error{Kind: Responded, StatusCode: 403, Attempts: 1}, 0},
+		{"HTML of an error", cabletest.Fault{Status: 403, Body: "<html>blocked</html>", Header: map[string]string{"Content-Type": "text/html"}}, Error{Kind: Responded, StatusCode: 403, Detail: notCables, Attempts: 1}, 0},
 		{"empty", cabletest.Fault{Status: 200, Body: " "}, invalid(noJSON), 0},
 		{"from a cache", cabletest.Fault{Header: map[string]string{"Age": "3000"}}, invalid("its Age header exceeds the duration of the call: it comes from a cache"), 1},
 		{"unreadable Age", cabletest.Fault{Header: map[string]string{"Age": "-1"}}, invalid("its Age header is not one whole number of seconds"), 1},
+		{
+			"another coding", encoded("br, é\u202e" + strings.Repeat("x", 100)),
+			invalid(`its Content-Encoding is br, é\u202e` + strings.Repeat("x", 28) + ", but only identity was accepted"), 1,
+		},
+		{"another coding of an error", cabletest.Fault{Status: 401, Header: encoded("br").Header}, Error{Kind: Responded, StatusCode: 401, Detail: "Unauthorized", Attempts: 1}, 0},
+		{"over", cabletest.Fault{Grant: &cabletest.Grant{Lifetime: new(time.Duration)}}, invalid("its token has already expired, by Cable's own clock"), 1},
 
 		{"201", cabletest.Fault{Status: 201}, other(201, ""), 0},
 		{"202", cabletest.Fault{Status: 202, Header: now}, other(202, ""), 0},
@@ -139,7 +147,7 @@ func TestFaults(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			for protocol, newServer := range map[string]func(testing.TB, *cabletest.Options) *cabletest.Server{
-				"HTTP/1.1": cabletest.NewServer, "HTTP/2": cabletest.NewTLSServer,
+				"http": cabletest.NewServer, "https": cabletest.NewTLSServer,
 			} {
 				srv := newServer(t, nil)
 				srv.SetFault(tt.fault)
@@ -173,8 +181,7 @@ func (b stalledBody) Read([]byte) (int, error) {
 
 func (stalledBody) Close() error { return nil }
 
-// TestStalledBody pins for how long a body that stalls delays an error, and that
-// a 200 runs into the end of the budget.
+// TestStalledBody pins for how long a body that stalls delays an error, and that a 200 runs into the end of the budget.
 func TestStalledBody(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[int]time.Duration{
@@ -198,8 +205,7 @@ func TestStalledBody(t *testing.T) {
 	}
 }
 
-// writeUntilGone writes text again and again, until the other side has closed
-// the connection.
+// writeUntilGone writes text again and again, until the other side has closed the connection.
 func writeUntilGone(conn net.Conn, text string, pause time.Duration) {
 	for {
 		if _, err := io.WriteString(conn, text); err != nil {
@@ -209,8 +215,8 @@ func writeUntilGone(conn net.Conn, text string, pause time.Duration) {
 	}
 }
 
-// TestHostileServer pins that nothing that a server writes takes longer than the
-// budget, is retried, panics, or becomes part of an error.
+// TestHostileServer pins that nothing that a server writes takes longer than the budget, is retried, panics, or becomes
+// part of an error.
 func TestHostileServer(t *testing.T) {
 	t.Parallel()
 	unreachable := func(detail string) Error {
@@ -229,7 +235,7 @@ func TestHostileServer(t *testing.T) {
 		{"the request itself", func(c net.Conn, sent string) { _, _ = io.WriteString(c, sent) }, unreachable(notHTTP)},
 		{"the request in the status line", func(c net.Conn, sent string) {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 400 %s\r\nContent-Length: 0\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
-		}, Error{Kind: Responded, StatusCode: 400, Attempts: 1}},
+		}, Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1}},
 		{"the request as a header's name", func(c net.Conn, sent string) {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n%s\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
 		}, unreachable(notHTTP)},
@@ -241,7 +247,7 @@ func TestHostileServer(t *testing.T) {
 		}, unreachable(notHTTP)},
 		{"status 999", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n")
-		}, Error{Kind: Responded, StatusCode: 999, MaybeIssued: true, Attempts: 1}},
+		}, Error{Kind: Responded, StatusCode: 999, Detail: notCables, MaybeIssued: true, Attempts: 1}},
 		{"status 0", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 000 Odd\r\nContent-Length: 0\r\n\r\n")
 		}, Error{Kind: InvalidResponse, Detail: "its status is 0 instead of 200", MaybeIssued: true, Attempts: 1}},
@@ -259,7 +265,7 @@ func TestHostileServer(t *testing.T) {
 		}, timedOut},
 		{"some 1xx before a refusal", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 50)+"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
-		}, Error{Kind: Responded, StatusCode: 401, Attempts: 1}},
+		}, Error{Kind: Responded, StatusCode: 401, Detail: notCables, Attempts: 1}},
 		// The body of a 101 is the bare connection: no context ends a read of it.
 		{"another protocol", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
@@ -307,8 +313,7 @@ func TestHostileServer(t *testing.T) {
 	}
 }
 
-// TestRedirect pins that no host but the configured one is ever called, whatever
-// Location is.
+// TestRedirect pins that no host but the configured one is ever called, whatever Location is.
 func TestRedirect(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{300, 301, 302, 303, 304, 307, 308} {
@@ -338,9 +343,8 @@ func TestRedirect(t *testing.T) {
 	}
 }
 
-// TestCallerLeaves pins that a call ends when its caller leaves, and that the
-// error says whether the request had been sent. See also
-// TestCallerLeavesInAWait.
+// TestCallerLeaves pins that a call ends when its caller leaves, and that the error says whether the request had been
+// sent. See also TestCallerLeavesInAWait.
 func TestCallerLeaves(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -374,12 +378,11 @@ func TestCallerLeaves(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), budget)
 		defer cancel()
 		c := newClientAt(t, Config{TokenURL: url, Timeout: time.Minute})
-		diffError(t, Error{Kind: TimedOut, Detail: "the caller's deadline passed after the request was sent", MaybeIssued: true, Attempts: 1}, mustFail(t, ctx, c))
+		diffError(t, Error{Kind: TimedOut, Detail: "the caller's deadline passed after the request was sent, waiting for the response", MaybeIssued: true, Attempts: 1}, mustFail(t, ctx, c))
 	})
 }
 
-// TestStart pins when the budget begins, and that nothing is sent once it has
-// run out, or once the caller has left.
+// TestStart pins when the budget begins, and that nothing is sent once it has run out, or once the caller has left.
 func TestStart(t *testing.T) {
 	t.Parallel()
 	canceled, cancel := context.WithCancel(t.Context())
@@ -396,10 +399,10 @@ func TestStart(t *testing.T) {
 		{"not set", t.Context(), 0, Error{}},
 		{"in the future", t.Context(), -hour, Error{}},
 		{"in time", t.Context(), hour / 2, Error{}},
-		{"ran out", t.Context(), hour, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out before a request was sent"}},
-		{"ran out long ago", t.Context(), 1000 * hour, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out before a request was sent"}},
+		{"ran out", t.Context(), hour, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out before a request was sent, waiting for a turn or a connection"}},
+		{"ran out long ago", t.Context(), 1000 * hour, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out before a request was sent, waiting for a turn or a connection"}},
 		{"caller has left", canceled, 0, Error{Kind: Canceled, Detail: "the caller left before a request was sent"}},
-		{"caller's deadline has passed", late, 0, Error{Kind: TimedOut, Detail: "the caller's deadline passed before a request was sent"}},
+		{"caller's deadline has passed", late, 0, Error{Kind: TimedOut, Detail: "the caller's deadline passed before a request was sent, waiting for a turn or a connection"}},
 	} {
 		sim, c := newMemory(t, Config{Timeout: hour})
 		tr := testRequest()
@@ -430,11 +433,10 @@ func TestStart(t *testing.T) {
 	tr := testRequest()
 	tr.Start = time.Now().Add(-hour + budget)
 	token, err := newClient(t, srv, Config{Timeout: hour}).RequestToken(t.Context(), tr)
-	diffError(t, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out after the request was sent", MaybeIssued: true, Attempts: 1}, checkError(t, token, err))
+	diffError(t, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out after the request was sent, waiting for the response", MaybeIssued: true, Attempts: 1}, checkError(t, token, err))
 }
 
-// TestCallersAreIndependent pins that a caller that leaves does not end the
-// calls of others on the same connection.
+// TestCallersAreIndependent pins that a caller that leaves does not end the calls of others on the same connection.
 func TestCallersAreIndependent(t *testing.T) {
 	t.Parallel()
 	arrived, release := make(chan struct{}, 20), make(chan struct{})

@@ -26,8 +26,7 @@ const (
 	DefaultTimeout = 20 * time.Second
 )
 
-// Config configures a Client. RefreshKey is required; every other field has a
-// default, which its zero value selects.
+// Config configures a Client. RefreshKey is required; every other field has a default, which its zero value selects.
 type Config struct {
 	// RefreshKey is the long-lived credential.
 	RefreshKey Secret
@@ -35,12 +34,10 @@ type Config struct {
 	// TokenURL is the whole endpoint; default DefaultTokenURL. See ParseTokenURL.
 	TokenURL string
 
-	// Bearer sends "Authorization: Bearer <key>" instead of the key alone.
-	// Cable's documents show both.
+	// Bearer sends "Authorization: Bearer <key>" instead of the key alone. Cable's documents show both.
 	Bearer bool
 
-	// CACert contains PEM certificates to trust in addition to the system's;
-	// default none. See CheckCACert.
+	// CACert contains PEM certificates to trust in addition to the system's; default none. See CheckCACert.
 	CACert string
 
 	// Timeout is the whole budget of one RequestToken; default DefaultTimeout.
@@ -49,23 +46,21 @@ type Config struct {
 	// UserAgent is sent as it is; default none.
 	UserAgent string
 
-	// Pause continues the pause of an earlier Client of the same key and URL;
-	// default a new one.
+	// Pause continues the pause of an earlier Client of the same key and URL; default a new one.
 	Pause *Pause
 
-	// Observe is called after each API call, before RequestToken returns;
-	// default none. It must be quick and safe for concurrent use.
+	// Observe is called after each API call, before RequestToken returns; default none. It must be quick and safe for
+	// concurrent use.
 	Observe func(Call)
 }
 
-// Call is one API call: an HTTP request to Cable. One RequestToken makes up to
-// three.
+// Call is one API call, an HTTP request to Cable. One RequestToken makes up to three.
 type Call struct {
 	// StatusCode is the HTTP status of the response, or 0 if none arrived.
 	StatusCode int
 
-	// Duration is the time until the response's headers arrived or the call
-	// failed, by the clock that advanced more: wall or monotonic.
+	// Duration is the time until the response's headers arrived or the call failed, by the clock that advanced more:
+	// wall or monotonic.
 	Duration time.Duration
 
 	// Retry reports that an earlier call of the same RequestToken failed.
@@ -75,8 +70,8 @@ type Call struct {
 	PauseBegan bool
 }
 
-// Client requests access tokens. It is safe for concurrent use and reuses its
-// connections: make one per configuration and use it until that changes.
+// Client requests access tokens. It is safe for concurrent use and reuses its connections, so make one per
+// configuration and use it until that changes.
 type Client struct {
 	url       *url.URL
 	auth      Secret // the value of the Authorization header
@@ -86,6 +81,7 @@ type Client struct {
 	pause     *Pause
 	observe   func(Call)
 	transport *http.Transport
+	proxied   bool
 	turns     chan struct{} // has one element for each call under way
 	closed    *atomic.Bool
 }
@@ -101,18 +97,16 @@ type TokenRequest struct {
 	// Lifetime is sent in whole seconds, MinLifetime to MaxLifetime.
 	Lifetime time.Duration
 
-	// Start is when the budget, Config.Timeout, began. Zero or a time in the
-	// future means when RequestToken is called.
+	// Start is when the budget, Config.Timeout, began. Zero or a time in the future means when RequestToken is called.
 	Start time.Time
 
-	// Allow is called before each API call, and again when the connection is
-	// there and the call's first byte is about to be sent; nil allows every call.
-	// If it returns an error, nothing is sent or retried, and RequestToken
-	// returns that error as it is. It must be quick and safe for concurrent use.
+	// Allow is called before each API call, and again when the connection is there and the call's first byte is about
+	// to be sent; nil allows every call. If it returns an error, nothing is sent or retried, and RequestToken returns
+	// that error as it is. It must be quick and safe for concurrent use.
 	Allow func() error
 }
 
-// Token is what Cable granted, not yet compared with the request.
+// Token is the access token that Cable issued, not yet compared with the request.
 type Token struct {
 	// Value is the access token.
 	Value Secret
@@ -126,24 +120,22 @@ type Token struct {
 	// ScopesOrganizationID is the organization named inside "scopes", or "".
 	ScopesOrganizationID string
 
-	// Scopes are the granted ones, or nil if the response names none: the schema
-	// does not require them.
+	// Scopes are the granted ones, or nil if the response names none, because the schema does not require them.
 	Scopes []string
 
-	// Date is Cable's clock when it responded: the response's Date plus its Age,
-	// in whole seconds, rounded down. It is zero if Date is missing or unreadable.
+	// Date is Cable's clock when it responded, namely the response's Date plus its Age, in whole seconds, rounded down.
+	// It is zero if Date is missing or unreadable.
 	Date time.Time
 
-	// SentAt and ReceivedAt are local times, before the successful call was sent
-	// and after its response was read, with monotonic readings.
+	// SentAt and ReceivedAt are local times, before the successful call was sent and after its response was read, with
+	// monotonic readings.
 	SentAt, ReceivedAt time.Time
 
 	// Attempts counts the API calls.
 	Attempts int
 }
 
-// New returns a Client, or an error that names the field of cfg that cannot be
-// used. It connects to nothing.
+// New returns a Client, or an error that names the field of cfg that cannot be used. It connects to nothing.
 func New(cfg Config) (*Client, error) {
 	if cfg.RefreshKey.IsZero() {
 		return nil, errors.New("the refresh key is missing")
@@ -179,18 +171,22 @@ func New(cfg Config) (*Client, error) {
 		c.observe = func(Call) {}
 	}
 	head := len(c.auth.Reveal()) + len(c.userAgent) + len(cfg.TokenURL)
-	if c.transport, err = newTransport(u, cfg.CACert, head); err != nil {
+	proxy, badProxy := environmentProxy(u)
+	if c.transport, err = newTransport(u, proxy, cfg.CACert, head); err != nil {
 		return nil, err
+	}
+	c.proxied = proxy != nil
+	if badProxy != nil { // which fails each call, not New, so that the configuration can be written
+		c.transport.Proxy = func(*http.Request) (*url.URL, error) { return nil, badProxy }
 	}
 	return c, nil
 }
 
-// Pause returns the pause that c keeps, for the next client of the same key and
-// URL.
+// Pause returns the pause that c keeps, for the next client of the same key and URL.
 func (c *Client) Pause() *Pause { return c.pause }
 
-// Close closes the idle connections. Calls under way and later ones are not
-// affected; their connections are closed when they have ended.
+// Close closes the idle connections. Calls under way and later ones are not affected; their connections are closed when
+// they have ended.
 func (c *Client) Close() {
 	c.closed.Store(true)
 	c.transport.CloseIdleConnections()

@@ -46,7 +46,7 @@ func TestRequest(t *testing.T) {
 			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				body, _ := io.ReadAll(r.Body)
 				requests <- sent{r.Method, r.RequestURI, r.Host, r.Proto, string(body), r.ContentLength, r.Header}
-				fmt.Fprint(w, `{"token":"t","expiry":1711929600}`)
+				fmt.Fprint(w, `{"token":"t","expiry":4102444800}`)
 			}))
 			t.Cleanup(srv.Close)
 			cfg := tt.cfg
@@ -64,11 +64,12 @@ func TestRequest(t *testing.T) {
 				Method: "POST", URI: tt.uri, Host: strings.TrimPrefix(srv.URL, "http://"), Proto: "HTTP/1.1",
 				Body: body, Length: int64(len(body)),
 				Header: http.Header{
-					"Authorization":  {tt.authorization},
-					"Content-Type":   {"application/json"},
-					"Accept":         {"application/json"},
-					"Cache-Control":  {"no-store"},
-					"Content-Length": {fmt.Sprint(len(body))},
+					"Authorization":   {tt.authorization},
+					"Content-Type":    {"application/json"},
+					"Accept":          {"application/json"},
+					"Accept-Encoding": {"identity"},
+					"Cache-Control":   {"no-store"},
+					"Content-Length":  {fmt.Sprint(len(body))},
 				},
 			}
 			if tt.cfg.UserAgent != "" {
@@ -84,8 +85,8 @@ func TestRequest(t *testing.T) {
 	}
 }
 
-// TestClose pins that a call under way when its client is closed ends as it
-// would, and that its connection is closed then.
+// TestClose pins that a call under way when its client is closed ends as it would, and that its connection is closed
+// then.
 func TestClose(t *testing.T) {
 	t.Parallel()
 	for name, newServer := range map[string]func(testing.TB, *cabletest.Options) *cabletest.Server{
@@ -121,8 +122,7 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// TestCallsAreIndependent pins that a client keeps nothing of a response: no
-// cookie, and no other address.
+// TestCallsAreIndependent pins that a client keeps nothing of a response: no cookie, and no other address.
 func TestCallsAreIndependent(t *testing.T) {
 	t.Parallel()
 	headers := make(chan http.Header, 2)
@@ -142,8 +142,7 @@ func TestCallsAreIndependent(t *testing.T) {
 	}
 }
 
-// TestNew pins which configurations are refused. See also TestParseTokenURL and
-// TestCheckCACert.
+// TestNew pins which configurations are refused. See also TestParseTokenURL and TestCheckCACert.
 func TestNew(t *testing.T) {
 	t.Parallel()
 	key := NewSecret(testKey)
@@ -166,8 +165,7 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// BenchmarkRequestToken measures a token request over loopback, including the
-// simulator.
+// BenchmarkRequestToken measures a token request over loopback, including the simulator.
 func BenchmarkRequestToken(b *testing.B) {
 	run := func(b *testing.B, f func(b *testing.B, mint func())) {
 		c := newClient(b, cabletest.NewServer(b, nil), Config{})

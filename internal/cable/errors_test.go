@@ -5,6 +5,7 @@ package cable
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -25,12 +26,12 @@ func TestErrorText(t *testing.T) {
 		kind, text        string
 		canceled, timeout bool
 	}{
-		{Error{Kind: Responded, StatusCode: 401}, "responded", "cable responded 401", false, false},
-		{Error{Kind: Responded, StatusCode: 401, Detail: "unauthorized"}, "responded", "cable responded 401: unauthorized", false, false},
+		{Error{Kind: Responded, StatusCode: 401}, "responded", "Cable responded 401", false, false},
+		{Error{Kind: Responded, StatusCode: 401, Detail: "unauthorized"}, "responded", "Cable responded 401: unauthorized", false, false},
 		{Error{Kind: Paused, RetryAfter: 4001 * time.Millisecond}, "paused", "paused after Cable's 429: no API call for another 5s", false, false},
-		{Error{Kind: Unreachable, Detail: "d"}, "unreachable", "cable could not be reached: d", false, false},
-		{Error{Kind: InvalidResponse, StatusCode: 200, Detail: "d"}, "invalid_response", "cable's response was refused: d", false, false},
-		{Error{Kind: TimedOut, Detail: "d"}, "timed_out", "cable did not respond in time: d", false, true},
+		{Error{Kind: Unreachable, Detail: "d"}, "unreachable", "Cable could not be reached: d", false, false},
+		{Error{Kind: InvalidResponse, StatusCode: 200, Detail: "d"}, "invalid_response", "Cable's response was refused: d", false, false},
+		{Error{Kind: TimedOut, Detail: "d"}, "timed_out", "Cable did not respond in time: d", false, true},
 		{Error{Kind: Canceled, Detail: "d"}, "canceled", "canceled: d", true, false},
 	} {
 		err := fmt.Errorf("wrapped: %w", &tt.err)
@@ -46,8 +47,8 @@ func TestErrorText(t *testing.T) {
 	}
 }
 
-// TestDescribe pins the words for the errors of a network, those of Windows
-// included, and that a host with the shape of a secret is not repeated.
+// TestDescribe pins the words for the errors of a network, those of Windows included, and that a host with the shape of
+// a secret is not repeated.
 func TestDescribe(t *testing.T) {
 	t.Parallel()
 	const secretHost = "sk-live-0123456789abcdef"
@@ -76,13 +77,16 @@ func TestDescribe(t *testing.T) {
 		{&net.DNSError{Name: "api.example.com", IsNotFound: true}, "looking up api.example.com: no such host"},
 		{&net.DNSError{Name: secretHost, IsNotFound: true}, "looking up a host of 24 characters: no such host"},
 		{&net.DNSError{Name: secretHost, IsTimeout: true}, "looking up a host of 24 characters: the name server did not respond"},
-		{x509.HostnameError{Host: secretHost}, "its certificate is not valid for a host of 24 characters"},
+		{verification(x509.HostnameError{Host: secretHost, Certificate: &x509.Certificate{DNSNames: []string{"a"}}}), "its certificate is not valid for a host of 24 characters"},
 	} {
-		if got := describe(fmt.Errorf("wrapped: %w", tt.err)); got != tt.want {
+		if got := describe(fmt.Errorf("wrapped: %w", tt.err), atConnect); got != tt.want {
 			t.Errorf("%v: %q, want %q", tt.err, got, tt.want)
 		}
 	}
-	if text := describe(errors.New(secretHost)); strings.Contains(text, secretHost) {
+	if text := describe(errors.New(secretHost), atResponse); strings.Contains(text, secretHost) {
 		t.Errorf("%q repeats a text of net/http", text)
 	}
 }
+
+// verification wraps err as crypto/tls does.
+func verification(err error) error { return &tls.CertificateVerificationError{Err: err} }

@@ -29,8 +29,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestMain runs more tests at once than there are processors, unless a number
-// is given: most of them wait for a budget to run out.
+// TestMain runs more tests at once than there are processors, unless a number is given: most of them wait for a budget
+// to run out.
 func TestMain(m *testing.M) {
 	flag.Parse()
 	fuzzing := flag.Lookup("test.fuzz").Value.String() != ""
@@ -44,14 +44,14 @@ const (
 	testKey = "sk/REFRESHKEYCANARY+0123456789abcdef=="
 	org     = cabletest.DefaultOrganizationID
 
-	// budget is that of tests in which a call must run into its end; slack is what
-	// a busy machine may add. Other tests have a minute.
+	// budget is that of tests in which a call must run into its end; slack is what a busy machine may add. Other tests
+	// have a minute.
 	budget = time.Second
 	slack  = 15 * time.Second
 
 	// Details that many errors have.
 	connectionClosed = "the connection was closed before the response was complete"
-	budgetRanOut     = "the budget of 1s ran out after the request was sent"
+	budgetRanOut     = "the budget of 1s ran out after the request was sent, waiting for the response"
 	notHTTP          = "the connection broke off, or the response was not HTTP"
 )
 
@@ -100,8 +100,8 @@ func mustMint(t testing.TB, c *Client) *Token {
 	return token
 }
 
-// mustFail requests a token and fails the test if it gets one. It logs the
-// error, and checks that it is an *Error, bounded, and without a secret.
+// mustFail requests a token and fails the test if it gets one. It logs the error, and checks that it is an *Error,
+// bounded, and without a secret.
 func mustFail(t testing.TB, ctx context.Context, c *Client) *Error {
 	t.Helper()
 	token, err := c.RequestToken(ctx, testRequest())
@@ -155,8 +155,7 @@ func checkCounts(t testing.TB, srv *cabletest.Server, calls, minted int) {
 	}
 }
 
-// rawServer listens on loopback and passes each connection to serve, whose
-// return closes it.
+// rawServer listens on loopback and passes each connection to serve, whose return closes it.
 func rawServer(t testing.TB, serve func(net.Conn)) (url string, connections *atomic.Int32) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -216,9 +215,8 @@ func readRequest(conn net.Conn) string {
 // hang returns when the other side has closed the connection.
 func hang(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }
 
-// memory is a RoundTripper that calls the simulator without a network, for
-// tests in bubbles, where time is exact and costs nothing: a bubble cannot wait
-// for a network.
+// memory is a RoundTripper that calls the simulator without a network, for tests in bubbles, where time is exact and
+// costs nothing: a bubble cannot wait for a network.
 type memory struct{ *cabletest.Simulator }
 
 // RoundTrip implements [http.RoundTripper].
@@ -259,8 +257,7 @@ func rateLimit(times int, retryAfter string) cabletest.Fault {
 	return cabletest.Fault{Status: 429, Times: times, Header: map[string]string{"Retry-After": retryAfter}}
 }
 
-// mintAll runs n token requests at once and returns their errors, nil ones
-// included.
+// mintAll runs n token requests at once and returns their errors, nil ones included.
 func mintAll(t testing.TB, c *Client, n int) []error {
 	t.Helper()
 	errs := make([]error, n)

@@ -11,23 +11,21 @@ import (
 )
 
 const (
-	// maxPause bounds a pause that Cable asks for: a wrong Retry-After must not
-	// stop a mount for a day.
+	// maxPause bounds a pause that Cable asks for, because a wrong Retry-After must not stop a mount for a day.
 	maxPause = 5 * time.Minute
 
-	// defaultPause is the pause after a 429 that names no time. Cable publishes no
-	// limits, so it only has to be long enough to lower the rate of calls.
+	// defaultPause is the pause after a 429 that names no time. Cable publishes no limits, so it only has to be long
+	// enough to lower the rate of calls.
 	defaultPause = 5 * time.Second
 
-	// pauseSpread is the time after a pause over which waiting calls are spread:
-	// all at once, they would cause the next 429.
+	// pauseSpread is the time after a pause over which waiting calls are spread. All at once, they would cause the next
+	// 429.
 	pauseSpread = 2 * time.Second
 )
 
-// Pause is the pause after a 429. Until it ends, every token request fails at
-// once instead of calling Cable; for a short time after it, calls start spread
-// out. One Pause belongs to one refresh key at one URL; [Config].Pause passes it
-// from a [Client] to its successor. The zero value is no pause.
+// Pause is the pause after a 429. Until it ends, every token request fails at once instead of calling Cable; for a
+// short time after it, calls start spread out. One Pause belongs to one refresh key at one URL; [Config].Pause passes
+// it from a [Client] to its successor. The zero value is no pause.
 type Pause struct {
 	mu    sync.Mutex
 	until time.Time // monotonic
@@ -43,8 +41,7 @@ func (p *Pause) sinceEnd() time.Duration {
 	return time.Since(p.until)
 }
 
-// begin starts or extends the pause, and reports whether it started. It never
-// shortens one.
+// begin starts or extends the pause, and reports whether it started. It never shortens one.
 func (p *Pause) begin(d time.Duration) (started bool) {
 	now := time.Now()
 	until := now.Add(min(d, maxPause))
@@ -65,8 +62,8 @@ func (p *Pause) check() error {
 	return nil
 }
 
-// spread waits for a random part of the time over which calls are spread after
-// a pause, and of half of the time until ctx's deadline.
+// spread waits for a random part of the time over which calls are spread after a pause, and of half of the time until
+// ctx's deadline.
 func (p *Pause) spread(ctx context.Context) error {
 	left := pauseSpread - p.sinceEnd()
 	if deadline, ok := ctx.Deadline(); ok {
@@ -92,5 +89,5 @@ func sleep(ctx context.Context, d time.Duration) error {
 
 // jitter returns a random part of d.
 func jitter(d time.Duration) time.Duration {
-	return rand.N(d) //nolint:gosec // G404: it spreads load, and guards nothing
+	return rand.N(d) //nolint:gosec // G404, but it spreads load, and guards nothing
 }

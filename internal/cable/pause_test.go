@@ -14,8 +14,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// checkSpread checks that calls are spread over the time within: each tenth of
-// it has at most three times its share.
+// checkSpread checks that calls are spread over the time within: each tenth of it has at most three times its share.
 func checkSpread(t *testing.T, calls []cabletest.Call, from time.Time, within time.Duration) {
 	t.Helper()
 	parts := make([]int, 10)
@@ -33,8 +32,8 @@ func checkSpread(t *testing.T, calls []cabletest.Call, from time.Time, within ti
 	}
 }
 
-// TestPause pins the pause after a 429: token requests fail at once with the
-// remaining time, without a call, and are spread when it ends.
+// TestPause pins the pause after a 429: token requests fail at once with the remaining time, without a call, and are
+// spread when it ends.
 func TestPause(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -106,8 +105,8 @@ func TestPauseLength(t *testing.T) {
 	}
 }
 
-// TestPauseNeverShrinks pins that a pause is extended by a later 429, but never
-// shortened: calls that were under way when it began may return either.
+// TestPauseNeverShrinks pins that a pause is extended by a later 429, but never shortened: calls that were under way
+// when it began may return either.
 func TestPauseNeverShrinks(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -133,8 +132,7 @@ func TestPauseNeverShrinks(t *testing.T) {
 	})
 }
 
-// TestPauseIsPassedOn pins that a new client starts without a pause, or shares
-// the one that it is given.
+// TestPauseIsPassedOn pins that a new client starts without a pause, or shares the one that it is given.
 func TestPauseIsPassedOn(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -164,8 +162,8 @@ func TestPauseIsPassedOn(t *testing.T) {
 	})
 }
 
-// TestPauseStopsWaiters pins that a 429 stops the token requests that wait: for a
-// retry, for their share of the spread after a pause, and for a call to end.
+// TestPauseStopsWaiters pins that a 429 stops the token requests that wait: for a retry, for their share of the spread
+// after a pause, and for a call to end.
 func TestPauseStopsWaiters(t *testing.T) {
 	t.Parallel()
 	for name, wait := range map[string]func(sim *cabletest.Simulator, c *Client){
@@ -205,8 +203,7 @@ func TestPauseStopsWaiters(t *testing.T) {
 	}
 }
 
-// TestSpreadKeepsToTheBudget pins that the wait after a pause takes at most half
-// of the budget.
+// TestSpreadKeepsToTheBudget pins that the wait after a pause takes at most half of the budget.
 func TestSpreadKeepsToTheBudget(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

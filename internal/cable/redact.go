@@ -21,16 +21,15 @@ const (
 	// maxText bounds the part of Cable's message that an error repeats, in bytes.
 	maxText = 512
 
-	// redactWindow is the length of the shortest part of a secret that is
-	// recognised in a text: long enough that words do not match by chance, short
-	// enough that a shorter part of the key is of no use.
+	// redactWindow is the length of the shortest part of a secret that is recognised in a text, long enough that words
+	// do not match by chance, short enough that a shorter part of the key is of no use.
 	redactWindow = 12
 )
 
 // redactor finds a secret, or a part of one, in text that another party wrote.
 //
-// NOTE: the secret is behind a func on purpose: fmt prints the address of a func
-// for every verb, but follows a pointer to a struct for some.
+// NOTE: the secret is behind a func on purpose, because fmt prints the address of a func for every verb, but follows a
+// pointer to a struct for some.
 type redactor struct{ known func() *spellings }
 
 // spellings are a secret as it is and in the encodings in which servers echo it.
@@ -38,11 +37,11 @@ type spellings struct {
 	whole   []string            // each of them
 	short   []string            // those that are shorter than a window
 	windows map[string]struct{} // each run of redactWindow bytes of the others
-	begins  [1 << 16]bool       // the first two bytes of each window: they rule out most text
+	begins  [1 << 16]bool       // the first two bytes of each window, which rule out most text
 }
 
-// newRedactor returns a redactor that finds the secret as it is, in URL, HTML
-// and hexadecimal encoding, quoted, and in the base64 of a text that contains it.
+// newRedactor returns a redactor that finds the secret as it is, in URL, HTML and hexadecimal encoding, quoted, and in
+// the base64 of a text that contains it.
 func newRedactor(secret Secret) redactor {
 	key := secret.Reveal()
 	k := &spellings{windows: make(map[string]struct{})}
@@ -53,7 +52,8 @@ func newRedactor(secret Secret) redactor {
 	inHex := hex.EncodeToString([]byte(key))
 	quoted := strconv.Quote(key)
 	inJSON, _ := json.Marshal(key) // a string always marshals
-	all := append(base64Runs(key), key, html.EscapeString(key), inHex, strings.ToUpper(inHex), quoted[1:len(quoted)-1], string(inJSON[1:len(inJSON)-1]))
+	all := append(base64Runs(key), key, html.EscapeString(key), inHex, strings.ToUpper(inHex),
+		quoted[1:len(quoted)-1], string(inJSON[1:len(inJSON)-1]))
 	for _, s := range []string{url.QueryEscape(key), url.PathEscape(key)} {
 		all = append(all, s, percents.ReplaceAllStringFunc(s, strings.ToLower))
 	}
@@ -74,12 +74,11 @@ func newRedactor(secret Secret) redactor {
 	return r
 }
 
-// percents matches a byte in URL encoding, which some servers write in lower
-// case.
+// percents matches a byte in URL encoding, which some servers write in lower case.
 var percents = regexp.MustCompile(`%[0-9A-F]{2}`)
 
-// base64Runs returns the part of a text's base64 that depends on the key alone,
-// for each offset at which the key can begin: three bytes make four characters.
+// base64Runs returns the part of a text's base64 that depends on the key alone, for each offset at which the key can
+// begin, because three bytes make four characters.
 func base64Runs(key string) []string {
 	var runs []string
 	for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
@@ -88,7 +87,7 @@ func base64Runs(key string) []string {
 			s = s[min(len(s), (before*8+5)/6):]
 			runs = append(runs, s)
 			if (before+len(key))%3 != 0 && s != "" {
-				runs = append(runs, s[:len(s)-1]) // the last one depends on what follows, too
+				runs = append(runs, s[:len(s)-1]) // the last one depends on the next byte, too
 			}
 		}
 	}
@@ -110,14 +109,14 @@ func (k *spellings) at(s string, i int) bool {
 // contains reports whether s contains the secret or a part of it.
 func (r redactor) contains(s string) bool { return r.redact(s) != s }
 
-// repeats reports whether s, a token, is the secret in another form: contains
-// the whole of it, or is a part of it.
+// repeats reports whether s, a token, is the secret in another form, so that it contains the whole of it, or is a part
+// of it.
 //
-// NOTE: a part that both contain proves nothing. Both may be JWTs of one issuer,
-// which begin alike.
+// NOTE: a part that both contain proves nothing. Both may be JWTs of one issuer, which begin alike.
 func (r redactor) repeats(s string) bool {
 	return slices.ContainsFunc(r.known().whole, func(w string) bool {
-		return s == w || len(w) >= redactWindow && strings.Contains(s, w) || len(s) >= redactWindow && strings.Contains(w, s)
+		return s == w || len(w) >= redactWindow && strings.Contains(s, w) ||
+			len(s) >= redactWindow && strings.Contains(w, s)
 	})
 }
 
@@ -147,10 +146,14 @@ func (r redactor) redact(s string) string {
 	return out.String()
 }
 
-// clean makes text that Cable wrote safe to show in an error: it redacts the
-// key, escapes what does not print, and cuts the whole at maxText bytes.
-// Redaction comes first: a cut could leave a part of the key.
-func (r redactor) clean(s string) string {
+// clean makes text that Cable wrote safe to show. It redacts the key, escapes misleading characters, and cuts the whole
+// at maxText bytes.
+func (r redactor) clean(s string) string { return r.show(s, maxText) }
+
+// show is clean with another bound. Letters, marks, numbers, punctuation, symbols, spaces and the two joiners, which
+// scripts and emoji need, remain as they are; controls, line separators and direction controls are escaped. Redaction
+// comes first, because a cut could leave a part of the key.
+func (r redactor) show(s string, limit int) string {
 	s = r.redact(s)
 	var out strings.Builder
 	for i, c := range s {
@@ -158,10 +161,10 @@ func (r redactor) clean(s string) string {
 		switch {
 		case c == utf8.RuneError && !strings.HasPrefix(s[i:], part):
 			part = `\x` + strconv.FormatUint(uint64(s[i]), 16) // not UTF-8
-		case !unicode.IsPrint(c):
+		case !unicode.IsGraphic(c) && c != '\u200c' && c != '\u200d':
 			part = strings.Trim(strconv.QuoteRune(c), "'")
 		}
-		if out.Len()+len(part) > maxText {
+		if out.Len()+len(part) > limit {
 			break
 		}
 		out.WriteString(part)

@@ -59,8 +59,8 @@ func TestClean(t *testing.T) {
 	}
 }
 
-// TestRedactProperties: whatever surrounds a part of the key of the length of a
-// window, it is redacted, and a text without one is unchanged.
+// TestRedactProperties: whatever surrounds a part of the key of the length of a window, it is redacted, and a text
+// without one is unchanged.
 func TestRedactProperties(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
@@ -84,8 +84,7 @@ func TestRedactProperties(t *testing.T) {
 	})
 }
 
-// TestDetailIsBounded: whatever a message contains, the detail is bounded, valid
-// and printable.
+// TestDetailIsBounded: whatever a message contains, the detail is bounded, valid and printable.
 func TestDetailIsBounded(t *testing.T) {
 	t.Parallel()
 	r := newRedactor(NewSecret(testKey))
@@ -98,8 +97,7 @@ func TestDetailIsBounded(t *testing.T) {
 	})
 }
 
-// jwtLike returns a token in the shape of Cable's sample: the first part is the
-// same for all tokens of one issuer.
+// jwtLike returns a token in the shape of Cable's sample: the first part is the same for all tokens of one issuer.
 func jwtLike(claims, signature string) string {
 	return "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9." + base64.RawURLEncoding.EncodeToString([]byte(claims)) + "." + signature
 }
@@ -169,8 +167,7 @@ func echoes(key string) map[string]string {
 	}
 }
 
-// decoded returns text and what it may decode to, so that a key is found in any
-// form.
+// decoded returns text and what it may decode to, so that a key is found in any form.
 func decoded(text string) []string {
 	list := []string{text, html.UnescapeString(text), strings.ReplaceAll(text, `\`, "")}
 	if s, err := url.QueryUnescape(text); err == nil {
@@ -198,20 +195,19 @@ func decoded(text string) []string {
 	return list
 }
 
-// TestEchoInAnError pins that an error contains no form of the key, wherever it
-// was in the envelope.
+// TestEchoInAnError pins that an error contains no form of the key, wherever it was in the envelope.
 func TestEchoInAnError(t *testing.T) {
 	t.Parallel()
 	for keyName, key := range echoKeys() {
 		c := newClientAt(t, Config{RefreshKey: NewSecret(key)})
 		for name, echo := range echoes(key) {
-			for place, body := range map[string]errorBody{
-				"message":     {Message: echo},
-				"field":       {Errors: []fieldError{{Field: echo, Message: "bad"}}},
-				"its message": {Errors: []fieldError{{Field: "a", Message: "b"}, {Field: "c", Message: echo}}},
+			for place, body := range map[string]map[string]any{
+				"message":     {"message": echo},
+				"field":       {"errors": []fieldError{{Field: echo, Message: "bad"}}},
+				"its message": {"errors": []fieldError{{Field: "a", Message: "b"}, {Field: "c", Message: echo}}},
 			} {
 				raw, _ := json.Marshal(body)
-				text := c.envelope(raw)
+				text, _ := c.envelope(raw)
 				if _, err := c.decode(raw, testRequest()); err == nil || err.Error() != "it contains no token, but a message: "+text {
 					t.Errorf("%s key, %s in %s of a 200: %v", keyName, name, place, err)
 				}

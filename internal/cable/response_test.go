@@ -6,6 +6,7 @@ package cable
 import (
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"regexp"
 	"strings"
@@ -17,14 +18,15 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestDecode pins which bodies of a 200 are refused, and that the error contains
-// nothing of them but an envelope's message and the digits of an expiry.
+// TestDecode pins which bodies of a 200 are refused, and that the error contains nothing of them but an envelope's
+// message and the digits of an expiry.
 func TestDecode(t *testing.T) {
 	t.Parallel()
 	const (
 		shape = "it is not a JSON object of the documented shape"
 		whole = "its expiry is not a whole number of seconds"
 	)
+	twice := func(name string) string { return fmt.Sprintf("its field %q stands twice, or in another case", name) }
 	expiry := func(text string) string { return `{"token":"a","expiry":` + text + `}` }
 	c := newClientAt(t, Config{})
 	for body, want := range map[string]string{
@@ -34,7 +36,7 @@ func TestDecode(t *testing.T) {
 		`[]`:                 shape,
 		`{"token":"a","expiry":1}{"token":"b","expiry":1}`: shape,
 		strings.Repeat("[", 1<<20):                         shape,
-		`null`:                                             "it contains no token",
+		`null`:                                             shape,
 		`{}`:                                               "it contains no token",
 		`{"token":null,"expiry":1711929600}`:               "it contains no token",
 		`{"token":"","expiry":1711929600}`:                 "it contains no token",
@@ -44,17 +46,47 @@ func TestDecode(t *testing.T) {
 		`{"token":"a","expiry":1,"organization_id":7}`:   `its field "organization_id" is not of the documented type`,
 		`{"token":"a\u001b[2Jb","expiry":1711929600}`:    "its token contains characters that a header cannot carry",
 		`{"token":"a\r\nX-Evil: b","expiry":1711929600}`: "its token contains characters that a header cannot carry",
-		`{"token":"a"}`:               "it contains no expiry",
-		expiry("null"):                whole,
-		expiry(`"1711929600"`):        whole,
-		expiry("1711929600.5"):        whole,
-		expiry("1.7e9"):               whole,
-		expiry("9223372036854775808"): whole,
-		expiry("1711929600000"):       "its expiry 1711929600000 is not a Unix time in seconds",
-		expiry("0"):                   "its expiry 0 is not a Unix time in seconds",
-		expiry("-1711929600"):         "its expiry -1711929600 is not a Unix time in seconds",
-		expiry("253402300799"):        "",
-		expiry("253402300800"):        "its expiry 253402300800 is not a Unix time in seconds",
+		`{"token":"a"}`:                                  "it contains no expiry",
+		expiry("null"):                                   "it contains no expiry",
+		expiry(`"1711929600"`):                           whole,
+		expiry("1711929600.5"):                           whole,
+		expiry("1.7e9"):                                  "",
+		expiry("1795822807.0"):                           "",
+		expiry("17958228070e-1"):                         "",
+		expiry("17958228071e-1"):                         whole,
+		expiry("1795822807." + strings.Repeat("0", 300)): "",
+		expiry("1795822807." + strings.Repeat("0", 300) + "1"):                            whole,
+		expiry("1795822807." + strings.Repeat("0", 1<<19)):                                "its expiry is not a Unix time in seconds",
+		expiry("1e999999999"):                                                             "its expiry 1e999999999 is not a Unix time in seconds",
+		expiry("1e-999999999"):                                                            "its expiry 1e-999999999 is not a Unix time in seconds",
+		expiry("0.5"):                                                                     "its expiry 0.5 is not a Unix time in seconds",
+		expiry("true"):                                                                    whole,
+		expiry("[1]"):                                                                     whole,
+		expiry("9223372036854775808"):                                                     "its expiry 9223372036854775808 is not a Unix time in seconds",
+		expiry("92233720368547758080"):                                                    "its expiry is not a Unix time in seconds",
+		"\xef\xbb\xbf" + expiry("1"):                                                      "",
+		"\xef\xbb\xbf\xef\xbb\xbf" + expiry("1"):                                          shape,
+		`{"token":"` + strings.Repeat("a", maxToken) + `","expiry":1}`:                    "",
+		`{"token":"` + strings.Repeat("a", maxToken+1) + `","expiry":1}`:                  "its token has 16385 bytes: at most 16384 are accepted",
+		`{"token":"a","expiry":1,"token":"a"}`:                                            twice("token"),
+		`{"token":"a","expiry":1,"tok\u0065n":"b"}`:                                       twice("token"),
+		`{"token":"a","Token":"b","expiry":1}`:                                            twice("token"),
+		`{"TOKEN":"a","expiry":1}`:                                                        twice("token"),
+		`{"token":"a","expiry":1,"EXPIRY":2}`:                                             twice("expiry"),
+		`{"token":"a","expiry":1,"organization_id":null,"organization_id":"o"}`:           twice("organization_id"),
+		`{"token":"a","expiry":1,"organization_name":"a","ORGANIZATION_NAME":"b"}`:        twice("organization_name"),
+		`{"token":"a","expiry":1,"scopes":null,"scopes":{}}`:                              twice("scopes"),
+		`{"token":"a","expiry":1,"\u017fcopes":{}}`:                                       twice("scopes"),
+		`{"token":"a","expiry":1,"scopes":{"organization_id":"a","Organization_ID":"b"}}`: twice("scopes.organization_id"),
+		`{"token":"a","expiry":1,"scopes":{"scopes":[],"scopes":["a:b"]}}`:                twice("scopes.scopes"),
+		`{"token":"a","expiry":1,"scopes":{"scopes":[7]}}`:                                `its field "scopes.scopes" is not of the documented type`,
+		`{"token":"a","expiry":1,"scopes":"a:b"}`:                                         `its field "scopes" is not of the documented type`,
+		`{"token":"a","expiry":1,"more":1,"more":{"token":1,"token":2},"More":[]}`:        "",
+		expiry("1711929600000"):                                                           "its expiry 1711929600000 is not a Unix time in seconds",
+		expiry("0"):                                                                       "its expiry 0 is not a Unix time in seconds",
+		expiry("-1711929600"):                                                             "its expiry -1711929600 is not a Unix time in seconds",
+		expiry("253402300799"):                                                            "",
+		expiry("253402300800"):                                                            "its expiry 253402300800 is not a Unix time in seconds",
 	} {
 		token, err := c.decode([]byte(body), testRequest())
 		if err == nil && want != "" || err != nil && err.Error() != want || (token == nil) != (err != nil) {
@@ -63,8 +95,7 @@ func TestDecode(t *testing.T) {
 	}
 }
 
-// TestCableClock pins that Cable's clock is Date plus Age and the second that
-// Age is cut off by, that an unusable Date
+// TestCableClock pins that Cable's clock is Date plus Age and the second that Age is cut off by, that an unusable Date
 // counts as none, and which Age is refused.
 func TestCableClock(t *testing.T) {
 	t.Parallel()
@@ -119,8 +150,8 @@ func TestCableClock(t *testing.T) {
 	}
 }
 
-// TestEchoInAResponse pins that a response with the key in one of its fields is
-// refused, and that no part of the key remains in a name.
+// TestEchoInAResponse pins that a response with the key in one of its fields is refused, and that no part of the key
+// remains in a name.
 func TestEchoInAResponse(t *testing.T) {
 	t.Parallel()
 	const refusal = "it repeats the refresh key: check that token_url is Cable's"
@@ -172,9 +203,8 @@ func TestEchoInAResponse(t *testing.T) {
 	}
 }
 
-// TestLookalikes pins that a response which only resembles the key is accepted:
-// key and token may be JWTs of one issuer, and a key may contain the name of its
-// organization.
+// TestLookalikes pins that a response which only resembles the key is accepted: key and token may be JWTs of one
+// issuer, and a key may contain the name of its organization.
 func TestLookalikes(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct{ key, token string }{
@@ -201,17 +231,19 @@ func TestLookalikes(t *testing.T) {
 	}
 }
 
-// TestOrganizationName pins that the organization's name, which the caller
-// compares with nothing, is safe to show and store: bounded and printable.
+// TestOrganizationName pins that the organization's name, which the caller compares with nothing, is safe to show and
+// store: bounded and printable.
 func TestOrganizationName(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
 	for name, want := range map[string]string{
-		"Cable Financial Services":     "Cable Financial Services",
-		"Ünïcode & Söhne 日本 🏦":         "Ünïcode & Söhne 日本 🏦",
-		"":                             "",
-		"\x1b[2Jgone\u202egnp.exe\r\n": `\x1b[2Jgone\u202egnp.exe\r\n`,
-		strings.Repeat("é", 1000):      strings.Repeat("é", maxText/2),
+		"Cable Financial Services": "Cable Financial Services",
+		"Ünïcode & Söhne 日本 🏦":     "Ünïcode & Söhne 日本 🏦",
+		"":                         "",
+		"Société\u00a0Générale\u3000\u202f👨\u200d💻 می\u200cخواهم": "Société\u00a0Générale\u3000\u202f👨\u200d💻 می\u200cخواهم",
+		"a\u2028b\u2029c\u2066d\ufeffe\u00adf":                    `a\u2028b\u2029c\u2066d\ufeffe\u00adf`,
+		"\x1b[2Jgone\u202egnp.exe\r\n":                            `\x1b[2Jgone\u202egnp.exe\r\n`,
+		strings.Repeat("é", 1000):                                 strings.Repeat("é", maxText/2),
 	} {
 		raw, _ := json.Marshal(map[string]any{"token": "t", "expiry": 1, "organization_name": name})
 		if got, err := c.decode(raw, testRequest()); err != nil || got.OrganizationName != want {
@@ -220,8 +252,7 @@ func TestOrganizationName(t *testing.T) {
 	}
 }
 
-// TestErrorBodies pins that an error contains only the message of an envelope of
-// at most 64 KiB.
+// TestErrorBodies pins that an error contains only the message of an envelope of at most 64 KiB.
 func TestErrorBodies(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
@@ -254,14 +285,36 @@ func TestErrorBodies(t *testing.T) {
 		`{"message":"` + strings.Repeat(`\u0001`, 1000) + `"}`:     strings.Repeat(`\x01`, 128),
 		strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3): "",
 	} {
-		if got := c.envelope([]byte(body)); got != want {
+		if got, _ := c.envelope([]byte(body)); got != want {
 			t.Errorf("%.80q: %q, want %q", body, got, want)
 		}
 	}
 }
 
-// TestTokenTwice pins that a response with its token in another field, too, is
-// refused: what was granted is shown in errors and in the log.
+// TestErrorDetail pins what is said of an error response that is not Cable's envelope, and that a message is kept if
+// the rest has another type.
+func TestErrorDetail(t *testing.T) {
+	t.Parallel()
+	c := newClientAt(t, Config{})
+	for body, want := range map[string]string{
+		`{"code":400,"message":"no"}`:                              "no",
+		"\xef\xbb\xbf" + `{"code":400,"message":"no"}`:             "no",
+		`{"code":"400","message":"no","errors":{}}`:                "no",
+		`{"code":400,"message":"no","errors":["scopes: unknown"]}`: "no",
+		`{"code":400,"message":7,"errors":[{"message":"only"}]}`:   "only (" + notCables + ")",
+		`{"message":"Missing Authentication Token"}`:               "Missing Authentication Token (" + notCables + ")",
+		`{"error":"invalid_scope","error_description":"no"}`:       notCables,
+		`<html>blocked</html>`:                                     notCables,
+		``:                                                         notCables,
+	} {
+		if got := c.errorDetail([]byte(body)); got != want {
+			t.Errorf("%s: %q, want %q", body, got, want)
+		}
+	}
+}
+
+// TestTokenTwice pins that a response with its token in another field, too, is refused: what was granted is shown in
+// errors and in the log.
 func TestTokenTwice(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
@@ -281,8 +334,8 @@ func TestTokenTwice(t *testing.T) {
 	}
 }
 
-// responseErrors matches the errors of decode: they repeat nothing of a response
-// but the digits of an expiry and an envelope's message.
+// responseErrors matches the errors of decode: they repeat nothing of a response but the digits of an expiry and an
+// envelope's message.
 var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 	`it is larger than 1048576 bytes`,
 	`it is not a JSON object of the documented shape`,
@@ -291,15 +344,16 @@ var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 	`its token contains characters that a header cannot carry`,
 	`it contains no expiry`,
 	`its expiry is not a whole number of seconds`,
-	`its expiry -?[0-9]{1,19} is not a Unix time in seconds`,
+	`its expiry( [-+.eE0-9]{1,19})? is not a Unix time in seconds`,
+	`its field "(token|expiry|organization_id|organization_name|scopes(\.organization_id|\.scopes)?)" stands twice, or in another case`,
+	`its token has [0-9]+ bytes: at most 16384 are accepted`,
 	`it repeats the refresh key: check that token_url is Cable's`,
 	`it contains its token in more than one field`,
 }, "|") + `)$`)
 
-// FuzzResponse pins that for any body of a 200, decoding does not panic; that an
-// accepted token can be sent, has a possible expiry and contains no part of the
-// refresh key; and that an error contains no part of the key, and nothing of the
-// body but what responseErrors matches.
+// FuzzResponse pins that for any body of a 200, decoding does not panic; that an accepted token can be sent, has a
+// possible expiry and contains no part of the refresh key; and that an error contains no part of the key, and nothing
+// of the body but what responseErrors matches.
 func FuzzResponse(f *testing.F) {
 	for _, s := range []string{
 		`{"token":"t","expiry":1711929600,"organization_id":"o","organization_name":"n","scopes":{"organization_id":"o","scopes":["a:b"]}}`,
@@ -343,10 +397,9 @@ func FuzzResponse(f *testing.F) {
 }
 
 // notPrinted reports characters that an error must not contain.
-func notPrinted(c rune) bool { return !unicode.IsPrint(c) }
+func notPrinted(c rune) bool { return !unicode.IsGraphic(c) && c != '\u200c' && c != '\u200d' }
 
-// FuzzErrorResponse pins that for any error response, the error is bounded,
-// printable, and without the key.
+// FuzzErrorResponse pins that for any error response, the error is bounded, printable, and without the key.
 func FuzzErrorResponse(f *testing.F) {
 	f.Add(401, []byte(`{"code":401,"message":"unauthorized"}`))
 	f.Add(400, []byte(`{"message":"`+testKey+`","errors":[{"field":"`+testKey[:15]+`","message":"\u001b[0m"},{"message":"only"}]}`))
@@ -355,8 +408,8 @@ func FuzzErrorResponse(f *testing.F) {
 	f.Add(302, []byte("{}"))
 	c := newClientAt(f, Config{})
 	f.Fuzz(func(t *testing.T, status int, raw []byte) {
-		e := (&request{client: c}).failed(status, true, raw)
-		if len(e.Detail) > maxText || !utf8.ValidString(e.Error()) || strings.ContainsFunc(e.Error(), notPrinted) || c.redactor.contains(e.Error()) {
+		e := (&request{client: c}).failed(status, true, raw, true)
+		if len(e.Detail) > maxText+len(notCables)+3 || !utf8.ValidString(e.Error()) || strings.ContainsFunc(e.Error(), notPrinted) || c.redactor.contains(e.Error()) {
 			t.Errorf("%q", e)
 		}
 	})

@@ -29,9 +29,8 @@ type request struct {
 	rateLimited bool // Cable responded 429
 }
 
-// RequestToken requests an access token from Cable. It returns the token, an
-// *Error, or the error of tr.Allow as it is. It takes at most the client's
-// Timeout, less the time since tr.Start, and ends when ctx does.
+// RequestToken requests an access token from Cable. It returns the token, an *Error, or the error of tr.Allow as it is.
+// It takes at most the client's Timeout, less the time since tr.Start, and ends when ctx does.
 func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, error) {
 	defer func() { // after the response's body is closed, which is when a connection becomes idle
 		if c.closed.Load() {
@@ -60,22 +59,21 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 		if err == nil || wait == noRetry || r.calls > maxRetries {
 			return token, err
 		}
-		// The jitter parts callers that failed together. A wait that could last to
-		// the end of the budget would hide how Cable responded.
+		// The jitter parts callers that failed together. A wait that could last to the end of the budget would hide how
+		// Cable responded.
 		jitterMax := retryDelay << (r.calls - 1)
 		wait = max(wait, jitterMax)
 		if wait+jitterMax >= time.Until(end) {
 			return nil, err
 		}
 		if err := sleep(ctx, wait+jitter(jitterMax)); err != nil {
-			return nil, r.failure(ctx, false, err)
+			return nil, r.failure(ctx, nil, false, err)
 		}
 	}
 }
 
-// retryAfter reads the header in both of its forms (RFC 9110, 10.2.3): seconds,
-// or a date, which is compared with the Date of the same response. It returns
-// at most MaxLifetime.
+// retryAfter reads the header in both of its forms (RFC 9110, 10.2.3), seconds or a date, which is compared with the
+// Date of the same response. It returns at most MaxLifetime.
 func retryAfter(resp *http.Response) (time.Duration, bool) {
 	text := strings.TrimSpace(resp.Header.Get("Retry-After"))
 	if seconds, err := strconv.ParseUint(text, 10, 63); err == nil {

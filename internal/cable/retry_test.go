@@ -24,8 +24,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestRetryOverNetwork pins that a retry succeeds once Cable does, on the same
-// connection. The other tests of retries need no network.
+// TestRetryOverNetwork pins that a retry succeeds once Cable does, on the same connection. The other tests of retries
+// need no network.
 func TestRetryOverNetwork(t *testing.T) {
 	t.Parallel()
 	const date = "Sun, 31 Mar 2024 23:00:00 GMT"
@@ -46,8 +46,7 @@ func TestRetryOverNetwork(t *testing.T) {
 	}
 }
 
-// TestRefusedConnection pins that a connection that could not be made is
-// retried, whether or not there was one before.
+// TestRefusedConnection pins that a connection that could not be made is retried, whether or not there was one before.
 func TestRefusedConnection(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewServer(t, nil)
@@ -59,8 +58,8 @@ func TestRefusedConnection(t *testing.T) {
 	checkCounts(t, srv, 1, 1)
 }
 
-// TestRetries pins which Retry-After of a 429 fits the budget, how often and
-// after which time the call is then retried, and that it can succeed.
+// TestRetries pins which Retry-After of a 429 fits the budget, how often and after which time the call is then retried,
+// and that it can succeed.
 func TestRetries(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -110,8 +109,7 @@ func TestRetries(t *testing.T) {
 	}
 }
 
-// TestRetryAfter pins how the header is read: seconds, or a date by the clock of
-// the response, which may be years off.
+// TestRetryAfter pins how the header is read: seconds, or a date by the clock of the response, which may be years off.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	const date = "Sun, 31 Mar 2024 23:00:00 GMT"
@@ -147,8 +145,7 @@ func TestRetryAfter(t *testing.T) {
 	}
 }
 
-// TestRetriesAreSpread pins that callers that got a 429 together do not retry
-// together.
+// TestRetriesAreSpread pins that callers that got a 429 together do not retry together.
 func TestRetriesAreSpread(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -168,9 +165,8 @@ func TestRetriesAreSpread(t *testing.T) {
 	})
 }
 
-// TestBudget pins, however long Cable takes for each 429, that nothing takes
-// longer than the budget, and that no wait lasts to its end: that would hide
-// how Cable responded.
+// TestBudget pins, however long Cable takes for each 429, that nothing takes longer than the budget, and that no wait
+// lasts to its end: that would hide how Cable responded.
 func TestBudget(t *testing.T) {
 	t.Parallel()
 	for _, retryAfter := range []string{"0", "1"} {
@@ -199,8 +195,8 @@ func TestBudget(t *testing.T) {
 	}
 }
 
-// TestCallerLeavesInAWait pins that neither the wait for a retry nor the spread
-// after a pause lasts longer than the caller.
+// TestCallerLeavesInAWait pins that neither the wait for a retry nor the spread after a pause lasts longer than the
+// caller.
 func TestCallerLeavesInAWait(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -208,7 +204,7 @@ func TestCallerLeavesInAWait(t *testing.T) {
 		pause time.Duration
 		want  string
 	}{
-		{"retry", 0, "the caller left after cable responded 429"},
+		{"retry", 0, "the caller left after Cable responded 429"},
 		{"spread", time.Second, "the caller left before a request was sent"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -240,8 +236,8 @@ func TestCallerLeavesInAWait(t *testing.T) {
 	}
 }
 
-// A step is what happens to one call, and whether Cable may have issued a token
-// then: written down here independently of the code.
+// A step is what happens to one call, and whether Cable may have issued a token then: written down here independently
+// of the code.
 type step struct {
 	name   string
 	issued bool
@@ -272,9 +268,8 @@ func steps() []step {
 	return list
 }
 
-// TestOneTokenAtMost: whatever the responses to its calls, a token request makes
-// at most three, and no call after one that may have issued a token. If such a
-// call brings no token, the error says so; and no other error does.
+// TestOneTokenAtMost: whatever the responses to its calls, a token request makes at most three, and no call after one
+// that may have issued a token. If such a call brings no token, the error says so; and no other error does.
 func TestOneTokenAtMost(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -321,8 +316,7 @@ type roundTripFunc func(*http.Request) (*http.Response, error)
 
 func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// FuzzRetryAfter pins that no header makes the wait negative, or longer than a
-// day.
+// FuzzRetryAfter pins that no header makes the wait negative, or longer than a day.
 func FuzzRetryAfter(f *testing.F) {
 	for _, s := range [][2]string{{"1", ""}, {"-1", ""}, {"99999999999999999999", ""}, {"9223372036854775807", ""}, {"Fri, 31 Dec 9999 23:59:59 GMT", ""}, {"Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:36 GMT"}, {"Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 GMT"}, {"1.5", ""}, {"", "x"}} {
 		f.Add(s[0], s[1])

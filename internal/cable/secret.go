@@ -11,13 +11,11 @@ import (
 // redacted is printed in place of a secret.
 const redacted = "[redacted]"
 
-// Secret is a refresh key or an access token that no formatting verb and no
-// encoder prints; only [Secret.Reveal] returns it. The zero value is the empty
-// secret.
+// Secret is a refresh key or an access token that no formatting verb and no encoder prints; only [Secret.Reveal]
+// returns it. The zero value is the empty secret.
 //
-// NOTE: the text is behind a pointer on purpose. fmt does not call the methods
-// of unexported struct fields, and would print a plain string there; of a
-// pointer inside a struct it prints the address.
+// NOTE: the text is behind a pointer on purpose. fmt does not call the methods of unexported struct fields, and would
+// print a plain string there; of a pointer inside a struct it prints the address.
 type Secret struct{ text *string }
 
 // NewSecret wraps s.
@@ -28,8 +26,7 @@ func NewSecret(s string) Secret {
 	return Secret{text: &s}
 }
 
-// Reveal returns the text itself, for the one header, response or storage entry
-// that must contain it.
+// Reveal returns the text itself, for the one header, response or storage entry that must contain it.
 func (s Secret) Reveal() string {
 	if s.text == nil {
 		return ""
@@ -46,6 +43,5 @@ func (s Secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(redacted)) }
 // MarshalJSON implements [json.Marshaler].
 func (s Secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
 
-// MarshalText implements [encoding.TextMarshaler], which encoders other than
-// JSON's use.
+// MarshalText implements [encoding.TextMarshaler], which encoders other than JSON's use.
 func (s Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }

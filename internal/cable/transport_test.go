@@ -15,7 +15,6 @@ import (
 	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/binary"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -26,9 +25,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
-	"os"
-	"os/exec"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,109 +37,95 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestConnectionsAreReused pins that concurrent calls reuse connections: Go's
-// default of two idle ones would make 62 of 64 reconnect in each round.
+// TestConnectionsAreReused pins that concurrent calls reuse connections: Go's default of two idle ones would make 62 of
+// 64 reconnect in each round.
 func TestConnectionsAreReused(t *testing.T) {
 	t.Parallel()
-	for name, newServer := range map[string]func(testing.TB, *cabletest.Options) *cabletest.Server{
-		"HTTP/1.1": cabletest.NewServer, "HTTP/2.0": cabletest.NewTLSServer,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			// Each response is delayed, so that all calls are under way at once.
-			srv := newServer(t, &cabletest.Options{Default: cabletest.Fault{Delay: 10 * time.Millisecond}})
-			c := newClient(t, srv, Config{})
-			for range 11 {
-				if err := errors.Join(mintAll(t, c, maxConns)...); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if n := srv.Connections(); n > maxConns {
-				t.Errorf("%d connections for %d calls", n, srv.CallCount())
-			}
-			if got := srv.Calls()[0].Proto; got != name {
-				t.Errorf("spoke %s, want %s", got, name)
-			}
-			tokens := map[string]bool{}
-			for _, m := range srv.Minted() {
-				tokens[m.Token] = true
-			}
-			if len(tokens) != 11*maxConns {
-				t.Errorf("%d tokens, want %d", len(tokens), 11*maxConns)
-			}
-		})
+	// Each response is delayed, so that all calls are under way at once.
+	srv := cabletest.NewTLSServer(t, &cabletest.Options{Default: cabletest.Fault{Delay: 10 * time.Millisecond}})
+	c := newClient(t, srv, Config{})
+	for range 11 {
+		if err := errors.Join(mintAll(t, c, maxConns)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := srv.Connections(); n > maxConns {
+		t.Errorf("%d connections for %d calls", n, srv.CallCount())
+	}
+	tokens := map[string]bool{}
+	for _, m := range srv.Minted() {
+		tokens[m.Token] = true
+	}
+	if len(tokens) != 11*maxConns {
+		t.Errorf("%d tokens, want %d", len(tokens), 11*maxConns)
 	}
 }
 
-// TestConnectionsAreBounded pins that 300 calls to a server that hangs open at
-// most 64 connections; that the wait for one counts as time before a request
-// was sent; and that a caller that leaves while it waits takes no place.
+// TestConnectionsAreBounded pins that 300 calls to a server that hangs open at most 64 connections; that the wait for
+// one counts as time before a request was sent; and that a caller that leaves while it waits takes no place.
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
-	for _, http2 := range []bool{false, true} {
-		t.Run(fmt.Sprint("HTTP/2 ", http2), func(t *testing.T) {
-			t.Parallel()
-			sim := cabletest.New(nil)
-			arrived, release := make(chan struct{}, 300), make(chan struct{})
-			srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				arrived <- struct{}{}
-				<-release
-				sim.ServeHTTP(w, r)
-			}))
-			srv.Config.ConnState = sim.ConnState
-			srv.EnableHTTP2 = http2
-			srv.StartTLS()
-			t.Cleanup(srv.Close)
-			c := newClientAt(t, Config{RefreshKey: NewSecret(sim.RefreshKey()), TokenURL: srv.URL + sim.Path(), CACert: string(pemOf(srv.Certificate()))})
-			var calls sync.WaitGroup
-			call := func(ctx context.Context, check func(*Token, error)) {
-				calls.Go(func() { check(c.RequestToken(ctx, testRequest())) })
-			}
-			succeed := func(_ *Token, err error) {
-				if err != nil {
-					t.Error(err)
-				}
-			}
-			for range maxConns {
-				call(t.Context(), succeed)
-			}
-			for range maxConns {
-				<-arrived
-			}
-			ctx, leave := context.WithCancel(t.Context())
-			late, cancel := context.WithTimeout(t.Context(), time.Millisecond)
-			defer cancel()
-			var left sync.WaitGroup
-			for i := range 300 - maxConns {
-				left.Add(1)
-				want := Error{Kind: Canceled, Detail: "the caller left before a request was sent"}
-				ctx := ctx
-				if i == 0 {
-					ctx, want = late, Error{Kind: TimedOut, Detail: "the caller's deadline passed before a request was sent"}
-				}
-				call(ctx, func(token *Token, err error) {
-					defer left.Done()
-					diffError(t, want, checkError(t, token, err))
-				})
-			}
-			call(t.Context(), succeed) // in line among them
-			<-late.Done()
-			leave()
-			left.Wait()
-			if n := sim.Connections(); n > maxConns {
-				t.Errorf("%d connections", n)
-			}
-			if len(arrived) > 0 {
-				t.Errorf("more than %d calls arrived", maxConns)
-			}
-			close(release)
-			calls.Wait()
+	sim := cabletest.New(nil)
+	arrived, release := make(chan struct{}, 300), make(chan struct{})
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		arrived <- struct{}{}
+		<-release
+		sim.ServeHTTP(w, r)
+	}))
+	srv.Config.ConnState = sim.ConnState
+	srv.StartTLS()
+	t.Cleanup(srv.Close)
+	c := newClientAt(t, Config{
+		RefreshKey: NewSecret(sim.RefreshKey()), TokenURL: srv.URL + sim.Path(), CACert: string(pemOf(srv.Certificate())),
+	})
+	var calls sync.WaitGroup
+	call := func(ctx context.Context, check func(*Token, error)) {
+		calls.Go(func() { check(c.RequestToken(ctx, testRequest())) })
+	}
+	succeed := func(_ *Token, err error) {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	for range maxConns {
+		call(t.Context(), succeed)
+	}
+	for range maxConns {
+		<-arrived
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	late, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	const passed = "the caller's deadline passed before a request was sent, waiting for a turn or a connection"
+	var left sync.WaitGroup
+	for i := range 300 - maxConns {
+		left.Add(1)
+		want := Error{Kind: Canceled, Detail: "the caller left before a request was sent"}
+		ctx := ctx
+		if i == 0 {
+			ctx, want = late, Error{Kind: TimedOut, Detail: passed}
+		}
+		call(ctx, func(token *Token, err error) {
+			defer left.Done()
+			diffError(t, want, checkError(t, token, err))
 		})
 	}
+	call(t.Context(), succeed) // in line among them
+	<-late.Done()
+	leave()
+	left.Wait()
+	if n := sim.Connections(); n > maxConns {
+		t.Errorf("%d connections", n)
+	}
+	if len(arrived) > 0 {
+		t.Errorf("more than %d calls arrived", maxConns)
+	}
+	close(release)
+	calls.Wait()
 }
 
-// TestDialsAreBounded pins the same for connections that are never made:
-// net/http continues to dial after the caller has left.
+// TestDialsAreBounded pins the same for connections that are never made: net/http continues to dial after the caller
+// has left.
 func TestDialsAreBounded(t *testing.T) {
 	t.Parallel()
 	url, connections := rawServer(t, hang) // no TLS handshake
@@ -160,8 +142,7 @@ func TestDialsAreBounded(t *testing.T) {
 	}
 }
 
-// TestErrorsKeepConnections pins that an error response, which is read to its
-// end, costs no connection.
+// TestErrorsKeepConnections pins that an error response, which is read to its end, costs no connection.
 func TestErrorsKeepConnections(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewServer(t, nil)
@@ -178,8 +159,8 @@ func TestErrorsKeepConnections(t *testing.T) {
 	}
 }
 
-// clientOfHost returns a client whose URL has a host that ParseTokenURL would
-// refuse: the stand-in for a name that resolves to something else.
+// clientOfHost returns a client whose URL has a host that ParseTokenURL would refuse: the stand-in for a name that
+// resolves to something else.
 func clientOfHost(t *testing.T, host string) *Client {
 	t.Helper()
 	c := newClientAt(t, Config{TokenURL: "http://localhost:1/", Timeout: 5 * time.Second})
@@ -189,8 +170,7 @@ func clientOfHost(t *testing.T, host string) *Client {
 	return c
 }
 
-// TestOnlyLoopback pins that plain http goes nowhere but to this machine,
-// whatever its host's name resolves to.
+// TestOnlyLoopback pins that plain http goes nowhere but to this machine, whatever its host's name resolves to.
 func TestOnlyLoopback(t *testing.T) {
 	t.Parallel()
 	want := Error{Kind: Unreachable, Detail: "plain http is for loopback addresses only, and the host resolves to another", Attempts: 1}
@@ -210,8 +190,7 @@ func TestOnlyLoopback(t *testing.T) {
 	}
 }
 
-// nameServer starts a DNS server that responds to every query with the same
-// code and, for the code 0, one address.
+// nameServer starts a DNS server that responds to every query with the same code and, for the code 0, one address.
 func nameServer(t *testing.T, code byte, addr netip.Addr) *net.Resolver {
 	t.Helper()
 	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -242,8 +221,7 @@ func nameServer(t *testing.T, code byte, addr netip.Addr) *net.Resolver {
 	}}
 }
 
-// TestNames pins the errors for a name without an address. No request is sent,
-// and the look-up is retried.
+// TestNames pins the errors for a name without an address. No request is sent, and the look-up is retried.
 func TestNames(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -265,88 +243,13 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// faultyConn is a connection whose writes fail with err, or are lost if that is
-// nil, once faulty is set.
-type faultyConn struct {
-	net.Conn
-	faulty *atomic.Bool
-	err    error
-}
-
-func (c faultyConn) Write(p []byte) (int, error) {
-	if !c.faulty.Load() {
-		return c.Conn.Write(p)
-	}
-	if c.err != nil {
-		return 0, c.err
-	}
-	return len(p), nil
-}
-
-// TestNothingWritten pins that a kept connection which turns out to be dead
-// before anything was written counts as none: no token can have been issued, and
-// the connection that replaces it may fail and be retried.
-func TestNothingWritten(t *testing.T) {
-	t.Parallel()
-	srv := cabletest.NewServer(t, nil)
-	c := newClient(t, srv, Config{Timeout: 5 * time.Second})
-	var dead atomic.Bool
-	dial := c.transport.DialContext
-	c.transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		if dead.Load() {
-			return nil, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
-		}
-		conn, err := dial(ctx, network, address)
-		return faultyConn{conn, &dead, syscall.EPIPE}, err
-	}
-	mustMint(t, c)
-	dead.Store(true)
-	diffError(t, Error{Kind: Unreachable, Detail: "connection refused", Attempts: 3}, mustFail(t, t.Context(), c))
-	checkCounts(t, srv, 1, 1)
-}
-
-// TestForgottenConnection pins that a connection that the network has forgotten
-// fails the calls on it, not all calls for minutes: HTTP/2 puts each new call on
-// it too, until a ping is not returned.
-func TestForgottenConnection(t *testing.T) {
-	t.Parallel()
-	for name, newServer := range map[string]func(testing.TB, *cabletest.Options) *cabletest.Server{
-		"HTTP/1.1": cabletest.NewServer, "HTTP/2.0": cabletest.NewTLSServer,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			srv := newServer(t, nil)
-			c := newClient(t, srv, Config{Timeout: 3 * time.Second})
-			if h2 := c.transport.HTTP2; h2 == nil || h2.SendPingTimeout <= 0 || h2.SendPingTimeout+h2.PingTimeout > DefaultTimeout {
-				t.Fatalf("a dead HTTP/2 connection is not found within the budget: %+v", h2)
-			}
-			// The same, faster, and still with room for a busy machine.
-			c.transport.HTTP2 = &http.HTTP2Config{SendPingTimeout: 500 * time.Millisecond, PingTimeout: time.Second}
-			var forgotten *atomic.Bool
-			dial := c.transport.DialContext
-			c.transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-				conn, err := dial(ctx, network, address)
-				forgotten = new(atomic.Bool)
-				return faultyConn{conn, forgotten, nil}, err
-			}
-			mustMint(t, c)
-			forgotten.Store(true)
-			if e := mustFail(t, t.Context(), c); !e.MaybeIssued || e.Attempts != 1 || name == "HTTP/2.0" && e.Detail != connectionClosed {
-				t.Errorf("on the forgotten connection: %+v", e)
-			}
-			mustMint(t, c)
-			if got := srv.Calls()[0].Proto; got != name || srv.Connections() != 2 {
-				t.Errorf("%d connections of %s", srv.Connections(), got)
-			}
-		})
-	}
-}
-
 // authority signs certificates for the servers of a test.
 type authority struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 	pem  string
+
+	isIntermediate bool // whose certificate a server sends with its own
 }
 
 func newAuthority(t testing.TB) *authority {
@@ -376,7 +279,32 @@ func (a *authority) issue(t testing.TB, change func(*x509.Certificate)) tls.Cert
 		change(leaf)
 	}
 	key, der := sign(t, leaf, a)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	chain := [][]byte{der}
+	if a.isIntermediate {
+		chain = append(chain, a.cert.Raw)
+	}
+	return tls.Certificate{Certificate: chain, PrivateKey: key}
+}
+
+// intermediate returns an authority below a that has expired.
+func (a *authority) intermediate(t testing.TB) *authority {
+	t.Helper()
+	key, der := sign(t, &x509.Certificate{
+		Subject: pkix.Name{CommonName: "expired authority"}, IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour),
+	}, a)
+	cert, _ := x509.ParseCertificate(der)
+	return &authority{cert: cert, key: key, isIntermediate: true}
+}
+
+// negative returns cert with a negative serial number, which cannot be parsed. Its signature is not valid any more.
+func negative(cert tls.Certificate) tls.Certificate {
+	parsed, _ := x509.ParseCertificate(cert.Certificate[0])
+	serial := parsed.SerialNumber.Bytes()
+	der := bytes.Clone(parsed.Raw)
+	der[bytes.Index(der, serial)] |= 0x80
+	cert.Certificate = [][]byte{der}
+	return cert
 }
 
 func sign(t testing.TB, cert *x509.Certificate, by *authority) (*ecdsa.PrivateKey, []byte) {
@@ -400,25 +328,31 @@ func sign(t testing.TB, cert *x509.Certificate, by *authority) (*ecdsa.PrivateKe
 	return key, der
 }
 
-// newTLSServer serves a simulator with a TLS configuration of the test's own.
+// newTLSServer serves a simulator with a TLS configuration of the test's own, or with a certificate of no known
+// authority.
 func newTLSServer(t testing.TB, config *tls.Config) (sim *cabletest.Simulator, url string) {
 	t.Helper()
+	if config == nil {
+		config = &tls.Config{Certificates: []tls.Certificate{newAuthority(t).issue(t, nil)}}
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
 	sim = cabletest.New(nil)
-	srv := httptest.NewUnstartedServer(sim)
-	srv.TLS = config
-	srv.Config.ErrorLog = log.New(io.Discard, "", 0) // refused handshakes
-	srv.StartTLS()
-	t.Cleanup(srv.Close)
-	return sim, srv.URL + sim.Path()
+	srv := &http.Server{Handler: sim, ErrorLog: log.New(io.Discard, "", 0)} // refused handshakes
+	go func() { _ = srv.Serve(tls.NewListener(listener, config)) }()
+	t.Cleanup(func() { _ = srv.Close() })
+	return sim, "https://" + listener.Addr().String() + sim.Path()
 }
 
-// TestTLS pins which servers get the key: those with a valid certificate, over
-// TLS 1.2 or later. No other server sees a request, and a refused certificate is
-// not retried.
+// TestTLS pins which servers get the key: those with a valid certificate, over TLS 1.2 or later. No other server sees a
+// request, and a refused certificate is not retried.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
 	good := ca.issue(t, nil)
+	both := []string{"h2", "http/1.1"}
 	for _, tt := range []struct {
 		name     string
 		config   *tls.Config
@@ -470,6 +404,26 @@ func TestTLS(t *testing.T) {
 			})}},
 			refused: "its certificate could not be verified", attempts: 1,
 		},
+		{
+			name: "a common name alone", config: &tls.Config{Certificates: []tls.Certificate{ca.issue(t, func(c *x509.Certificate) {
+				c.IPAddresses = nil
+			})}},
+			refused:  "its certificate has no subject alternative name for a host: a common name alone is not accepted",
+			attempts: 1,
+		},
+		{
+			name: "an expired intermediate", config: &tls.Config{Certificates: []tls.Certificate{ca.intermediate(t).issue(t, nil)}},
+			refused: "the certificate of an authority in its chain has expired or is not yet valid", attempts: 1,
+		},
+		{
+			name: "a negative serial number", config: &tls.Config{Certificates: []tls.Certificate{negative(ca.issue(t, nil))}},
+			refused: "its certificate cannot be parsed", attempts: 1,
+		},
+		{name: "HTTP/2 and HTTP/1.1", config: &tls.Config{Certificates: []tls.Certificate{good}, NextProtos: both}, attempts: 1},
+		{
+			name: "HTTP/2 alone", config: &tls.Config{Certificates: []tls.Certificate{good}, NextProtos: []string{"h2-alone"}},
+			refused: "it does not speak HTTP/1.1, and HTTP/2 is not supported", attempts: 3,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -493,25 +447,126 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// TestClientCertificate pins the error if the server requires a certificate of
-// the client, which with TLS 1.3 it reports only after the request.
+// TestClientCertificate pins the error if the server requires a certificate of the client, which with TLS 1.3 it
+// reports only after the request: not retried, no token issued. If its alert is lost, because the write fails first, it
+// is a connection that was closed.
 func TestClientCertificate(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
-	sim, url := newTLSServer(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, nil)}, ClientAuth: tls.RequireAnyClientCert})
-	c := newClientAt(t, Config{TokenURL: url, CACert: ca.pem})
-	e := mustFail(t, t.Context(), c)
-	// The alert races with the write, which fails when the server closes.
-	if e.Kind != Unreachable || !strings.Contains(e.Detail, "certificate required") && !strings.Contains(e.Detail, "connection was closed") {
-		t.Errorf("got %s: %s", e.Kind, e)
-	}
-	if n := sim.CallCount(); n != 0 {
-		t.Errorf("the server saw %d requests", n)
+	for version, alert := range map[uint16]string{
+		tls.VersionTLS12: "handshake failure", tls.VersionTLS13: "certificate required",
+	} {
+		config := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, nil)}, ClientAuth: tls.RequireAnyClientCert, MaxVersion: version}
+		sim, url := newTLSServer(t, config)
+		want := Error{Kind: Unreachable, Certificate: true, Attempts: 1}
+		want.Detail = fmt.Sprintf("it refused the TLS handshake (%s): client certificates are not supported", alert)
+		got := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: url, CACert: ca.pem}))
+		if lost := got.MaybeIssued && got.Detail == connectionClosed; version == tls.VersionTLS12 || !lost {
+			diffError(t, want, got)
+		}
+		if n := sim.CallCount(); n != 0 {
+			t.Errorf("the server saw %d requests", n)
+		}
 	}
 }
 
-// TestCACert pins that ca_cert adds an authority, and that a server's own
-// certificate can be one.
+// TestAlerts pins that an alert about certificates means the handshake on a new connection alone: on a kept one, or
+// after the first byte of a response, Cable may have processed the call.
+func TestAlerts(t *testing.T) {
+	t.Parallel()
+	alert := func(number tls.AlertError) error {
+		return &net.OpError{Op: "remote error", Err: errors.New(number.Error())}
+	}
+	for _, tt := range []struct {
+		err             error
+		fresh, answered bool
+		certificate     bool
+	}{
+		{alert(42), true, false, true},
+		{alert(43), true, false, true},
+		{alert(44), true, false, true},
+		{alert(45), true, false, true},
+		{alert(46), true, false, true},
+		{alert(48), true, false, true},
+		{alert(116), true, false, true},
+		{alert(116), false, false, false},
+		{alert(116), true, true, false},
+		{alert(40), true, false, false},
+		{alert(80), true, false, false},
+		{errors.New(tls.AlertError(116).Error()), true, false, false},
+		{errors.New(`malformed HTTP response "` + unparsed + `"`), true, false, false},
+	} {
+		x := newExchange(nil, nil, false)
+		x.stage, x.fresh, x.answered = atResponse, tt.fresh, tt.answered
+		r := &request{client: newClientAt(t, Config{}), caller: t.Context()}
+		e := r.failure(t.Context(), x, true, tt.err)
+		if e.Certificate != tt.certificate || e.MaybeIssued == tt.certificate || isPermanent(e, tt.err) != tt.certificate {
+			t.Errorf("%v, new %t, answered %t: %+v", tt.err, tt.fresh, tt.answered, e)
+		}
+	}
+}
+
+// TestStages pins that an error says how far the call had come when the budget ran out, or the connection broke.
+func TestStages(t *testing.T) {
+	t.Parallel()
+	silent, _ := rawServer(t, hang)
+	gone, _ := rawServer(t, func(c net.Conn) { _, _ = io.ReadFull(c, make([]byte, 5)) })
+	blocked := func(ctx context.Context) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
+	for name, tt := range map[string]struct {
+		url  string
+		dial dialFunc
+		want Error
+	}{
+		"in the TLS handshake":     {strings.Replace(silent, "http:", "https:", 1), nil, Error{Kind: TimedOut, Attempts: 1}},
+		"waiting for the response": {silent, nil, Error{Kind: TimedOut, MaybeIssued: true, Attempts: 1}},
+		"looking up the host": {"https://cable.example/", (&net.Dialer{Resolver: &net.Resolver{
+			PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) { return blocked(ctx) },
+		}}).DialContext, Error{Kind: TimedOut, Attempts: 1}},
+		"connecting": {"https://cable.example/", (&net.Dialer{
+			Resolver:       nameServer(t, 0, netip.MustParseAddr("127.0.0.1")),
+			ControlContext: func(ctx context.Context, _, _ string, _ syscall.RawConn) error { <-ctx.Done(); return ctx.Err() },
+		}).DialContext, Error{Kind: TimedOut, Attempts: 1}},
+		"the connection was closed in the TLS handshake": {
+			strings.Replace(gone, "http:", "https:", 1), nil, Error{Kind: Unreachable, Attempts: 3},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg := Config{TokenURL: tt.url, Timeout: budget}
+			tt.want.Detail = name
+			if tt.want.Kind == Unreachable {
+				cfg.Timeout = time.Minute
+			} else {
+				when := "before a request was sent"
+				if tt.want.MaybeIssued {
+					when = "after the request was sent"
+				}
+				tt.want.Detail = fmt.Sprintf("the budget of 1s ran out %s, %s", when, name)
+			}
+			c := newClientAt(t, cfg)
+			c.transport.Proxy = nil
+			if tt.dial != nil {
+				c.transport.DialContext = counted(tt.dial)
+			}
+			diffError(t, tt.want, mustFailInTime(t, c))
+		})
+	}
+}
+
+// TestHTTP2Alone pins the error for a server that speaks HTTP/2 although it was not offered.
+func TestHTTP2Alone(t *testing.T) {
+	t.Parallel()
+	url, _ := rawServer(t, func(conn net.Conn) {
+		_, _ = conn.Write([]byte("\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a")) // SETTINGS (RFC 9113, 6.5)
+		hang(conn)
+	})
+	want := Error{Kind: Unreachable, Detail: "it does not speak HTTP/1.1, and HTTP/2 is not supported", MaybeIssued: true, Attempts: 1}
+	e := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: url}))
+	want.MaybeIssued, want.Attempts = e.MaybeIssued, e.Attempts // its frame may be read before the request is written
+	diffError(t, want, e)
+}
+
+// TestCACert pins that ca_cert adds an authority, and that a server's own certificate can be one.
 func TestCACert(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewTLSServer(t, nil)
@@ -549,72 +604,37 @@ func pemOf(cert *x509.Certificate) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
 }
 
-// The environment's proxies are read once in a process, so each test of them
-// starts one: this test binary, with childConfig, which makes one token request.
-const childConfig = "CABLE_TEST_CHILD_CONFIG"
-
 // proxyPassword is part of the proxy's URL, and must be nowhere else.
 const proxyPassword = "PROXYPASSWORDCANARY"
 
-type childRequest struct {
-	Key, URL, CA string
-	Timeout      time.Duration
+// proxyVariables are those that a client may read, or must not.
+var proxyVariables = []string{
+	"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy",
 }
 
-type childResult struct {
-	Err     *Error
-	Text    string // of the error, as it may be logged
-	Token   bool
-	Printed string // the client, printed
-}
-
-// TestProxyChild is not a test: it is what the processes run.
-func TestProxyChild(t *testing.T) {
-	raw := os.Getenv(childConfig)
-	if raw == "" {
-		t.Skip("runs in the processes that TestProxy starts")
-	}
-	var in childRequest
-	if err := json.Unmarshal([]byte(raw), &in); err != nil {
-		t.Fatal(err)
-	}
-	c, err := New(Config{RefreshKey: NewSecret(in.Key), TokenURL: in.URL, CACert: in.CA, Timeout: in.Timeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	token, err := c.RequestToken(context.Background(), testRequest())
-	out := childResult{Token: token != nil, Text: fmt.Sprintf("%v %+v %#v", err, err, err), Printed: fmt.Sprintf("%v %+v", c, c)}
-	errors.As(err, &out.Err)
-	encoded, _ := json.Marshal(out)
-	fmt.Printf("\n%s%s\n", childConfig, encoded)
-}
-
-// inChild makes one token request in a process with env.
-func inChild(t *testing.T, in childRequest, env ...string) childResult {
+// throughEnvironment requests a token with a client that was made with these variables, and with no other of theirs.
+func throughEnvironment(t *testing.T, cfg Config, variables ...string) (*Token, *Error) {
 	t.Helper()
-	if in.Key == "" {
-		in.Key = cabletest.NewRefreshKey()
+	for _, name := range proxyVariables {
+		t.Setenv(name, "")
 	}
-	raw, _ := json.Marshal(in)
-	cmd := exec.Command(os.Args[0], "-test.run=^TestProxyChild$", "-test.v")
-	cmd.Env = slices.Concat(env, []string{childConfig + "=" + string(raw), "HOME=" + t.TempDir(), "SSL_CERT_FILE=/dev/null", "GORACE=atexit_sleep_ms=0"})
-	output, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("the process: %v\n%s", err, output)
+	for _, variable := range variables {
+		name, value, _ := strings.Cut(variable, "=")
+		t.Setenv(name, value)
 	}
-	_, line, _ := strings.Cut(string(output), "\n"+childConfig)
-	line, _, _ = strings.Cut(line, "\n")
-	var out childResult
-	if err := json.Unmarshal([]byte(line), &out); err != nil {
-		t.Fatalf("%v in %s", err, output)
+	c := newClientAt(t, cfg)
+	token, err := c.RequestToken(t.Context(), testRequest())
+	if err == nil {
+		return token, nil
 	}
-	t.Log(out.Text)
-	for _, secret := range []string{proxyPassword, cabletest.RefreshKeyMarker, base64.StdEncoding.EncodeToString([]byte("user:" + proxyPassword))} {
-		if bytes.Contains(output, []byte(secret)) {
-			t.Errorf("the process wrote %q: %s", secret, output)
+	e := checkError(t, token, err)
+	text := fmt.Sprintf("%v %+v %#v %v %+v", err, err, err, c, c)
+	for _, secret := range []string{proxyPassword, base64.StdEncoding.EncodeToString([]byte("user:" + proxyPassword))} {
+		if strings.Contains(text, secret) {
+			t.Errorf("%q in %s", secret, text)
 		}
 	}
-	return out
+	return nil, e
 }
 
 // proxy is an HTTP proxy that connects every CONNECT to one address.
@@ -668,26 +688,29 @@ func (p *proxy) serve(conn net.Conn) {
 	_, _ = io.Copy(conn, upstream)
 }
 
-// TestProxy pins that https uses the environment's proxy, in a tunnel that hides
-// the key from it; that loopback never does; and that no error contains the
-// proxy's password.
-func TestProxy(t *testing.T) {
-	t.Parallel()
+// TestProxy pins that proxies come from the environment: https uses one, in a tunnel that hides the key from it;
+// loopback never does; and no error contains the proxy's password.
+func TestProxy(t *testing.T) { // not parallel, because of the environment
 	const host = "example.com" // the simulator's certificate is valid for it
-	newTarget := func(t *testing.T) (*cabletest.Server, *proxy, childRequest) {
+	newTarget := func(t *testing.T) (*cabletest.Server, *proxy, Config) {
 		srv := cabletest.NewTLSServer(t, nil)
 		address, path, _ := strings.Cut(strings.TrimPrefix(srv.URL, "https://"), "/")
-		return srv, newProxy(t, address), childRequest{Key: srv.RefreshKey(), URL: "https://" + host + "/" + path, CA: srv.CA}
+		cfg := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: "https://" + host + "/" + path, CACert: srv.CA}
+		return srv, newProxy(t, address), cfg
 	}
-	unreachable := func(detail string, attempts int) *Error {
-		return &Error{Kind: Unreachable, Detail: detail, Attempts: attempts}
+	unreachable := func(t *testing.T, detail string, attempts int, got *Error) {
+		t.Helper()
+		if diff := cmp.Diff(&Error{Kind: Unreachable, Detail: detail, Attempts: attempts}, got); diff != "" {
+			t.Errorf("error (-want +got):\n%s", diff)
+		}
 	}
+	nowhere := Config{TokenURL: "https://nowhere.invalid/"}
 	t.Run("used", func(t *testing.T) {
-		t.Parallel()
-		for _, variable := range []string{"HTTPS_PROXY", "https_proxy"} {
-			srv, p, in := newTarget(t)
-			if got := inChild(t, in, variable+"="+p.url); !got.Token {
-				t.Errorf("no token through %s: %s", variable, got.Text)
+		for _, form := range []string{"HTTPS_PROXY=%s", "https_proxy=%s", "https_proxy=http://%%zz,HTTPS_PROXY=%s/"} {
+			srv, p, cfg := newTarget(t)
+			variables := strings.Split(fmt.Sprintf(form, p.url), ",")
+			if token, err := throughEnvironment(t, cfg, variables...); token == nil {
+				t.Errorf("no token through %s: %v", form, err)
 			}
 			want := []string{host + ":443 Basic " + base64.StdEncoding.EncodeToString([]byte("user:"+proxyPassword))}
 			if diff := cmp.Diff(want, p.connects); diff != "" {
@@ -697,81 +720,102 @@ func TestProxy(t *testing.T) {
 		}
 	})
 	t.Run("refuses", func(t *testing.T) {
-		t.Parallel()
 		for _, status := range []int32{302, 403, 407, 502, 503} {
-			srv, p, in := newTarget(t)
+			srv, p, cfg := newTarget(t)
 			p.refuse.Store(status)
-			got := inChild(t, in, "HTTPS_PROXY="+p.url)
-			want := unreachable(fmt.Sprintf("the environment's proxy refused to connect, with status %d", status), 3)
-			if diff := cmp.Diff(want, got.Err); diff != "" {
-				t.Errorf("error (-want +got):\n%s", diff)
-			}
+			_, got := throughEnvironment(t, cfg, "HTTPS_PROXY="+p.url)
+			unreachable(t, fmt.Sprintf("the environment's proxy refused to connect, with status %d", status), 3, got)
 			checkCounts(t, srv, 0, 0)
 		}
 	})
 	t.Run("hangs", func(t *testing.T) {
-		t.Parallel()
-		_, p, in := newTarget(t)
+		_, p, cfg := newTarget(t)
 		p.refuse.Store(-1)
-		in.Timeout = budget
-		start := time.Now()
-		got := inChild(t, in, "HTTPS_PROXY="+p.url)
-		if diff := cmp.Diff(&Error{Kind: TimedOut, Detail: "the budget of 1s ran out before a request was sent", Attempts: 1}, got.Err); diff != "" {
-			t.Errorf("error (-want +got):\n%s", diff)
-		}
-		if took := time.Since(start); took > budget+10*time.Second { // the process's start included
-			t.Errorf("took %s", took)
+		cfg.Timeout = budget
+		_, got := throughEnvironment(t, cfg, "HTTPS_PROXY="+p.url)
+		want := Error{Kind: TimedOut, Detail: "the budget of 1s ran out before a request was sent, at the proxy", Attempts: 1}
+		diffError(t, want, got)
+	})
+	t.Run("is not one", func(t *testing.T) {
+		ssh, _ := rawServer(t, func(c net.Conn) { readRequest(c); _, _ = io.WriteString(c, "SSH-2.0-OpenSSH_9.6\r\n\r\n") })
+		gone, _ := rawServer(t, func(net.Conn) {})
+		closed, _ := rawServer(t, func(net.Conn) {})
+		for url, want := range map[string]string{ssh: notHTTP, gone: connectionClosed, closed: "connection refused"} {
+			url = strings.TrimSuffix(url, "/v2/auth/token")
+			if want == "connection refused" {
+				url = "http://127.0.0.1:1"
+			}
+			_, got := throughEnvironment(t, nowhere, "HTTPS_PROXY="+url)
+			unreachable(t, "connecting through the environment's proxy: "+want, 3, got)
 		}
 	})
-	t.Run("refuses connections", func(t *testing.T) {
-		t.Parallel()
-		srv := cabletest.NewServer(t, nil)
-		srv.Close()
-		address := strings.TrimSuffix(strings.TrimPrefix(srv.URL, "http://"), srv.Path())
-		got := inChild(t, childRequest{URL: "https://" + host + "/"}, "HTTPS_PROXY=http://user:"+proxyPassword+"@"+address)
-		if diff := cmp.Diff(unreachable("connecting through the environment's proxy: connection refused", 3), got.Err); diff != "" {
-			t.Errorf("error (-want +got):\n%s", diff)
-		}
-	})
-	t.Run("not a URL", func(t *testing.T) {
-		t.Parallel()
-		// Go parses these in surprising ways; no error may contain the password.
-		for _, url := range []string{
-			"http://user:" + proxyPassword + "@[::1", "http://user:" + proxyPassword + "/x@h/", "http://user:" + proxyPassword + "#x@h/",
-			"user:" + proxyPassword + "@127.0.0.1:1", "ftp://user:" + proxyPassword + "@127.0.0.1:1/", "http://user:" + proxyPassword + "%zz@h/",
+	t.Run("is not named", func(t *testing.T) {
+		srv := cabletest.NewTLSServer(t, nil)
+		direct := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, CACert: srv.CA}
+		user := "user:" + proxyPassword
+		for _, value := range []string{
+			"http://" + user + "@[::1", "http://" + user + "/x@h/", "http://" + user + "#x@h/", "http://" + user + "?x@h/",
+			"http://user:1" + "/x@h:3128", "http://user:1#x@h:3128", "http://" + user + "%zz@h/", "http://" + user + "%@h/",
+			"ftp://" + user + "@127.0.0.1:1/", "http:/proxy:3128", "http:proxy:3128", "http//proxy:3128", "http://", "http",
+			"http://proxy:99999", "http://proxy:", "://proxy", " http://proxy:3128", "http://proxy:3128/path", "-", "p q",
 		} {
-			if got := inChild(t, childRequest{URL: "https://nowhere.invalid/"}, "HTTPS_PROXY="+url); got.Err == nil || got.Err.MaybeIssued {
-				t.Errorf("%s", got.Text)
+			if value == "http" || value == "-" {
+				continue // a host's name
+			}
+			for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
+				_, got := throughEnvironment(t, nowhere, name+"="+value)
+				unreachable(t, badProxy(name).Error(), 1, got)
+			}
+			if token, err := throughEnvironment(t, direct, "HTTPS_PROXY="+value, "NO_PROXY=10.0.0.0/8"); token == nil {
+				t.Errorf("%s applies to loopback: %v", value, err)
+			}
+			_, got := throughEnvironment(t, nowhere, "HTTPS_PROXY="+value, "NO_PROXY=.invalid")
+			if got == nil || !strings.HasPrefix(got.Detail, "looking up ") {
+				t.Errorf("%s applies to an exempt host: %v", value, got)
 			}
 		}
 	})
 	t.Run("with an unknown certificate", func(t *testing.T) {
-		t.Parallel()
 		sim, url := newTLSServer(t, nil)
-		got := inChild(t, childRequest{URL: "https://" + host + "/"}, "HTTPS_PROXY="+strings.Replace(strings.TrimSuffix(url, sim.Path()), "://", "://user:"+proxyPassword+"@", 1))
-		if got.Err == nil || got.Err.Attempts != 1 || !strings.Contains(got.Err.Detail, "unknown authority") {
-			t.Errorf("%s", got.Text)
+		url = strings.Replace(strings.TrimSuffix(url, sim.Path()), "://", "://user:"+proxyPassword+"@", 1)
+		_, got := throughEnvironment(t, nowhere, "HTTPS_PROXY="+url)
+		if got == nil || got.Attempts != 1 || !got.Certificate || !strings.Contains(got.Detail, "unknown authority") {
+			t.Errorf("%+v", got)
 		}
 	})
-	t.Run("not for loopback", func(t *testing.T) {
-		t.Parallel()
+	t.Run("SOCKS", func(t *testing.T) {
+		for _, scheme := range []string{"socks5", "socks5h"} {
+			url, _ := rawServer(t, func(c net.Conn) {
+				_, _ = io.ReadFull(c, make([]byte, 3))
+				_, _ = c.Write([]byte{5, 0})
+				_, _ = io.ReadFull(c, make([]byte, 10))
+				_, _ = c.Write([]byte{5, 4, 0, 1, 0, 0, 0, 0, 0, 0}) // host unreachable (RFC 1928, 6)
+				hang(c)
+			})
+			url = scheme + strings.TrimPrefix(strings.TrimSuffix(url, "/v2/auth/token"), "http")
+			_, got := throughEnvironment(t, nowhere, "HTTPS_PROXY="+url)
+			unreachable(t, "connecting through the environment's proxy: it could not connect", 3, got)
+		}
+	})
+	t.Run("not for loopback, nor an exempt host", func(t *testing.T) {
 		srv := cabletest.NewServer(t, nil)
 		address := strings.TrimSuffix(strings.TrimPrefix(srv.URL, "http://"), srv.Path())
-		for _, url := range []string{srv.URL, strings.Replace(srv.URL, "127.0.0.1", "localhost", 1), strings.Replace(srv.URL, "127.0.0.1", "LOCALHOST", 1)} {
+		for _, url := range []string{
+			srv.URL, strings.Replace(srv.URL, "127.0.0.1", "localhost", 1), strings.Replace(srv.URL, "127.0.0.1", "LOCALHOST", 1),
+		} {
 			p := newProxy(t, address)
-			got := inChild(t, childRequest{Key: srv.RefreshKey(), URL: url}, "HTTP_PROXY="+p.url, "HTTPS_PROXY="+p.url, "http_proxy="+p.url, "ALL_PROXY="+p.url)
-			if !got.Token || len(p.connects)+len(p.others) > 0 {
-				t.Errorf("%s: token %t, the proxy saw %q %q: %s", url, got.Token, p.connects, p.others, got.Text)
+			token, err := throughEnvironment(t, Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: url},
+				"HTTP_PROXY="+p.url, "HTTPS_PROXY="+p.url, "http_proxy="+p.url, "ALL_PROXY="+p.url)
+			if token == nil || len(p.connects)+len(p.others) > 0 {
+				t.Errorf("%s: the proxy saw %q %q: %v", url, p.connects, p.others, err)
 			}
 		}
-	})
-	t.Run("NO_PROXY", func(t *testing.T) {
-		t.Parallel()
-		_, p, in := newTarget(t)
-		in.URL = "https://nowhere.invalid/"
-		got := inChild(t, in, "HTTPS_PROXY="+p.url, "NO_PROXY=.invalid")
-		if got.Token || len(p.connects) > 0 {
-			t.Errorf("the proxy saw %q", p.connects)
+		for _, variables := range [][]string{{"HTTPS_PROXY=%s", "NO_PROXY=.invalid"}, {"https_proxy=%s", "no_proxy=*"}, {"ALL_PROXY=%s"}} {
+			p := newProxy(t, address)
+			variables[0] = fmt.Sprintf(variables[0], p.url)
+			if token, _ := throughEnvironment(t, nowhere, variables...); token != nil || len(p.connects) > 0 {
+				t.Errorf("%q: the proxy saw %q", variables, p.connects)
+			}
 		}
 	})
 }

@@ -19,10 +19,9 @@ const (
 	exampleURL  = "write the whole endpoint, such as " + DefaultTokenURL
 )
 
-// ParseTokenURL parses a token endpoint, or returns what is wrong with it. It is
-// https, or http to a loopback host, in at most 2048 bytes: scheme, host, port
-// and path, without user info, query, fragment or IPv6 zone. The error repeats
-// nothing of raw but a host that [HostForDisplay] shows.
+// ParseTokenURL parses a token endpoint. It must be https, or http to a loopback host, in at most 2048 bytes, with
+// scheme, host, port and path, without user info, query, fragment or IPv6 zone. The error repeats nothing of raw but a
+// host that [HostForDisplay] shows.
 func ParseTokenURL(raw string) (*url.URL, error) {
 	if len(raw) > maxTokenURL {
 		return nil, fmt.Errorf("token_url has %d bytes: at most %d are allowed", len(raw), maxTokenURL)
@@ -41,7 +40,8 @@ func ParseTokenURL(raw string) (*url.URL, error) {
 	case u.Hostname() == "" || u.Opaque != "":
 		return nil, errors.New("token_url names no host: " + exampleURL)
 	case u.User != nil:
-		return nil, errors.New("token_url must not contain a user name or password: the refresh key goes into refresh_key")
+		return nil, errors.New("token_url must not contain a user name or password: " +
+			"the refresh key goes into refresh_key")
 	case strings.ContainsAny(raw, "?#"):
 		return nil, errors.New("token_url must not contain a query or a fragment: write scheme, host and path only")
 	case strings.Contains(u.Hostname(), "%"):
@@ -49,15 +49,17 @@ func ParseTokenURL(raw string) (*url.URL, error) {
 	case !validPort(u):
 		return nil, errors.New("token_url names a port that is not a number from 1 to 65535")
 	case !validHost(u.Hostname()):
-		return nil, errors.New("token_url names a host with characters other than letters, digits, dots, hyphens and underscores: write an international name in its xn-- form")
+		return nil, errors.New("token_url names a host with characters other than letters, digits, dots, hyphens and " +
+			"underscores: write an international name in its xn-- form")
 	case u.Scheme == "http" && !isLoopback(u.Hostname()):
-		return nil, fmt.Errorf("token_url uses plain http for %s: only a loopback host (localhost, 127.0.0.0/8, [::1]) may go without https", displayHost(u.Hostname()))
+		return nil, fmt.Errorf("token_url uses plain http for %s: "+
+			"only a loopback host (localhost, 127.0.0.0/8, [::1]) may go without https", displayHost(u.Hostname()))
 	}
 	return u, nil
 }
 
-// validHost reports whether host is an address or a name as it is looked up, so
-// that whoever reads the configuration reads the name that is called.
+// validHost reports whether host is an address or a name as it is looked up, so that a reader of the configuration
+// reads the name that is called.
 func validHost(host string) bool {
 	if _, err := netip.ParseAddr(host); err == nil {
 		return true
@@ -76,8 +78,7 @@ func validPort(u *url.URL) bool {
 	return err == nil && n > 0
 }
 
-// isLoopback reports whether host means this machine without a look-up:
-// localhost is reserved for that by RFC 6761.
+// isLoopback reports whether host means this machine without a look-up. RFC 6761 reserves localhost for that.
 func isLoopback(host string) bool {
 	if strings.EqualFold(host, "localhost") {
 		return true
@@ -86,10 +87,9 @@ func isLoopback(host string) bool {
 	return err == nil && addr.Unmap().IsLoopback()
 }
 
-// HostForDisplay returns the host of u with its port, such as
-// "api.cable.tech:8443" or "[::1]:8200", for an error, a warning or a log. A host
-// that has the shape of a secret, which somebody may have written into the wrong
-// field, is described by its length: "a host of 40 characters".
+// HostForDisplay returns the host of u with its port, such as "api.cable.tech:8443" or "[::1]:8200", for an error, a
+// warning or a log. A host that has the shape of a secret, which the operator may have written into the wrong field, is
+// described by its length, as "a host of 40 characters".
 func HostForDisplay(u *url.URL) string {
 	host := displayHost(u.Hostname())
 	if host == u.Hostname() && validPort(u) {
@@ -101,12 +101,12 @@ func HostForDisplay(u *url.URL) string {
 // hostname matches names that cannot be a secret.
 var hostname = regexp.MustCompile(`^([a-z0-9-]{1,40}\.)+[a-z]{1,40}$`)
 
-// displayHost returns host if its shape cannot be that of a secret: a name in
-// lower case with a dot, localhost, or an address without a zone. Otherwise it
-// describes host by its length.
+// displayHost returns host if its shape cannot be that of a secret, because it is a name in lower case with a dot,
+// localhost, or an address without a zone. Otherwise it describes host by its length.
 func displayHost(host string) string {
 	addr, err := netip.ParseAddr(host)
-	if host == "localhost" || err == nil && addr.Zone() == "" || len(host) <= maxHostname && hostname.MatchString(host) {
+	if host == "localhost" || err == nil && addr.Zone() == "" ||
+		len(host) <= maxHostname && hostname.MatchString(host) {
 		return host
 	}
 	return fmt.Sprintf("a host of %d characters", len(host))

@@ -19,8 +19,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestParseTokenURL pins which endpoints are accepted, and that errors repeat
-// nothing but a host. See also FuzzTokenURL.
+// TestParseTokenURL pins which endpoints are accepted, and that errors repeat nothing but a host. See also
+// FuzzTokenURL.
 func TestParseTokenURL(t *testing.T) {
 	t.Parallel()
 	const (
@@ -133,8 +133,7 @@ func TestParseTokenURL(t *testing.T) {
 	}
 }
 
-// TestHostForDisplay pins which hosts are shown: those with a shape that a
-// secret does not have.
+// TestHostForDisplay pins which hosts are shown: those with a shape that a secret does not have.
 func TestHostForDisplay(t *testing.T) {
 	t.Parallel()
 	label := strings.Repeat("a", 40)
@@ -180,9 +179,8 @@ func TestHostForDisplay(t *testing.T) {
 	}
 }
 
-// FuzzTokenURL pins that an accepted token_url is https, or plain http to a
-// loopback host, has nothing but scheme, host and path, and that a request made
-// from it is sent to just that host and path.
+// FuzzTokenURL pins that an accepted token_url is https, or plain http to a loopback host, has nothing but scheme, host
+// and path, and that a request made from it is sent to just that host and path.
 func FuzzTokenURL(f *testing.F) {
 	for _, s := range []string{
 		DefaultTokenURL, "http://127.0.0.1:8080/x", "http://localhost/x", "http://[::1]:1/x", "http://[::ffff:127.0.0.1]/", "https://user:pw@h/", "https://h/?q", "https://h/#", "http://127.0.0.1.example.com/",
@@ -208,8 +206,7 @@ func FuzzTokenURL(f *testing.F) {
 		if dialled == "" {
 			return // no such host can be called
 		}
-		// By hand, without net/url: a reader sees the host between "//" and the
-		// next slash.
+		// By hand, without net/url: a reader sees the host between "//" and the next slash.
 		_, rest, _ := strings.Cut(raw, "://")
 		host, path, slash := strings.Cut(rest, "/")
 		if slash {
@@ -240,8 +237,8 @@ func isASCII(s string) bool {
 	return !strings.ContainsFunc(s, func(c rune) bool { return c > unicode.MaxASCII })
 }
 
-// onTheWire makes a request to a token URL and returns the address that was
-// dialled and the request as it was sent, or "" if nothing was dialled.
+// onTheWire makes a request to a token URL and returns the address that was dialled and the request as it was sent, or
+// "" if nothing was dialled.
 func onTheWire(t *testing.T, tokenURL string) (dialled string, sent *http.Request) {
 	t.Helper()
 	c, err := New(Config{RefreshKey: NewSecret(testKey), TokenURL: tokenURL})

@@ -16,15 +16,15 @@ import (
 	"time"
 )
 
-// Values of Fault.Reset: where in a call its TCP connection is reset (with HTTP/2, its stream).
+// Values of Fault.Reset: where in a call its TCP connection is reset.
 const (
 	ResetBefore = "before" // before the request's body is read: nothing is minted
 	ResetAfter  = "after"  // instead of the response: a valid request has minted a token that is not delivered
 	ResetHalf   = "half"   // after half of the response's body
 )
 
-// Fault describes how calls fail. The zero value is a call that does not. As JSON, names are as tagged and durations are
-// Go's strings, "5s".
+// Fault describes how calls fail. The zero value is a call that does not. As JSON, names are as tagged and durations
+// are Go's strings, "5s".
 //
 // In Message, Errors, Header and Body the placeholder {refresh_key} is replaced by the call's Authorization header, to
 // simulate a server that echoes the key.
@@ -266,10 +266,10 @@ func (filler) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// hangUp resets the TCP connection of a call. An HTTP/2 connection cannot be taken over: there the stream is reset.
+// hangUp resets the TCP connection of a call.
 func hangUp(w http.ResponseWriter) {
 	conn, _, err := http.NewResponseController(w).Hijack()
-	if err != nil {
+	if err != nil { // there is none, in memory
 		panic(http.ErrAbortHandler)
 	}
 	if c, ok := conn.(*tls.Conn); ok {

@@ -17,7 +17,6 @@ type Call struct {
 	Time            time.Time `json:"time"` // of arrival, by Options.Now
 	Method          string    `json:"method"`
 	Path            string    `json:"path"`
-	Proto           string    `json:"proto"` // "HTTP/1.1" or "HTTP/2.0"
 	AuthorizationOK bool      `json:"authorization_ok"`
 	ExpirySeconds   int64     `json:"expiry_seconds"` // as requested; 0 if it could not be read
 	OrganizationID  string    `json:"organization_id"`

@@ -28,10 +28,9 @@ func NewServer(t testing.TB, opts *Options) *Server {
 	return s
 }
 
-// NewTLSServer is NewServer over TLS, with HTTP/1.1 and HTTP/2.
+// NewTLSServer is NewServer over TLS.
 func NewTLSServer(t testing.TB, opts *Options) *Server {
 	s := newServer(t, opts)
-	s.http.EnableHTTP2 = true
 	s.http.StartTLS()
 	s.URL = s.http.URL + s.Path()
 	s.CA = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.http.Certificate().Raw}))

@@ -18,9 +18,9 @@ import (
 )
 
 // newClient returns a client of its own connections that trusts srv.
-func newClient(t *testing.T, srv *cabletest.Server, http2 bool) *http.Client {
+func newClient(t *testing.T, srv *cabletest.Server) *http.Client {
 	t.Helper()
-	transport := &http.Transport{ForceAttemptHTTP2: http2}
+	transport := new(http.Transport)
 	if srv.CA != "" {
 		roots := x509.NewCertPool()
 		if !roots.AppendCertsFromPEM([]byte(srv.CA)) {
@@ -52,7 +52,7 @@ func TestServerFailsTheTestOutsideItsPath(t *testing.T) {
 	t.Parallel()
 	tb := &fakeTB{TB: t}
 	srv := cabletest.NewServer(tb, nil)
-	client := newClient(t, srv, false)
+	client := newClient(t, srv)
 	send := func(method, url string) int {
 		r := newRequest(t, srv.Simulator, url, validBody)
 		r.Method = method
@@ -96,21 +96,18 @@ func TestServerFailsTheTestOutsideItsPath(t *testing.T) {
 
 func TestTLSServer(t *testing.T) {
 	t.Parallel()
-	for _, http2 := range []bool{false, true} {
-		srv := cabletest.NewTLSServer(t, nil)
-		if !strings.HasPrefix(srv.URL, "https://127.0.0.1:") || !strings.HasSuffix(srv.URL, "/base/v2/auth/token") {
-			t.Errorf("URL = %q", srv.URL)
+	srv := cabletest.NewTLSServer(t, nil)
+	if !strings.HasPrefix(srv.URL, "https://127.0.0.1:") || !strings.HasSuffix(srv.URL, "/base/v2/auth/token") {
+		t.Errorf("URL = %q", srv.URL)
+	}
+	client := newClient(t, srv)
+	for range 3 {
+		if resp, _ := post(t, client, newRequest(t, srv.Simulator, srv.URL, validBody)); resp.StatusCode != 200 {
+			t.Errorf("status = %d", resp.StatusCode)
 		}
-		client := newClient(t, srv, http2)
-		for range 3 {
-			if resp, _ := post(t, client, newRequest(t, srv.Simulator, srv.URL, validBody)); resp.StatusCode != 200 {
-				t.Errorf("status = %d", resp.StatusCode)
-			}
-		}
-		want := map[bool]string{false: "HTTP/1.1", true: "HTTP/2.0"}[http2]
-		if got := srv.Calls()[0].Proto; got != want || srv.Connections() != 1 {
-			t.Errorf("%d connections of %s, want 1 of %s", srv.Connections(), got, want)
-		}
+	}
+	if n := srv.Connections(); n != 1 {
+		t.Errorf("%d connections, want 1", n)
 	}
 }
 
@@ -118,7 +115,7 @@ func TestConnections(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewServer(t, nil)
 	for range 3 {
-		client := newClient(t, srv, false)
+		client := newClient(t, srv)
 		for range 2 {
 			post(t, client, newRequest(t, srv.Simulator, srv.URL, validBody))
 		}

@@ -34,7 +34,7 @@ import (
 )
 
 const (
-	// TokenMarker is part of every access token.
+	// TokenMarker is part of every access token, unless Options.Plain.
 	TokenMarker = "CABLETOKENCANARY"
 	// RefreshKeyMarker is part of every refresh key made by NewRefreshKey.
 	RefreshKeyMarker = "REFRESHKEYCANARY"
@@ -70,7 +70,8 @@ type Options struct {
 	RefreshKey    string            // default: NewRefreshKey()
 	Scheme        string            // default: SchemeRaw
 	Organizations map[string]string // id to name; default: DefaultOrganizationID
-	BasePath      string            // default "/base/v2"; the endpoint is BasePath + "/auth/token"
+	BasePath      string            // default "/base/v2", or "/v2" if Plain; the endpoint is BasePath + "/auth/token"
+	Plain         bool              // tokens without TokenMarker, for a reader's eyes
 	Now           func() time.Time  // Cable's clock; default time.Now
 	Default       Fault             // for each call that no other fault applies to; its Times and Every are ignored
 	Log           func(Call)        // called once for each call, before the response; must be safe for concurrent use
@@ -138,7 +139,9 @@ func New(opts *Options) *Simulator {
 	if o.RefreshKey == "" {
 		o.RefreshKey = NewRefreshKey()
 	}
-	if o.BasePath == "" {
+	if o.BasePath == "" && o.Plain {
+		o.BasePath = "/v2"
+	} else if o.BasePath == "" {
 		o.BasePath = "/base/v2"
 	}
 	if o.Now == nil {
@@ -174,7 +177,6 @@ func (s *Simulator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		Time:            s.opts.Now(),
 		Method:          r.Method,
 		Path:            s.redact(r.URL.Path),
-		Proto:           r.Proto,
 		AuthorizationOK: s.authorized(r.Header.Get("Authorization")),
 		UserAgent:       s.redact(r.UserAgent()),
 		RemoteAddr:      r.RemoteAddr,
@@ -244,7 +246,7 @@ func (s *Simulator) authorized(header string) bool {
 // less than 8 bytes is a test's own and no secret: too many texts contain it.
 func (s *Simulator) redact(text string) string {
 	key := s.RefreshKey()
-	if len(key) >= 8 && strings.Contains(text, key) || strings.Contains(text, TokenMarker) {
+	if len(key) >= 8 && strings.Contains(text, key) || strings.Contains(text, TokenMarker) || strings.Contains(text, tokenHeader) {
 		return "[redacted]"
 	}
 	return text
@@ -273,7 +275,8 @@ func (s *Simulator) read(r *http.Request, call *Call) *envelope {
 	return nil
 }
 
-// readBody reads a request's JSON into call and lists what is wrong with it. Pointers are nil for what is absent or null.
+// readBody reads a request's JSON into call and lists what is wrong with it. Pointers are nil for what is absent or
+// null.
 func (s *Simulator) readBody(body io.Reader, call *Call) (problems []FieldError, malformed bool) {
 	var req struct {
 		ExpirySeconds *int64 `json:"expiry_seconds"`
@@ -335,7 +338,7 @@ func (s *Simulator) mint(call *Call, now time.Time, grant *Grant) (*Minted, *res
 		lifetime = int64(*g.Lifetime / time.Second)
 	}
 	m := &Minted{
-		Token:          newToken(call.OrganizationID, now.Unix(), now.Unix()+lifetime),
+		Token:          s.newToken(call.OrganizationID, now.Unix(), now.Unix()+lifetime),
 		OrganizationID: call.OrganizationID,
 		Scopes:         call.Scopes,
 		IssuedAt:       now,
@@ -354,16 +357,21 @@ func (s *Simulator) mint(call *Call, now time.Time, grant *Grant) (*Minted, *res
 	return m, a
 }
 
-// newToken returns a unique access token in the shape of a JWT (Cable's sample is one): header and claims are real,
-// the signature is TokenMarker and 20 random bytes, which decode to the 32 bytes that HS256 has.
-func newToken(organizationID string, issuedAt, expiry int64) string {
-	const header = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9" // {"alg":"HS256","typ":"JWT"}
-	id, _ := json.Marshal(organizationID)                 // a string always marshals
+// tokenHeader begins every access token: {"alg":"HS256","typ":"JWT"}.
+const tokenHeader = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9."
+
+// newToken returns a unique access token in the shape of a JWT (Cable's sample is one): header and claims are real. The
+// signature has the 32 bytes of HS256, of which the first 12 are TokenMarker, decoded.
+func (s *Simulator) newToken(organizationID string, issuedAt, expiry int64) string {
+	id, _ := json.Marshal(organizationID) // a string always marshals
 	claims := fmt.Appendf(nil, `{"iss":"cabletest","sub":%s,"iat":%d,"exp":%d}`, id, issuedAt, expiry)
-	var random [20]byte
-	rand.Read(random[:]) // never fails: it crashes the program instead
 	enc := base64.RawURLEncoding
-	return header + "." + enc.EncodeToString(claims) + "." + TokenMarker + enc.EncodeToString(random[:])
+	signature := make([]byte, 32)
+	rand.Read(signature) // never fails: it crashes the program instead
+	if !s.opts.Plain {
+		_, _ = enc.Decode(signature, []byte(TokenMarker))
+	}
+	return tokenHeader + enc.EncodeToString(claims) + "." + enc.EncodeToString(signature)
 }
 
 // wait waits for d. It reports false as soon as the caller leaves or the simulator is closed.

@@ -114,7 +114,7 @@ func TestMint(t *testing.T) {
 		t.Errorf("minted (-want +got):\n%s", diff)
 	}
 	wantCalls := []cabletest.Call{{
-		Time: clock(), Method: "POST", Path: "/base/v2/auth/token", Proto: "HTTP/1.1", AuthorizationOK: true,
+		Time: clock(), Method: "POST", Path: "/base/v2/auth/token", AuthorizationOK: true,
 		ExpirySeconds: 3600, OrganizationID: org, Scopes: []string{"transactions:write"}, Status: 200,
 		UserAgent: "test/1.0", Minted: true,
 	}}

@@ -31,9 +31,10 @@ func blocks(t *testing.T, page string) []block {
 	return all
 }
 
-// TestVerify runs the commands of docs/verify.md on this release, with a
-// throw-away key and a registry on loopback: all but those that need a network.
-// Then each must refuse each of the files that it reads with one byte changed.
+// TestVerify runs the commands of docs/verify.md on this release, with a throw-away key
+// and a registry on loopback: all but those that need a network. Then each must refuse
+// each of the files that it reads with one byte changed. It does so in bash, and in
+// Alpine's shell with Alpine's tools.
 func TestVerify(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS+"/"+runtime.GOARCH != "linux/amd64" {
@@ -44,7 +45,33 @@ func TestVerify(t *testing.T) {
 			t.Skip(tool, "is not installed")
 		}
 	}
-	env := []string{"COSIGN_PASSWORD=", "HOME=" + t.TempDir(), "version=" + testVersion, "name=" + project + "_" + testVersion}
+	t.Run("bash", func(t *testing.T) {
+		t.Parallel()
+		verify(t, []string{"bash"}, os.Getenv("PATH"))
+	})
+	t.Run("Alpine", func(t *testing.T) {
+		t.Parallel()
+		busybox, err := exec.LookPath("busybox")
+		if err != nil {
+			t.Skip(err)
+		}
+		bin := t.TempDir()
+		for _, applet := range []string{"base64", "cp", "cut", "grep", "mkdir", "sed", "sh", "sha256sum", "tar", "unzip"} {
+			if err := os.Symlink(busybox, filepath.Join(bin, applet)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		verify(t, []string{busybox, "sh"}, bin+":"+os.Getenv("PATH"))
+	})
+}
+
+// verify is TestVerify in one shell.
+func verify(t *testing.T, shell []string, path string) {
+	t.Helper()
+	env := []string{
+		"PATH=" + path, "HOME=" + t.TempDir(),
+		"COSIGN_PASSWORD=", "version=" + testVersion, "name=" + project + "_" + testVersion,
+	}
 	image := func() string {
 		server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 		t.Cleanup(server.Close)
@@ -61,16 +88,18 @@ func TestVerify(t *testing.T) {
 		}
 	}
 	run := func(dir, image, text string) error {
-		_, err := output(dir, append(env, image), "bash", "-euo", "pipefail", "-c", text)
+		args := append(slices.Clone(shell[1:]), "-euo", "pipefail", "-c", text)
+		_, err := output(dir, append(slices.Clone(env), image), shell[0], args...)
 		return err
 	}
 	const sumsFile, plugins, archive = "${name}_SHA256SUMS", "${name}_PLUGIN_SHA256SUMS", "${name}_linux_amd64.zip"
-	// By what a block contains: the files that it must refuse.
+	const own = "${name}_SHA256SUMS.own.sigstore.json"
+	// By a part of a block: the files that it must refuse.
 	refused := map[string][]string{
-		"sha256sum --ignore-missing -c \"${name}_SHA256SUMS\"\n": {archive, "${name}_linux_amd64.cdx.json", "${name}_oci.tar", plugins},
+		"while read":                          {archive, "${name}_linux_amd64.cdx.json", "${name}_oci.tar", plugins},
 		"unzip -qo":                           {archive, plugins},
-		"cosign verify-blob --key cosign.pub": {sumsFile, archive, "${name}_SHA256SUMS.own.sigstore.json", "cosign.pub"},
-		"openssl dgst":                        {sumsFile, archive, "${name}_SHA256SUMS.own.sigstore.json", "cosign.pub"},
+		"cosign verify-blob --key cosign.pub": {sumsFile, own, "cosign.pub"},
+		"openssl dgst":                        {sumsFile, own, "cosign.pub"},
 		"crane push":                          {"${name}_oci.tar"},
 	}
 	ran, loopback := 0, image()
@@ -102,21 +131,25 @@ func TestVerify(t *testing.T) {
 	if ran < 9 {
 		t.Errorf("%d blocks were run", ran)
 	}
-	// What was signed is the digest: another image at the same place is refused.
-	other := `cp -r layout other && sed -i 's/"schemaVersion": 2/"schemaVersion":  2/' other/index.json && crane push --index other "$IMAGE:other"` +
-		` && ! cosign verify --key cosign.pub --insecure-ignore-tlog "$IMAGE@$(crane digest "$IMAGE:other")"`
+	// The digest was signed, so another image at the same place is refused.
+	const other = `cp -r layout other
+sed -i 's/"schemaVersion": 2/"schemaVersion":  2/' other/index.json
+crane push --index other "$IMAGE:other"
+! cosign verify --key cosign.pub --insecure-ignore-tlog "$IMAGE@$(crane digest "$IMAGE:other")"`
 	if err := run(pristine, loopback, other); err != nil {
 		t.Error(err)
 	}
 	// And one key is not another.
-	if err := run(pristine, loopback, `mkdir k && cd k && cosign generate-key-pair && ! cosign verify-blob --key cosign.pub --insecure-ignore-tlog --bundle "../${name}_SHA256SUMS.own.sigstore.json" "../${name}_SHA256SUMS"`); err != nil {
+	const otherKey = `mkdir k && cd k && cosign generate-key-pair
+! cosign verify-blob --key cosign.pub --insecure-ignore-tlog \
+  --bundle "../${name}_SHA256SUMS.own.sigstore.json" "../${name}_SHA256SUMS"`
+	if err := run(pristine, loopback, otherKey); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestInstall: with the files of a release, the first block of the README's
-// section on installing leaves a binary that says its version. A changed byte
-// ends it.
+// TestInstall: with the files of a release, the first block of the README's section on
+// installing leaves a binary that installs itself. A changed byte ends it.
 func TestInstall(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS+"/"+runtime.GOARCH != "linux/amd64" {
@@ -126,7 +159,7 @@ func TestInstall(t *testing.T) {
 	if at < 0 {
 		t.Fatal("the README unpacks nothing")
 	}
-	text := blocks(t, "README.md")[at].text + `"./$name/` + project + `" -version`
+	text := blocks(t, "README.md")[at].text + `"./$name/` + project + `" -install .`
 	files := []string{dist(t, "linux_amd64.zip"), dist(t, "SHA256SUMS"), dist(t, "PLUGIN_SHA256SUMS")}
 	for i, changed := range append([]string{""}, files[0], files[2]) {
 		dir := t.TempDir()
@@ -137,7 +170,7 @@ func TestInstall(t *testing.T) {
 			}
 		}
 		out, err := output(dir, nil, "bash", "-euo", "pipefail", "-c", text)
-		if said := strings.Contains(out, project+" v"+testVersion); said != (i == 0) || (err == nil) != said {
+		if said := strings.HasSuffix(out, "  "+project+"-v"+testVersion+"\n"); said != (i == 0) || (err == nil) != said {
 			t.Errorf("with a byte changed in %q: %v\n%s", filepath.Base(changed), err, out)
 		}
 	}

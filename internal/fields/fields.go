@@ -1,7 +1,24 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-package cablesecrets
+// Package fields decides which fields a request may contain, before the
+// framework sees them, and which values an error may repeat.
+//
+//   - A field that the path does not know is refused, and the error lists the
+//     known ones.
+//   - Input is bounded before the engine splits, converts or sorts it.
+//   - A field has the type that it is documented with. The framework's own
+//     conversion errors print the value, even that of refresh_key.
+//   - A field that is present has a value, neither empty nor null. A write of
+//     config or a role accepts a blank that equals the stored value, so that a
+//     read can be written back; see [Input.Changes].
+//   - An error repeats a value only if it has the shape of the field's valid
+//     values, and that shape cannot be a secret. Anything else is described by
+//     its length or type.
+//
+// The values that pass have one Go type per field type, so that handlers and the
+// framework see the same value in whichever form a caller wrote it.
+package fields
 
 import (
 	"encoding/json"
@@ -9,7 +26,6 @@ import (
 	"fmt"
 	"maps"
 	"math"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,46 +36,30 @@ import (
 	"github.com/hashicorp/go-secure-stdlib/parseutil"
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
 )
 
-// What a request may carry is decided here, before the framework sees it:
-//
-//   - A field that the path does not know is refused, with the known ones.
-//   - A field is bounded before it is split, converted or sorted.
-//   - A field has the type that it is documented with. The framework would
-//     print a value that it cannot convert, also that of refresh_key.
-//   - A field that is present has a value: neither empty nor null. In a write of
-//     config or a role that is for the handler to judge, because what a read
-//     returned may be written back; see input.changed.
-//   - An error repeats a value only if it has the shape of the field's valid
-//     values, and that shape cannot be a secret. Anything else is described by
-//     its length or type.
-//
-// The values that pass are of one Go type per field type, so that handlers and
-// the framework see the same thing in whichever form a caller wrote it.
-
 const (
-	maxFields       = 64       // of one request
-	maxFieldBytes   = 1 << 10  // of a field without a bound of its own
-	maxListBytes    = 64 << 10 // of a list, separators included
-	maxListElements = 1024     // of a list, before duplicates are dropped
+	maxFields       = 64       // per request
+	maxFieldBytes   = 1 << 10  // per field without a bound of its own
+	maxListBytes    = 64 << 10 // per list, separators included
+	maxListElements = 1024     // per list, before duplicates are dropped
 
-	maxScopes      = 64  // per role
-	maxScopeLength = 128 // characters
-	maxRoleName    = 128 // characters
+	maxScopes         = 64  // per role
+	maxScopeLength    = 128 // characters
+	maxRoleName       = 128 // characters
+	maxOrganizationID = 128 // characters; Cable's sample has 24
 
-	// maxOrganizationID is in characters; Cable's sample has 24.
-	maxOrganizationID = 128
-
-	// maxRefreshKey is in bytes: the key travels in a header, and common servers
-	// take 8 KiB of those.
-	maxRefreshKey = 8 << 10
+	// MaxRefreshKey is in bytes. The key travels in a header, and common servers
+	// accept 8 KiB of headers.
+	MaxRefreshKey = 8 << 10
 )
 
 // fieldBounds are the fields that may be longer than maxFieldBytes, in bytes,
 // white space included.
 var fieldBounds = map[string]int{
-	"refresh_key": 2 * maxRefreshKey,
+	"refresh_key": 2 * MaxRefreshKey,
 	"token_url":   2 << 10,
 	"ca_cert":     64 << 10,
 }
@@ -67,104 +67,45 @@ var fieldBounds = map[string]int{
 // readOnlyFields may be written back as they were read.
 var readOnlyFields = []string{"refresh_key_version", "refresh_key_updated_at"}
 
-// What may be repeated in an error, by its shape.
-var (
-	wordShape   = regexp.MustCompile(`^[a-z_]{1,20}$`)                                                     // field names, auth_scheme
-	nameShape   = regexp.MustCompile(`^[a-z]{1,12}[0-9]{0,3}[a-z]{0,2}([_.-][a-z]{1,12}[0-9]{0,3}){0,3}$`) // role names
-	scopeShape  = regexp.MustCompile(`^[a-z_]{1,40}:[a-z_]{1,20}$`)                                        // as in Cable's reference
-	orgShape    = regexp.MustCompile(`^org_[0-9A-Za-z]{1,32}$`)                                            // as in Cable's sample
-	numberShape = regexp.MustCompile(`^-?[0-9]{1,7}(\.[0-9]{1,3})?[a-z]{0,2}$`)                            // numbers and durations
-)
+// Input has the fields of a request as Parse returned them.
+type Input map[string]any
 
-// shown repeats s if it has that shape, and else describes it: for fields of a
-// log line or an event.
-func shown(shape *regexp.Regexp, s string) string {
-	if s == "" || shape.MatchString(s) {
-		return s
-	}
-	return fmt.Sprintf("(not shown: length %d)", utf8.RuneCountInString(s))
-}
-
-// show is shown for a sentence: what is repeated is quoted.
-func show(shape *regexp.Regexp, s string) string {
-	if text := shown(shape, s); text != s {
-		return text
-	}
-	return strconv.Quote(s)
-}
-
-// shownScopes is shown for some scopes, at most ten of them.
-func shownScopes(scopes []string) []string {
-	const most = 10
-	list := make([]string, 0, most+1)
-	for i, s := range scopes {
-		if i == most {
-			list = append(list, fmt.Sprintf("and %d more", len(scopes)-most))
-			break
-		}
-		list = append(list, shown(scopeShape, s))
-	}
-	return list
-}
-
-// showScopes is shownScopes for a sentence.
-func showScopes(scopes []string) string {
-	list := shownScopes(scopes)
-	for i, s := range list {
-		if scopeShape.MatchString(s) {
-			list[i] = strconv.Quote(s)
-		}
-	}
-	return strings.Join(list, ", ")
-}
-
-// without returns the elements of all that are not among taken.
-func without(all, taken []string) []string {
+// Without returns the elements of all that are not among taken.
+func Without(all, taken []string) []string {
 	return slices.DeleteFunc(slices.Clone(all), func(s string) bool { return slices.Contains(taken, s) })
 }
 
-// parseRequest returns the request's data with each value in its one Go type,
-// or an error for the caller. If there is no such path or operation, there is
-// none, and the framework is left to say so.
-func parseRequest(path *framework.Path, req *logical.Request) (map[string]any, error) {
+// Parse returns the request's fields, each with the one Go type of its field type,
+// or a refusal. For an unknown path or operation it returns nil, and the framework
+// reports that.
+func Parse(path *framework.Path, req *logical.Request) (map[string]any, error) {
 	if path == nil || path.Operations[req.Operation] == nil {
 		return nil, nil
 	}
 	known := knownFields(path, req.Operation)
-	takes := fmt.Sprintf("%s of this path takes %s", req.Operation, strings.Join(without(known, readOnlyFields), ", "))
+	accepts := fmt.Sprintf("%s accepts: %s", req.Operation, strings.Join(Without(known, readOnlyFields), ", "))
 	if len(known) == 0 {
-		takes = fmt.Sprintf("%s of this path takes no parameters", req.Operation)
+		accepts = fmt.Sprintf("%s of this path accepts no parameters", req.Operation)
 	}
 	if len(req.Data) > maxFields {
-		return nil, fmt.Errorf("the request has %d fields: %s", len(req.Data), takes)
+		return nil, outcome.Refuse("the request has %d fields: %s", len(req.Data), accepts)
 	}
 	data := make(map[string]any, len(req.Data))
 	for _, name := range slices.Sorted(maps.Keys(req.Data)) {
 		if !slices.Contains(known, name) {
-			return nil, fmt.Errorf("unknown field %s: %s", show(wordShape, name), takes)
+			return nil, outcome.Refuse("unknown field %s: %s", Word.Quote(name), accepts)
 		}
 		value, err := parseValue(path.Fields[name], name, req.Data[name])
-		isText := path.Fields[name].Query && path.Fields[name].Type == framework.TypeString && value != nil // such as after=
-		if err == nil && isBlank(value) && !isText && !keepsBlank(path, req.Operation) {
-			err = blankError(value)
-		}
 		if err != nil {
-			return nil, fmt.Errorf("%s %w", name, err)
+			return nil, outcome.Refuse("%s %s", name, err)
 		}
 		data[name] = value
 	}
 	return data, nil
 }
 
-// keepsBlank reports whether the handler judges blank fields itself.
-func keepsBlank(path *framework.Path, op logical.Operation) bool {
-	pattern := strings.Trim(path.Pattern, "^$") // the framework anchors it
-	isEntry := pattern == configStoragePath || strings.HasPrefix(pattern, rolesStoragePrefix)
-	return isEntry && (op == logical.CreateOperation || op == logical.UpdateOperation || op == logical.PatchOperation)
-}
-
-// knownFields lists what an operation on path takes, sorted: its query fields
-// for those that have no body, all but the path's own name for the others.
+// knownFields lists the fields that an operation on path accepts, sorted: for
+// operations without a body the query fields, for the others all fields but name.
 func knownFields(path *framework.Path, op logical.Operation) []string {
 	var known []string
 	for name, schema := range path.Fields {
@@ -247,7 +188,7 @@ func parseValue(schema *framework.FieldSchema, name string, value any) (any, err
 		}
 		b, err := strconv.ParseBool(strings.TrimSpace(text))
 		if err != nil {
-			return nil, fmt.Errorf("must be true or false, not %s", show(wordShape, text))
+			return nil, fmt.Errorf("must be true or false, not %s", Word.Quote(text))
 		}
 		return b, nil
 	case framework.TypeDurationSecond, framework.TypeInt:
@@ -277,7 +218,7 @@ func parseNumber(kind framework.FieldType, value any) (int, error) {
 	default:
 		return 0, fmt.Errorf("must be %s, not %s", what, jsonType(value))
 	}
-	invalid := fmt.Errorf("is %s: write %s, %s", show(numberShape, text), what, example)
+	invalid := fmt.Errorf("is %s: write %s, %s", number.Quote(text), what, example)
 	if len(text) > 64 {
 		return 0, invalid
 	}
@@ -296,13 +237,14 @@ func parseNumber(kind framework.FieldType, value any) (int, error) {
 		return 0, invalid
 	}
 	if d < 0 {
-		return 0, fmt.Errorf("is %s, and a duration cannot be negative: write one %s", show(numberShape, text), example)
+		return 0, fmt.Errorf("is %s, and a duration cannot be negative: write one %s", number.Quote(text), example)
 	}
 	return int(min(d/time.Second, math.MaxInt32)), nil
 }
 
-// parseList reads a list of strings: comma-separated text, or a JSON array
-// whose elements may be comma-separated too, as repeated query keys are.
+// parseList reads a list of strings, a comma-separated text or a JSON array. An
+// element may be comma-separated too, as repeated query keys are. The list is
+// bounded before it is split: at most 64 KiB and 1024 elements.
 func parseList(value any) ([]string, error) {
 	var texts []string
 	bytes, elements := 0, 0
@@ -354,24 +296,27 @@ func parseList(value any) ([]string, error) {
 	return list, nil
 }
 
-// parseScopes sorts scopes and drops duplicates. The refusal describes what
-// cannot be a scope.
-func parseScopes(list []string) ([]string, error) {
+// ParseScopes sorts scopes, drops duplicates, and refuses more than 64. Its
+// refusal does not quote a text that cannot be a scope.
+//
+// NOTE: parseList has bounded the list before it was split. 64 is the limit on
+// the scopes that remain.
+func ParseScopes(list []string) ([]string, error) {
 	scopes := slices.Clone(list)
 	slices.Sort(scopes)
 	scopes = slices.Compact(scopes)
 	if len(scopes) > maxScopes {
-		return nil, refusal(fmt.Sprintf("scopes names %d: at most %d are allowed", len(scopes), maxScopes))
+		return nil, outcome.Refuse("scopes names %d: at most %d are allowed", len(scopes), maxScopes)
 	}
 	for _, s := range scopes {
 		if err := checkWord(s, maxScopeLength); err != nil {
-			return nil, refusal(fmt.Sprintf(`a scope %s: write scopes as "resource:action", separated by commas`, err))
+			return nil, outcome.Refuse(`a scope %s: write scopes as "resource:action", separated by commas`, err)
 		}
 	}
 	return scopes, nil
 }
 
-// jsonType names the JSON type of value, in place of value.
+// jsonType names the JSON type of value, for errors that must not show value.
 func jsonType(value any) string {
 	switch value.(type) {
 	case nil:
@@ -391,8 +336,7 @@ func jsonType(value any) string {
 	}
 }
 
-// checkWord refuses what must be one plain word, such as an organization's id.
-// maxLen counts characters.
+// checkWord refuses a text that is not one plain word of at most maxLen characters.
 func checkWord(s string, maxLen int) error {
 	if n := utf8.RuneCountInString(s); n > maxLen {
 		return fmt.Errorf("is %d characters long: at most %d are allowed", n, maxLen)
@@ -405,26 +349,53 @@ func checkWord(s string, maxLen int) error {
 	return nil
 }
 
-// input is the fields of a write as parseRequest left them.
-type input map[string]any
+// CheckOrganization refuses a text that cannot be an organization's id.
+func CheckOrganization(id string) error {
+	if err := checkWord(id, maxOrganizationID); err != nil {
+		return outcome.Refuse("organization_id %s", err)
+	}
+	return nil
+}
 
-// changed returns the fields that change the stored entry, given as a read
-// returns it. What repeats the stored value is dropped, blank if none is
-// stored and the read-only fields included, so that what a read returned can be
-// written back. Any other blank is refused, but for those that clears reports
-// as removing a value, and so is any other value of a read-only field.
-func (in input) changed(stored map[string]any, clears func(name string, value any) bool) (input, error) {
-	out := make(input, len(in))
+// CheckRoleName refuses a name that no role can have. Vault's pattern for names
+// has no length limit and accepts names that storage rejects.
+func CheckRoleName(name string) error {
+	if len(name) > maxRoleName {
+		return outcome.Refuse("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName)
+	}
+	if strings.Contains(name, "..") {
+		return outcome.Refuse(`the role's name %s must not contain "..": use single dots`, RoleName.Quote(name))
+	}
+	return nil
+}
+
+// RefuseBlanks refuses a field that is present without a value.
+func (in Input) RefuseBlanks() error {
+	for _, name := range slices.Sorted(maps.Keys(in)) {
+		if isBlank(in[name]) {
+			return outcome.Refuse("%s %s", name, blankError(in[name]))
+		}
+	}
+	return nil
+}
+
+// Changes returns the fields that change the stored entry, which is given as a
+// read returns it. Fields equal to the stored value are dropped, read-only fields
+// included, and a blank equals a value that is not set. So a read can be written
+// back. Another blank is refused unless clears says that it removes the value. A
+// changed read-only field is refused.
+func (in Input) Changes(stored map[string]any, clears func(name string, value any) bool) (Input, error) {
+	out := make(Input, len(in))
 	for _, name := range slices.Sorted(maps.Keys(in)) {
 		value := in[name]
 		old, isStored := stored[name]
 		switch {
-		case name == "name": // of the path, not a field
+		case name == "name": // part of the path, not a field
 		case isStored && sameValue(value, old):
 		case slices.Contains(readOnlyFields, name):
-			return nil, refusal(fmt.Sprintf("%s is read-only, and the stored value is another: leave it out", name))
+			return nil, outcome.Refuse("%s is read-only, and the stored value is another: leave it out", name)
 		case isBlank(value) && !clears(name, value):
-			return nil, refusal(fmt.Sprintf("%s %s", name, blankError(value)))
+			return nil, outcome.Refuse("%s %s", name, blankError(value))
 		default:
 			out[name] = value
 		}
@@ -467,16 +438,22 @@ func sameValue(value, stored any) bool {
 	return false
 }
 
-// text returns a field's text without outer white space, "" if it is blank, and
+// Text returns a field's text without outer white space, "" if it is blank, and
 // whether the field is present.
-func (in input) text(name string) (string, bool) {
+func (in Input) Text(name string) (string, bool) {
 	v, ok := in[name]
 	s, _ := v.(string)
 	return strings.TrimSpace(s), ok
 }
 
-// has reports whether a field is present, blank or not.
-func (in input) has(name string) bool {
+// Duration returns a field's duration, and whether it is present with a value.
+func (in Input) Duration(name string) (time.Duration, bool) {
+	v, ok := in[name].(int)
+	return time.Duration(v) * time.Second, ok
+}
+
+// Has reports whether a field is present, blank or not.
+func (in Input) Has(name string) bool {
 	_, ok := in[name]
 	return ok
 }

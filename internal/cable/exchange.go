@@ -1,0 +1,182 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package cable
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http/httptrace"
+	"sync"
+	"sync/atomic"
+)
+
+// exchange is one API call inside net/http. Its gate is the request's body, which net/http reads last, after the
+// connection was made, which can take seconds, and after the head was written to the connection's buffer, which it
+// fits. The body is empty until [TokenRequest].Allow has been asked again. If Allow refuses, the body stays empty,
+// net/http fails on its length, and no byte is sent.
+//
+// net/http does not repeat a call, because a POST whose body it cannot get a second time is never repeated.
+//
+// NOTE: the body is a bytes.Reader, which open fills, and no reader of this package's own, because net/http sends the
+// head, and so the refresh key, before it reads a body of a type that it does not know.
+type exchange struct {
+	allow   func() error
+	content []byte
+	proxied bool
+
+	mu       sync.Mutex
+	body     *bytes.Reader
+	refusal  error  // of allow
+	panicked any    // by allow, on a goroutine of net/http's, where it would end the process
+	opened   bool   // body has the content
+	ended    bool   // body does not get the content any more
+	stage    string // how far the call has come
+	conn     *countingConn
+	before   int64 // bytes that conn had written when the call began
+	fresh    bool  // conn was made for this call
+	answered bool  // conn returned a byte
+	asked    bool  // the server requested a client certificate
+}
+
+// Stages of a call.
+const (
+	atTurn     = "waiting for a turn or a connection"
+	atLookup   = "looking up the host"
+	atConnect  = "connecting"
+	atProxy    = "at the proxy"
+	atTLS      = "in the TLS handshake"
+	atResponse = "waiting for the response"
+)
+
+var errPanicked = errors.New("allow panicked")
+
+func newExchange(allow func() error, content []byte, proxied bool) *exchange {
+	return &exchange{allow: allow, content: content, proxied: proxied, body: bytes.NewReader(nil), stage: atTurn}
+}
+
+// open opens the gate, if Allow does not refuse. net/http calls it between head and body.
+func (x *exchange) open() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.ended {
+		return
+	}
+	x.refusal = errPanicked
+	defer func() {
+		x.panicked = recover()
+		if x.refusal == nil {
+			x.body.Reset(x.content)
+			x.opened = true
+		}
+	}()
+	x.refusal = x.allow()
+}
+
+// end returns whether a byte of the call was sent, which does not change any more, and the error of Allow if it
+// refused.
+func (x *exchange) end() (sent bool, refusal error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.panicked != nil {
+		panic(x.panicked)
+	}
+	x.ended = true
+	return x.opened && (x.conn == nil || x.conn.written.Load() > x.before), x.refusal
+}
+
+// state returns how far the call has come, and err with the findings of the handshake. early says that the connection
+// is new and has returned nothing, because only then can err be one of the handshake.
+func (x *exchange) state(err error) (stage string, early bool, _ error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.asked {
+		err = errors.Join(err, errNoCertificate)
+	}
+	return x.stage, x.fresh && !x.answered, err
+}
+
+// reached records how far the call has come. Once the call has a connection, another one that is being made for it, and
+// that it does not need any more, changes nothing.
+func (x *exchange) reached(stage string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.stage == atResponse {
+		return
+	}
+	if x.proxied && stage != atTLS {
+		stage = atProxy
+	}
+	x.stage = stage
+}
+
+// exchangeKey is the key of an exchange in the context of its call.
+type exchangeKey struct{}
+
+// noCertificate responds to a server that requests a client certificate.
+func noCertificate(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	if x, ok := info.Context().Value(exchangeKey{}).(*exchange); ok {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		x.asked = true
+	}
+	return new(tls.Certificate), nil
+}
+
+// trace returns ctx with the hooks of the call. All but WroteHeaders and GotConn serve the words of an error alone.
+func (x *exchange) trace(ctx context.Context) context.Context {
+	ctx = context.WithValue(ctx, exchangeKey{}, x)
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		WroteHeaders:      x.open,
+		DNSStart:          func(httptrace.DNSStartInfo) { x.reached(atLookup) },
+		ConnectStart:      func(string, string) { x.reached(atConnect) },
+		TLSHandshakeStart: func() { x.reached(atTLS) },
+		TLSHandshakeDone: func(_ tls.ConnectionState, err error) {
+			if x.proxied && err == nil {
+				x.reached(atProxy) // which may have been the other side of that handshake
+			}
+		},
+		GotConn: func(info httptrace.GotConnInfo) {
+			x.mu.Lock()
+			defer x.mu.Unlock()
+			x.stage, x.fresh = atResponse, !info.Reused
+			if x.conn = innermost(info.Conn); x.conn != nil {
+				x.before = x.conn.written.Load()
+			}
+		},
+		GotFirstResponseByte: func() {
+			x.mu.Lock()
+			defer x.mu.Unlock()
+			x.answered = true
+		},
+	})
+}
+
+// countingConn is a connection that counts the bytes that were written to it, or may have been.
+type countingConn struct {
+	net.Conn
+	written atomic.Int64
+}
+
+// Write implements [io.Writer].
+func (c *countingConn) Write(p []byte) (int, error) {
+	c.written.Add(int64(len(p))) // from now on they may be under way
+	n, err := c.Conn.Write(p)
+	c.written.Add(int64(n - len(p)))
+	return n, err
+}
+
+// innermost returns the connection below all layers of TLS, or nil.
+func innermost(conn net.Conn) *countingConn {
+	for {
+		layer, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			c, _ := conn.(*countingConn)
+			return c
+		}
+		conn = layer.NetConn()
+	}
+}

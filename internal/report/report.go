@@ -1,0 +1,348 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Package report says what a mount did: in Vault's log, in the metrics, in status,
+// and in Vault's events. It receives values and asks nothing, so that it can
+// neither delay nor change a request.
+//
+//   - Each token request has one [TokenRequest], assembled at its end, from which
+//     all four are derived, in the same words.
+//   - A line is a fixed phrase, then fields. No line, label or event contains a
+//     token, a key, a header or a raw body, at any level.
+//   - Metric labels are bounded; see metrics.
+package report
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/share"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
+)
+
+// undeliveredPhrase is what operators search the log for.
+const undeliveredPhrase = "token request failed after it was sent; " +
+	"Cable may have issued a token that was not delivered"
+
+// Reporter reports for one mount on one node, from when it was set up there.
+type Reporter struct {
+	logger  func() hclog.Logger
+	metrics *metrics
+	tally   *tally
+	events  *events
+
+	mu     sync.Mutex
+	longer map[string]time.Time // when a longer grant was last logged, by role
+}
+
+// New returns the reporter of a new mount. Events are sent by sender, if
+// isEnterprise returns true; it is called once, before the first event.
+func New(logger func() hclog.Logger, sender logical.EventSender, isEnterprise func(context.Context) bool) *Reporter {
+	m := newMetrics()
+	return &Reporter{
+		logger:  logger,
+		metrics: m,
+		tally:   newTally(),
+		events:  newEvents(sender, isEnterprise, m.eventEnded),
+		longer:  make(map[string]time.Time),
+	}
+}
+
+// Close flushes the events, as far as Vault accepts them at once.
+func (p *Reporter) Close() { p.events.close() }
+
+// Source names the request that a report is about.
+type Source struct {
+	ID, Mount, Path string
+	Operation       logical.Operation
+}
+
+// SourceOf returns the names of a request. It keeps nothing else of it, because a
+// report may outlive the request, whose storage must not be kept.
+func SourceOf(req *logical.Request) Source {
+	return Source{ID: req.ID, Mount: req.MountPoint, Path: req.Path, Operation: req.Operation}
+}
+
+// log is for lines about a request.
+//
+// NOTE: one process serves all mounts of the engine, and Vault's log has its lines
+// under the name of the first of them.
+func (p *Reporter) log(s Source) hclog.Logger {
+	log := p.logger().With("mount", s.Mount)
+	if s.ID != "" { // leases end without a request
+		log = log.With("request_id", s.ID)
+	}
+	return log
+}
+
+// Kind is the part that a token request has in minting its token.
+type Kind int
+
+const (
+	Direct     Kind = iota // it mints for its caller
+	Trial                  // it mints for verify_role, and no caller gets the token
+	SharedCall             // the call on behalf of all readers that wait
+	Reader                 // it may get the token of a shared call
+)
+
+// TokenRequest is a token request that has ended.
+type TokenRequest struct {
+	Source
+	Kind Kind
+	Took time.Duration
+
+	// Role is the name, even of a role that does not exist. RoleExists says that
+	// the role was read, RoleIsCurrent that it has not changed since.
+	Role                      string
+	RoleExists, RoleIsCurrent bool
+
+	Requested cable.TokenRequest // as far as it was decided
+	Token     *outcome.Token     // nil if it failed
+	Failure   *outcome.Failure   // nil if it did not
+	Shared    share.Result       // of a Reader
+}
+
+// Outcome names how the request ended.
+func (r *TokenRequest) Outcome() outcome.Outcome {
+	switch {
+	case r.Failure != nil:
+		return r.Failure.Outcome
+	case r.Shared.Reused:
+		return outcome.Reused
+	default:
+		return outcome.Minted
+	}
+}
+
+// attempts counts the API calls.
+func (r *TokenRequest) attempts() int {
+	if r.Failure != nil {
+		return r.Failure.Attempts
+	}
+	return r.Token.Attempts
+}
+
+// roleName returns the role's name, or a word for a role that does not exist.
+func (r *TokenRequest) roleName() string {
+	if !r.RoleExists {
+		return unknownRole
+	}
+	return r.Role
+}
+
+// TokenRequestEnded reports how a token request ended. A shared call is reported
+// once; each of its readers has its outcome counted and a line at debug level.
+func (p *Reporter) TokenRequestEnded(r TokenRequest) {
+	o := r.Outcome()
+	if r.Kind == Reader && (r.Failure == nil || r.Shared.CallFailed) {
+		p.logReader(&r, o)
+	} else {
+		p.logTokenRequest(&r, o)
+	}
+	if r.Kind == Trial {
+		return // a trial says nothing about the settings in use
+	}
+	if r.Kind != SharedCall {
+		p.metrics.tokenRequestEnded(&r, o)
+		p.tally.count(o)
+	}
+	if r.Kind != Reader {
+		p.metrics.callEnded(&r, o)
+		p.events.tokenRequestEnded(&r, o)
+	}
+	p.tally.keepLast(&r, o)
+}
+
+// logReader writes the line of a reader of a shared token.
+func (p *Reporter) logReader(r *TokenRequest, o outcome.Outcome) {
+	if !p.logger().IsDebug() || o == outcome.Minted { // the call has its line
+		return
+	}
+	phrase := "token reused"
+	if r.Failure != nil {
+		phrase = "token request failed"
+	}
+	p.log(r.Source).Debug(phrase, "role", r.Role, "outcome", string(o), "duration", microseconds(r.Took),
+		"age", r.Shared.Age.Round(time.Millisecond).String(), "fallback", string(r.Shared.Fallback))
+}
+
+// logTokenRequest writes the one line of a token request.
+func (p *Reporter) logTokenRequest(r *TokenRequest, o outcome.Outcome) {
+	level, phrase := o.Level(), "token request failed"
+	switch {
+	case o == outcome.Minted && r.Token.IsLonger && p.isNewLongerGrant(r.Role):
+		level, phrase = hclog.Warn, "token minted with a longer lifetime than requested"
+	case o == outcome.Minted:
+		phrase = "token minted"
+	case o == outcome.GrantMismatch, o == outcome.InvalidResponse:
+		phrase = "Cable's response was refused and its token dropped"
+	case r.Failure.UndeliveredUntil > 0:
+		level, phrase = max(level, hclog.Warn), undeliveredPhrase
+	case o == outcome.InvalidRequest:
+		phrase = "token request refused"
+	}
+	if level == hclog.Debug && !p.logger().IsDebug() {
+		return
+	}
+	role := r.Role
+	if !r.RoleExists {
+		role = fields.RoleName.Redact(role)
+	}
+	line := []any{
+		"role", role, "organization", fields.Organization.Redact(r.Requested.OrganizationID),
+		"outcome", string(o), "duration", microseconds(r.Took),
+	}
+	add := func(more ...any) { line = append(line, more...) }
+	if r.Kind == Trial {
+		add("verify_role", true)
+	}
+	if n := r.attempts(); n > 0 {
+		add("attempts", n)
+	}
+	if level != hclog.Debug && r.Requested.Lifetime > 0 {
+		add("requested_scopes", fields.Scope.RedactAll(r.Requested.Scopes),
+			"requested_seconds", seconds(r.Requested.Lifetime))
+	}
+	if t := r.Token; t != nil {
+		add("lease_seconds", seconds(t.Lease), "expires_at", t.ExpiresAt())
+	}
+	if f := r.Failure; f != nil {
+		if f.CableStatus != 0 {
+			add("cable_status", f.CableStatus)
+		}
+		add("detail", f.Detail)
+		if g := f.Granted; g != nil && o == outcome.GrantMismatch {
+			add("granted_organization", fields.Organization.Redact(g.OrganizationID),
+				"granted_scopes", fields.Scope.RedactAll(g.Scopes), "expires_at", outcome.UnixTime(g.Expiry))
+		}
+		if f.UndeliveredUntil > 0 {
+			add("undelivered_until", outcome.UnixTime(f.UndeliveredUntil))
+		}
+	}
+	p.log(r.Source).Log(level, phrase, line...)
+}
+
+// isNewLongerGrant reports whether a longer grant to this role is logged. It is
+// once a minute, because a Cable that ignores the requested lifetime does so each
+// time.
+func (p *Reporter) isNewLongerGrant(role string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if last, ok := p.longer[role]; ok && now.Sub(last) < time.Minute {
+		return false
+	}
+	if len(p.longer) >= maxMeteredRoles {
+		clear(p.longer)
+	}
+	p.longer[role] = now
+	return true
+}
+
+// CallBegan counts a token request that waits for Cable, until ended is called.
+func (p *Reporter) CallBegan() (ended func()) {
+	p.metrics.tokenRequestsInFlight.Inc()
+	return p.metrics.tokenRequestsInFlight.Dec
+}
+
+// APICallEnded counts an API call.
+func (p *Reporter) APICallEnded(c cable.Call) { p.metrics.apiCallEnded(c) }
+
+// SharedTokenDropped counts the readers of a shared token that is dropped.
+func (p *Reporter) SharedTokenDropped(readers int) {
+	p.metrics.reusedTokenReaders.Observe(float64(readers))
+}
+
+// RoleGone drops the series of a role that was deleted, or may have been.
+func (p *Reporter) RoleGone(name string) { p.metrics.roleGone(name) }
+
+// ConfigWritten reports a write of config.
+func (p *Reporter) ConfigWritten(s Source, c *state.Config) {
+	p.log(s).Info("config written", "refresh_key_version", c.RefreshKeyVersion, "disabled", c.Disabled)
+	p.events.send(eventConfigWrite, s.Operation, "config", "refresh_key_version", fmt.Sprint(c.RefreshKeyVersion))
+}
+
+// ConfigDeleted reports the deletion of config.
+func (p *Reporter) ConfigDeleted(s Source) {
+	p.log(s).Info("config deleted")
+	p.events.send(eventConfigDelete, s.Operation, "config")
+}
+
+// RoleWritten reports a write of a role.
+func (p *Reporter) RoleWritten(s Source, name string, r *state.Role) {
+	organization := fields.Organization.Redact(r.OrganizationID)
+	p.log(s).Info("role written", "role", name, "organization", organization, "disabled", r.Disabled)
+	p.events.send(eventRoleWrite, s.Operation, "roles/"+name, "role", name, "organization_id", organization)
+}
+
+// RoleDeleted reports the deletion of a role.
+func (p *Reporter) RoleDeleted(s Source, name string) {
+	p.log(s).Info("role deleted", "role", name)
+	p.metrics.roleGone(name)
+	p.events.send(eventRoleDelete, s.Operation, "roles/"+name, "role", name)
+}
+
+// WriteFailed reports a write that failed in Vault's storage. trial is the token
+// that verify_role minted in vain, "" if there is none.
+func (p *Reporter) WriteFailed(s Source, err error, trial string) {
+	p.log(s).Warn("write failed in Vault's storage; whether it was stored is not known", "detail", err.Error())
+	if trial != "" {
+		p.log(s).Warn("config not stored, but verify_role had already minted a token", "detail", trial)
+	}
+}
+
+// NoConfigGauges reports that metrics are served without the configuration's.
+func (p *Reporter) NoConfigGauges(s Source, err error) {
+	p.log(s).Warn("serving metrics without configuration gauges: configuration could not be read",
+		"detail", err.Error())
+}
+
+// Panicked reports an internal error. The value of the panic is not shown, because
+// it may contain anything.
+func (p *Reporter) Panicked(s Source, value any, stack []byte) {
+	p.metrics.panics.Inc()
+	p.log(s).Error("panic in a handler; the request failed and the engine continues",
+		"operation", s.Operation, "path", s.Path, "panic_type", fmt.Sprintf("%T", value), "stack", string(stack))
+}
+
+// LeaseEnded reports the end of a lease, revoked or expired. expiry is that of the
+// token in Unix seconds, and 0 if it is not known.
+func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64, expired bool) {
+	organization = fields.Organization.Redact(organization)
+	log := p.log(s).With("role", role, "organization", organization)
+	metadata := []string{"role", role, "organization_id", organization}
+	p.metrics.leasesEnded.Inc()
+	p.tally.leaseEnded()
+	if expiry == 0 {
+		log.Info("lease ended; token expiry unknown")
+	} else {
+		left := max(0, time.Until(time.Unix(expiry, 0)))
+		expiresAt, remaining := outcome.UnixTime(expiry), seconds(left)
+		if left > 0 && !expired {
+			log.Info("lease ended before its token; Cable cannot revoke tokens, so it stays valid",
+				"expires_at", expiresAt, "remaining_seconds", remaining)
+		} else {
+			log.Debug("lease ended", "expires_at", expiresAt)
+		}
+		p.metrics.leaseEndedRemaining.Observe(left.Seconds())
+		metadata = append(metadata,
+			"expiry", fmt.Sprint(expiry), "expires_at", expiresAt, "remaining_seconds", fmt.Sprint(remaining))
+	}
+	p.events.send(eventLeaseRevoke, logical.RevokeOperation, "creds/"+role, metadata...)
+}
+
+func seconds(d time.Duration) int64 { return int64(d / time.Second) }
+
+func microseconds(d time.Duration) string { return d.Round(time.Microsecond).String() }
+
+// join lists scopes for an event.
+func join(scopes []string) string { return strings.Join(fields.Scope.RedactAll(scopes), ",") }
