@@ -4,7 +4,6 @@
 package e2e
 
 import (
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -193,27 +192,9 @@ func (c *cluster) waitForState(t *testing.T, i int, states ...int) {
 func (c *cluster) waitForVoters(t *testing.T) {
 	t.Helper()
 	waitFor(t, 30*time.Second, "all nodes vote", func() bool {
-		var a struct {
-			Data struct {
-				Config struct {
-					Servers []struct {
-						Voter bool `json:"voter"`
-					} `json:"servers"`
-				} `json:"config"`
-			} `json:"data"`
-		}
 		leader := c.node(c.leader(t))
-		got, err := leader.call(request{method: "GET", path: "sys/storage/raft/configuration", token: c.root})
-		if err != nil || json.Unmarshal([]byte(got.text), &a) != nil {
-			return false
-		}
-		voters := 0
-		for _, s := range a.Data.Config.Servers {
-			if s.Voter {
-				voters++
-			}
-		}
-		return voters == clusterSize
+		a, err := leader.call(request{method: "GET", path: "sys/storage/raft/configuration", token: c.root})
+		return err == nil && strings.Count(a.text, `"voter":true`) == clusterSize
 	})
 }
 
@@ -365,12 +346,12 @@ func testLeaderKilled(t *testing.T, c *cluster, say narrator) {
 		return !slices.ContainsFunc(orphans, runs)
 	})
 	say("under the load of %d readers, node %d was killed (SIGKILL to process %d)", readers, leader, old.Process.Pid)
-	minted := c.mints(t, standbys...).Sub(killed)
+	outage := c.mints(t, standbys...).Sub(killed)
 	settled := time.Now()
 	next := c.leader(t)
-	say("node %d leads now: the first token came %s after the kill", next, milliseconds(minted))
-	if minted > 15*time.Second {
-		t.Errorf("the first token came %s after the kill", minted)
+	say("node %d leads now: the first token came %s after the kill", next, milliseconds(outage))
+	if outage > 15*time.Second {
+		t.Errorf("the first token came %s after the kill", outage)
 	}
 	if diff := cmp.Diff(before, stored(c.node(next))); diff != "" {
 		t.Errorf("config and role after the kill (-before +after):\n%s", diff)
@@ -409,24 +390,14 @@ func testLeaderKilled(t *testing.T, c *cluster, say narrator) {
 				s.start.Sub(killed), s.start.Sub(settled), s.start.Sub(rejoined), s)
 		}
 	}
-	existing := map[string]bool{}
-	for _, m := range c.sim.Minted() {
-		existing[m.Token] = true
-	}
-	stats := c.sim.Stats()
-	if stats.Minted != len(existing) {
-		t.Fatalf("the simulator minted %d tokens and remembers %d", stats.Minted, len(existing))
-	}
-	unleased := stats.Minted - len(held)
-	say("readers: %d tokens; tries without one, by status (0: no answer): %v", len(tokens), failed)
-	say("Cable minted %d tokens; the new leader holds %d leases", stats.Minted, len(held))
+	minted := c.sim.Stats().Minted
+	unleased := minted - len(held)
+	say("readers: %d tokens; tries without one, by status (0: no response): %v", len(tokens), failed)
+	say("Cable minted %d tokens; the new leader holds %d leases", minted, len(held))
 	say("tokens handed out without a lease: %d; minted without a lease: %d, of %d requests under way at the kill",
 		missing(leases, held), unleased, underWay)
 	if n := missing(leases, held); n > 0 {
 		t.Errorf("%d tokens were handed out whose lease the new leader does not know", n)
-	}
-	if n := missing(tokens, existing); n > 0 {
-		t.Errorf("%d tokens were handed out that Cable did not mint", n)
 	}
 	if unleased < 0 || unleased > underWay {
 		t.Errorf("%d tokens have no lease, but %d requests were under way at the kill", unleased, underWay)
@@ -561,7 +532,6 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 		}
 		c.mints(t, 0, 1, 2)
 		minted := time.Now()
-
 		keyVersion++
 		for i := range c.nodes {
 			waitFor(t, 30*time.Second, "a write of config", func() bool {
@@ -649,7 +619,7 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 				s.start.Sub(changes[i].from), s.start.Sub(changes[i].newKeyFrom), s)
 		}
 	}
-	say("reads by status (0: no answer): %v; %d leases", byStatus(samples), len(held))
+	say("reads by status (0: no response): %v; %d leases", byStatus(samples), len(held))
 
 	for _, lease := range oldLeases[:5] {
 		v.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": lease, "sync": true})

@@ -235,29 +235,30 @@ func everyOutcome(t *testing.T, m *mount) map[string]string {
 	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": lease})
 	m.do(t, "GET", m.path+"/creds/app?ttl=1s", nil)
 	m.do(t, "GET", m.path+"/creds/none", nil)
-	func() { // a caller that leaves
-		m.sim.SetFault(cabletest.Fault{Delay: 10 * time.Second})
-		defer m.sim.ClearFaults()
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		_, _ = m.callContext(ctx, request{method: "GET", path: m.path + "/creds/app", token: m.root})
-		waitFor(t, 10*time.Second, "the mint of the caller that left has ended", func() bool {
-			return strings.Contains(m.ok(t, "GET", m.path+"/metrics", nil).text, `outcome="canceled"`)
-		})
-	}()
-	func() { // readers that share a token, and get the previous one while Cable is down
-		role := map[string]any{"scopes": "transactions:read", "ttl": "5m", "reuse_for": "1s"}
-		m.ok(t, "POST", m.path+"/roles/shared", role)
-		m.ok(t, "GET", m.path+"/creds/shared", nil)
-		m.sim.SetFault(cabletest.Fault{Status: 500})
-		defer m.sim.ClearFaults()
-		reused := 0
-		waitFor(t, 10*time.Second, "readers get the previous token", func() bool {
-			reused++
-			return strings.Contains(m.ok(t, "GET", m.path+"/creds/shared", nil).text, "Cable is down (cable_error)")
-		})
-		want["minted shared"], want["reused shared"] = "1", fmt.Sprint(reused)
-	}()
+
+	// A caller that leaves.
+	m.sim.SetFault(cabletest.Fault{Delay: 10 * time.Second})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	_, _ = m.callContext(ctx, request{method: "GET", path: m.path + "/creds/app", token: m.root})
+	waitFor(t, 10*time.Second, "the token request of the caller that left has ended", func() bool {
+		return strings.Contains(m.ok(t, "GET", m.path+"/metrics", nil).text, `outcome="canceled"`)
+	})
+	m.sim.ClearFaults()
+
+	// Readers that share a token, and get the previous one while Cable is down.
+	role := map[string]any{"scopes": "transactions:read", "ttl": "5m", "reuse_for": "1s"}
+	m.ok(t, "POST", m.path+"/roles/shared", role)
+	m.ok(t, "GET", m.path+"/creds/shared", nil)
+	m.sim.SetFault(cabletest.Fault{Status: 500})
+	reused := 0
+	waitFor(t, 10*time.Second, "readers get the previous token", func() bool {
+		reused++
+		return strings.Contains(m.ok(t, "GET", m.path+"/creds/shared", nil).text, "Cable is down (cable_error)")
+	})
+	want["minted shared"], want["reused shared"] = "1", fmt.Sprint(reused)
+	m.sim.ClearFaults()
+
 	for _, f := range failures {
 		m.fail(t, f)
 		want[f.outcome+" app"] = "1"
@@ -287,17 +288,13 @@ func TestMonitoring(t *testing.T) {
 	waitFor(t, 30*time.Second, "a scrape succeeds", func() bool { return p.query(t, "sum(up)")[""] == "1" })
 	want := everyOutcome(t, m)
 
-	// The numbers.
-	var diff string
-	defer func() {
-		if diff != "" {
-			t.Logf("the mints (-want +in Prometheus):\n%s", diff)
+	var got map[string]string
+	for end := time.Now().Add(30 * time.Second); !cmp.Equal(want, got); time.Sleep(pollInterval) {
+		if time.Now().After(end) {
+			t.Fatalf("token requests (-want +in Prometheus):\n%s", cmp.Diff(want, got))
 		}
-	}()
-	waitFor(t, 30*time.Second, "Prometheus has scraped all", func() bool {
-		diff = cmp.Diff(want, p.query(t, "sum by (outcome, role) (vault_cable_token_requests_total)"))
-		return diff == ""
-	})
+		got = p.query(t, "sum by (outcome, role) (vault_cable_token_requests_total)")
+	}
 	for expr, value := range map[string]string{
 		`sum(vault_cable_granted_lifetime_seconds_count)`:                   "4",
 		`sum(vault_cable_api_calls_total{code="401"})`:                      "1",
