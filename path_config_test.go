@@ -146,7 +146,7 @@ func TestConfigRefusals(t *testing.T) {
 		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech:0/"}, "port"},
 		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": "nonsense"}, "ca_cert is not PEM"},
 		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "PRIVATE KEY")}, "ca_cert contains a private key"},
-		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "SOMETHING")}, "CERTIFICATE blocks only"},
+		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "SOMETHING")}, "write CERTIFICATE blocks and no other text"},
 		{map[string]any{"refresh_key": key}, "writing refresh_key needs token_url in the same request"},
 		{map[string]any{"refresh_key_version": 2}, "refresh_key_version is read-only"},
 		{map[string]any{"auth_scheme": "basic"}, `auth_scheme is "basic": write "raw" or "bearer"`},

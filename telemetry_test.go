@@ -318,7 +318,9 @@ func TestLogIsDocumented(t *testing.T) {
 	lines := map[string]bool{"Cable's response was refused and its token dropped": true}
 	call := regexp.MustCompile(`(?:\.(?:Debug|Info|Warn|Error)\(|[pP]hrase = |level, |hclog\.\w+, )"([^"]+)"`)
 	for _, m := range call.FindAllStringSubmatch(engineSource(t), -1) {
-		lines[m[1]] = true
+		if !strings.HasPrefix(m[1], "-") { // not a usage text
+			lines[m[1]] = true
+		}
 	}
 	if len(lines) < 14 {
 		t.Errorf("only %d lines were found: %v", len(lines), lines)

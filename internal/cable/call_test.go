@@ -125,7 +125,6 @@ func TestFaults(t *testing.T) {
 			invalid(`its Content-Encoding is br, é\u202e` + strings.Repeat("x", 28) + ", but only identity was accepted"), 1,
 		},
 		{"another coding of an error", cabletest.Fault{Status: 401, Header: encoded("br").Header}, Error{Kind: Responded, StatusCode: 401, Detail: "Unauthorized", Attempts: 1}, 0},
-		{"over", cabletest.Fault{Grant: &cabletest.Grant{Lifetime: new(time.Duration)}}, invalid("its token has already expired, by Cable's own clock"), 1},
 
 		{"201", cabletest.Fault{Status: 201}, other(201, ""), 0},
 		{"202", cabletest.Fault{Status: 202, Header: now}, other(202, ""), 0},

@@ -42,8 +42,13 @@ const (
 // RoleKey returns the storage key of a role.
 func RoleKey(name string) string { return rolesPrefix + name }
 
-// RoleName returns the name of the role whose storage key is key.
-func RoleName(key string) (name string, ok bool) { return strings.CutPrefix(key, rolesPrefix) }
+// RoleName returns the name of the role whose storage key is key, or "".
+func RoleName(key string) (name string, ok bool) {
+	if name, ok = strings.CutPrefix(key, rolesPrefix); !ok {
+		return "", false
+	}
+	return name, true
+}
 
 // Config is the configuration of a mount.
 type Config struct {

@@ -90,8 +90,8 @@ type Store struct {
 	// it, so that a role created again is never taken for the old one.
 	floor uint64
 
-	config record[Live]
-	roles  *simplelru.LRU[string, *record[Role]]
+	config record
+	roles  *simplelru.LRU[string, *record] // by storage key
 
 	// narrowed has the storage keys of entries whose last write failed and would
 	// have disabled, deleted or narrowed them. It is never cut short; such a write
@@ -114,9 +114,9 @@ type Store struct {
 }
 
 // record is an entry in memory.
-type record[T any] struct {
+type record struct {
 	number  uint64            // of its last change
-	value   *T                // nil until it is needed
+	value   any               // a *Live or a *Role, nil until it is needed
 	sum     [sha256.Size]byte // of the bytes that value was decoded from
 	certain bool              // its last write did not fail
 }
@@ -129,10 +129,11 @@ func New(observe func(cable.Call), changed func(role string)) *Store {
 		narrowed:  make(map[string]bool),
 		uncertain: make(map[string]bool),
 		timeout:   MaxRequestTimeout,
+		locks:     keyedMutex{held: make(map[string]chan struct{})},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.config.certain = true
-	s.roles, _ = simplelru.NewLRU(maxRoles, func(_ string, r *record[Role]) { // fails for a size of 0 only
+	s.roles, _ = simplelru.NewLRU(maxRoles, func(_ string, r *record) { // fails for a size of 0 only
 		s.floor = max(s.floor, r.number)
 	})
 	return s
@@ -152,13 +153,13 @@ func (s *Store) Close() {
 func (s *Store) Settings(ctx context.Context, storage logical.Storage, role string, received time.Time) (Settings, error) {
 	s.mu.Lock()
 	timeout := s.timeout
-	set := Settings{Config: s.config.value, name: role, Version: Version{s.config.number, s.numberLocked(role)}}
-	if r, ok := s.roles.Get(role); ok {
-		set.Role = r.value
-	}
-	known := set.Config != nil && set.Role != nil && s.isCertainLocked(ConfigKey) && s.isCertainLocked(RoleKey(role))
+	config, known := s.knownLocked(ConfigKey)
+	r, roleKnown := s.knownLocked(RoleKey(role))
 	s.mu.Unlock()
-	if known {
+	set := Settings{name: role, Version: Version{config.number, r.number}}
+	set.Config, _ = config.value.(*Live)
+	set.Role, _ = r.value.(*Role)
+	if known && roleKnown {
 		return set, nil
 	}
 	var err error
@@ -197,7 +198,7 @@ func WithBudget(ctx context.Context, received time.Time, timeout time.Duration) 
 func (s *Store) IsCurrent(set Settings) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return set.Version == Version{s.config.number, s.numberLocked(set.name)}
+	return set.Version == Version{s.config.number, s.findLocked(RoleKey(set.name)).number}
 }
 
 // Config returns the configuration in use, or nil if none is stored.
@@ -242,63 +243,27 @@ func pauseTarget(c *Config) [sha256.Size]byte {
 
 // readConfig returns the configuration from memory or storage, with its number.
 func (s *Store) readConfig(ctx context.Context, storage logical.Storage) (*Live, uint64, error) {
-	return load(ctx, s, storage, ConfigKey, kind[Live]{
-		find: func() *record[Live] { return &s.config },
-		decode: func(raw []byte) (*Live, error) {
-			c, err := DecodeConfig(raw)
-			if err != nil {
-				return nil, err
-			}
-			live, err := NewLive(c, s.InheritedPause(c), s.observe)
-			if err != nil {
-				return nil, fmt.Errorf("using the stored configuration: %w", err)
-			}
-			return live, nil
-		},
-		discard: func(live *Live) { live.Client.Close() },
-		keep: func(r *record[Live]) {
-			if live := r.value; live != nil {
-				s.pause, s.pauseFor, s.timeout = live.Client.Pause(), pauseTarget(live.Config), live.RequestTimeout
-			}
-		},
-	})
+	value, number, err := s.load(ctx, storage, ConfigKey)
+	live, _ := value.(*Live)
+	return live, number, err
 }
 
 // readRole returns a role from memory or storage, with its number.
 func (s *Store) readRole(ctx context.Context, storage logical.Storage, name string) (*Role, uint64, error) {
-	return load(ctx, s, storage, RoleKey(name), kind[Role]{
-		find:    func() *record[Role] { return s.roleLocked(name) },
-		decode:  func(raw []byte) (*Role, error) { return DecodeRole(name, raw) },
-		discard: func(*Role) {},
-		keep:    func(r *record[Role]) { s.roles.Add(name, r) },
-	})
-}
-
-// roleLocked returns the record of a role. A new one is not kept yet, because names
-// of roles that do not exist must not displace others. The caller holds mu.
-func (s *Store) roleLocked(name string) *record[Role] {
-	if r, ok := s.roles.Get(name); ok {
-		return r
-	}
-	return &record[Role]{number: s.floor, certain: s.uncertain != nil && !s.uncertain[RoleKey(name)]}
-}
-
-// kind is how load treats an entry. All but decode are called under mu.
-type kind[T any] struct {
-	find    func() *record[T]
-	keep    func(*record[T])
-	decode  func(raw []byte) (*T, error)
-	discard func(*T) // a value that is replaced or not kept
+	value, number, err := s.load(ctx, storage, RoleKey(name))
+	role, _ := value.(*Role)
+	return role, number, err
 }
 
 // load returns an entry and its number. It reads storage unless a certain value is
 // in memory. A value whose bytes are those in memory is the value in memory; any
 // other replaces that, unless the entry was changed since the read began.
-func load[T any](ctx context.Context, s *Store, storage logical.Storage, key string, k kind[T]) (*T, uint64, error) {
+func (s *Store) load(ctx context.Context, storage logical.Storage, key string) (any, uint64, error) {
 	s.mu.Lock()
-	before, certain, err := *k.find(), s.isCertainLocked(key), s.narrowedLocked(key)
+	before, known := s.knownLocked(key)
+	err := s.narrowedLocked(key)
 	s.mu.Unlock()
-	if err != nil || before.value != nil && certain {
+	if err != nil || known {
 		return before.value, before.number, err
 	}
 	raw, err := Read(ctx, storage, key)
@@ -309,58 +274,96 @@ func load[T any](ctx context.Context, s *Store, storage logical.Storage, key str
 	if raw != nil && before.value != nil && before.sum == sum {
 		return before.value, before.number, nil
 	}
-	var value *T
+	var value any
 	if raw != nil {
-		if value, err = k.decode(raw); err != nil {
+		if value, err = s.decode(key, raw); err != nil {
 			return nil, before.number, err
 		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r := k.find()
+	r := s.findLocked(key)
 	switch {
 	case raw == nil && r.value == nil: // there is none
 	case r.number != before.number: // only for this request, which will find that it is outdated
-		if value != nil {
-			k.discard(value)
-		}
+		discard(value)
 	case raw != nil && r.value != nil && r.sum == sum: // another request has read the same bytes
-		k.discard(value)
+		discard(value)
 		return r.value, r.number, nil
 	default:
 		if r.value != nil { // an uncertain entry turned out to be changed
-			k.discard(r.value)
+			discard(r.value)
 			s.changeLocked(key, false)
 		}
 		r.value, r.sum = value, sum
-		k.keep(r)
+		s.keepLocked(key, r)
 		return value, r.number, nil
 	}
 	return value, before.number, nil
 }
 
-// numberLocked returns the number of a role's last change. The caller holds mu.
-func (s *Store) numberLocked(role string) uint64 {
-	if r, ok := s.roles.Peek(role); ok {
-		return r.number
+// decode makes the value of an entry from its bytes: of the configuration with a
+// client.
+func (s *Store) decode(key string, raw []byte) (any, error) {
+	if name, ok := RoleName(key); ok {
+		return DecodeRole(name, raw)
 	}
-	return s.floor
+	c, err := DecodeConfig(raw)
+	if err != nil {
+		return nil, err
+	}
+	live, err := NewLive(c, s.InheritedPause(c), s.observe)
+	if err != nil {
+		return nil, fmt.Errorf("using the stored configuration: %w", err)
+	}
+	return live, nil
+}
+
+// discard closes the client of a configuration that is replaced or not kept.
+func discard(value any) {
+	if live, ok := value.(*Live); ok {
+		live.Client.Close()
+	}
+}
+
+// findLocked returns the record of an entry. A new one is not kept yet, because names
+// of roles that do not exist must not displace others. The caller holds mu.
+func (s *Store) findLocked(key string) *record {
+	if key == ConfigKey {
+		return &s.config
+	}
+	if r, ok := s.roles.Get(key); ok {
+		return r
+	}
+	return &record{number: s.floor, certain: s.uncertain != nil && !s.uncertain[key]}
+}
+
+// keepLocked keeps the record of an entry. The caller holds mu.
+func (s *Store) keepLocked(key string, r *record) {
+	if key != ConfigKey {
+		s.roles.Add(key, r)
+	} else if live, ok := r.value.(*Live); ok {
+		s.pause, s.pauseFor, s.timeout = live.Client.Pause(), pauseTarget(live.Config), live.RequestTimeout
+	}
+}
+
+// knownLocked returns the record of an entry, and whether it is current without a
+// read of storage. The caller holds mu.
+func (s *Store) knownLocked(key string) (r record, known bool) {
+	r = *s.findLocked(key)
+	return r, r.value != nil && s.isCertainLocked(key)
 }
 
 // isCertainLocked reports whether the last write of an entry did not fail. The
 // caller holds mu.
 func (s *Store) isCertainLocked(key string) bool {
-	switch name, isRole := RoleName(key); {
-	case s.narrowed[key]:
+	if s.narrowed[key] {
 		return false
-	case s.uncertain != nil:
-		return !s.uncertain[key]
-	case isRole:
-		r, ok := s.roles.Peek(name)
-		return ok && r.certain
-	default:
-		return s.config.certain
 	}
+	if s.uncertain != nil {
+		return !s.uncertain[key]
+	}
+	return s.findLocked(key).certain
 }
 
 // narrowedLocked returns the error for token requests of an entry if its last
@@ -400,6 +403,9 @@ func (s *Store) Uncertain() []string {
 
 // Invalidate drops an entry that another node has changed.
 func (s *Store) Invalidate(key string) {
+	if _, isRole := RoleName(key); !isRole && key != ConfigKey {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.settleLocked(key)
@@ -414,8 +420,7 @@ func (s *Store) wrote(key string, narrows, stored bool) {
 		s.settleLocked(key)
 		return
 	}
-	s.changeLocked(key, false)
-	s.setCertainLocked(key, false)
+	s.changeLocked(key, false).certain = false
 	switch {
 	case narrows:
 		s.narrowed[key] = true
@@ -431,43 +436,23 @@ func (s *Store) wrote(key string, narrows, stored bool) {
 func (s *Store) settleLocked(key string) {
 	delete(s.narrowed, key)
 	delete(s.uncertain, key)
-	s.changeLocked(key, true)
-	s.setCertainLocked(key, true)
+	s.changeLocked(key, true).certain = true
 }
 
-// setCertainLocked notes in an entry's record whether it is certain. The caller
-// holds mu.
-func (s *Store) setCertainLocked(key string, certain bool) {
-	if name, ok := RoleName(key); ok {
-		s.roleLocked(name).certain = certain
-	} else if key == ConfigKey {
-		s.config.certain = certain
-	}
-}
-
-// changeLocked gives an entry a new number, and drops its value from memory if
-// drop is true. The caller holds mu.
-func (s *Store) changeLocked(key string, drop bool) {
-	name, isRole := RoleName(key)
-	if !isRole && key != ConfigKey {
-		return
-	}
+// changeLocked gives an entry a new number, and drops its value from memory if drop is
+// true. The caller holds mu.
+func (s *Store) changeLocked(key string, drop bool) *record {
 	s.counter++
-	if isRole {
-		r := s.roleLocked(name)
-		r.number = s.counter
-		if drop {
-			r.value = nil
-		}
-		s.roles.Add(name, r)
-	} else {
-		s.config.number = s.counter
-		if drop && s.config.value != nil {
-			s.config.value.Client.Close()
-			s.config.value = nil
-		}
+	r := s.findLocked(key)
+	r.number = s.counter
+	if drop {
+		discard(r.value)
+		r.value = nil
 	}
+	s.keepLocked(key, r)
+	name, _ := RoleName(key)
 	s.changed(name)
+	return r
 }
 
 const (
@@ -485,6 +470,37 @@ const (
 )
 
 var errClosed = errors.New("the mount was closed during the write")
+
+// keyedMutex is a mutex per key.
+type keyedMutex struct {
+	mu   sync.Mutex
+	held map[string]chan struct{} // closed when the mutex is unlocked
+}
+
+// lock waits for the mutex of key, no longer than ctx lasts.
+func (m *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err error) {
+	for {
+		m.mu.Lock()
+		held, isHeld := m.held[key]
+		if !isHeld {
+			mine := make(chan struct{})
+			m.held[key] = mine
+			m.mu.Unlock()
+			return func() {
+				m.mu.Lock()
+				defer m.mu.Unlock()
+				delete(m.held, key)
+				close(mine)
+			}, nil
+		}
+		m.mu.Unlock()
+		select {
+		case <-held:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
 
 // Entry is a stored entry under its lock, which makes read, merge and store one
 // step.
