@@ -39,15 +39,16 @@ ha-demo: ## Kill the leader of a cluster of three under load, and count the toke
 dev: ## Leave Vault, the plugin and a simulated Cable running until Ctrl-C
 	@scripts/dev
 
+# A test that needs more than Vault is skipped if that is not there. With E2E=require it fails.
 .PHONY: test
 test: ## Run the unit tests and the end-to-end tests on a real Vault
-	@$(MAKE) -s servers
-	go test -shuffle=on -p 1 ./...
+	@scripts/vault --path >/dev/null
+	go test -shuffle=on -p 1 $(TESTFLAGS) ./...
 
 .PHONY: check
-check: tidy lint shellcheck cross actionlint release-test ## Run what must be green before a change lands
-	@$(MAKE) -s servers
-	go test -shuffle=on -p 1 -race ./...
+check: export E2E ?= require
+check: tidy lint shellcheck cross actionlint release-test servers ## Run what must be green before a change lands
+	@$(MAKE) -s test TESTFLAGS=-race
 
 .PHONY: compat
 compat: ## Run the end-to-end tests on the SERVERS of docs/compatibility.md
@@ -60,7 +61,7 @@ examples: ## Run the examples, with the consumers whose build takes minutes
 	@for t in opentofu terraform-provider-vault operators external-secrets kubernetes; do scripts/tool $$t >/dev/null || exit; done
 	EXAMPLES=all go test -count=1 -timeout 60m -run '^TestExample' ./e2e
 
-# What the end-to-end tests run beside the plugin, built before go test's clock runs.
+# The servers and tools of all end-to-end tests, built before go test's clock runs.
 .PHONY: servers
 servers:
 	@scripts/vault --path >/dev/null

@@ -14,11 +14,11 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// The refresh keys and the tokens of the simulator hold markers. Wherever a
-// marker is found that is not the answer to a mint, a secret has leaked: the
-// refresh key nowhere, a token only to who asked for it.
+// The simulator's refresh keys and tokens contain markers. A marker outside the
+// response to a read of creds is a leaked secret; the refresh key is one in any
+// response.
 
-// position is how much of a server's logs was there before a test.
+// position is the size of a server's logs before a test.
 type position struct{ log, audit int64 }
 
 // watch makes t fail if, from now until its end, a secret is written to the
@@ -47,8 +47,8 @@ func (v *vaultServer) position() position {
 	return position{size(v.log), size(v.audit)}
 }
 
-// leaks returns a line for each line of the logs from a position on that holds
-// a secret. Other tests write to the same logs: the line tells which it was.
+// leaks returns a line for each line of the logs from a position on that contains
+// a secret. Other tests write to the same logs, so the line shows which it was.
 func (v *vaultServer) leaks(from position) (leaks []string) {
 	for path, offset := range map[string]int64{v.log: from.log, v.audit: from.audit} {
 		data, err := os.ReadFile(path)
@@ -57,15 +57,16 @@ func (v *vaultServer) leaks(from position) (leaks []string) {
 		}
 		for line := range bytes.Lines(data[min(offset, int64(len(data))):]) {
 			if secret := findSecret(string(line), false); secret != "" {
-				leaks = append(leaks, fmt.Sprintf("%s holds %s: %s", filepath.Base(path), secret, bytes.TrimSpace(line)))
+				leaks = append(leaks,
+					fmt.Sprintf("%s contains %s: %s", filepath.Base(path), secret, bytes.TrimSpace(line)))
 			}
 		}
 	}
 	return leaks
 }
 
-// findSecret says which secret text holds, or "". A token is none where a mint
-// is answered.
+// findSecret names the secret that text contains, or returns "". In the response
+// to a mint a token is none.
 func findSecret(text string, mint bool) string {
 	if strings.Contains(text, cabletest.RefreshKeyMarker) {
 		return "the refresh key"
@@ -96,14 +97,15 @@ func TestCanaryIsFound(t *testing.T) {
 	plant(v.log, "[TRACE] started\n[TRACE] "+key+"\n")
 	plant(v.audit, "{}\n")
 	before := v.position()
-	if got := v.leaks(position{}); len(got) != 1 || !strings.Contains(got[0], "vault.log holds the refresh key: [TRACE] "+key) {
+	if got := v.leaks(position{}); len(got) != 1 ||
+		!strings.Contains(got[0], "vault.log contains the refresh key: [TRACE] "+key) {
 		t.Errorf("the log with a key: %q", got)
 	}
 	if got := v.leaks(before); len(got) != 0 {
 		t.Errorf("nothing was written since: %q", got)
 	}
 	plant(v.audit, `{"data":{"token":"`+cabletest.TokenMarker+`123"}}`)
-	if got := v.leaks(before); len(got) != 1 || !strings.Contains(got[0], "audit.log holds an access token") {
+	if got := v.leaks(before); len(got) != 1 || !strings.Contains(got[0], "audit.log contains an access token") {
 		t.Errorf("the audit log with a token: %q", got)
 	}
 	if err := os.Remove(v.audit); err != nil {
@@ -113,6 +115,6 @@ func TestCanaryIsFound(t *testing.T) {
 		t.Errorf("no audit log: %q", got)
 	}
 	if findSecret(key, true) == "" || findSecret(cabletest.TokenMarker, true) != "" {
-		t.Error("an answer to a mint holds the token, and never the key")
+		t.Error("the response to a mint contains the token, and never the key")
 	}
 }

@@ -14,25 +14,25 @@ import (
 )
 
 // readAll reads n tokens at once.
-func (m *mount) readAll(t *testing.T, n int) []*answer {
+func (m *mount) readAll(t *testing.T, n int) []*response {
 	t.Helper()
-	answers := make([]*answer, n)
+	responses := make([]*response, n)
 	var wg sync.WaitGroup
-	for i := range answers {
+	for i := range responses {
 		wg.Go(func() {
 			a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: m.root})
 			if err != nil {
 				t.Error(err)
-				a = new(answer)
+				a = new(response)
 			}
-			answers[i] = a
+			responses[i] = a
 		})
 	}
 	wg.Wait()
-	return answers
+	return responses
 }
 
-// TestReadsAtOnce: each of many reads gets a token and a lease of its own, one
+// TestReadsAtOnce shows that each of many reads gets a token and a lease of its own, one
 // call each, over connections that are kept.
 func TestReadsAtOnce(t *testing.T) {
 	t.Parallel()
@@ -58,36 +58,8 @@ func TestReadsAtOnce(t *testing.T) {
 	}
 }
 
-// TestReadsInAPause: while Cable asked for a pause, nobody calls it.
-func TestReadsInAPause(t *testing.T) {
-	t.Parallel()
-	m := newMount(t, sharedServer(t), nil)
-	m.configure(t)
-	m.sim.SetFault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "120"}})
-	m.do(t, "GET", m.path+"/creds/app", nil)
-	for _, a := range m.readAll(t, 64) {
-		if a.status != 429 {
-			t.Errorf("in the pause: %s", a)
-		}
-	}
-	if n := m.sim.CallCount(); n != 1 {
-		t.Errorf("%d calls, want 1", n)
-	}
-
-	// The pause is for this key at this URL: a new key starts without it.
-	key := cabletest.NewRefreshKey()
-	m.sim.SetRefreshKey(key)
-	m.sim.ClearFaults()
-	m.ok(t, "POST", m.path+"/config", map[string]any{"organization_id": cabletest.DefaultOrganizationID})
-	if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != 429 {
-		t.Errorf("after a write of something else: %s, want the pause to go on", a)
-	}
-	m.ok(t, "POST", m.path+"/config", map[string]any{"refresh_key": key, "token_url": m.sim.URL})
-	m.read(t)
-}
-
-// TestSlowMint: a mint that takes long holds up no write, and ends with its
-// caller; then nothing was minted.
+// TestSlowMint shows that a slow token request holds up no write, and ends with its caller;
+// nothing was minted then.
 func TestSlowMint(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)
@@ -118,7 +90,7 @@ func TestSlowMint(t *testing.T) {
 	}
 	leave()
 	if err := <-ended; err == nil {
-		t.Error("the slow read was answered")
+		t.Error("the slow read got a response")
 	}
 	waitFor(t, 10*time.Second, "the call ends with its caller", func() bool { return m.sim.Stats().ByStatus[0] == 1 })
 	if n := len(m.sim.Minted()); n != 1 {

@@ -206,7 +206,7 @@ func TestExampleVaultAgent(t *testing.T) {
 	s.write("app.env", "the last token")
 	m.sim.SetFault(cabletest.Fault{Status: 500})
 	s.write("down.hcl", failsFast+file)
-	if out, err := s.try("timeout 50 vault agent -config=down.hcl"); err == nil || !strings.Contains(err.Error(), "exit status 1") || !strings.Contains(out, "cable responded 500") {
+	if out, err := s.try("timeout 50 vault agent -config=down.hcl"); err == nil || !strings.Contains(err.Error(), "exit status 1") || !strings.Contains(out, "Cable responded 500") {
 		t.Errorf("while Cable is down, Agent ends with %v:\n%s", err, out)
 	}
 	if got := readFile(t, s.place("app.env")); got != "the last token" {

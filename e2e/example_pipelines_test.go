@@ -311,7 +311,7 @@ func TestExampleGitLab(t *testing.T) {
 	// If Cable is down, the job fails at once and still revokes.
 	m.sim.SetFault(cabletest.Fault{Status: 500})
 	calls = m.sim.CallCount()
-	if out, err := p.try(strings.Join(job.Script, "\n")); err == nil || !strings.Contains(out, "cable responded 500") || m.sim.CallCount() != calls+1 {
+	if out, err := p.try(strings.Join(job.Script, "\n")); err == nil || !strings.Contains(out, "Cable responded 500") || m.sim.CallCount() != calls+1 {
 		t.Errorf("while Cable is down: %v, %d API calls\n%s", err, m.sim.CallCount()-calls, out)
 	}
 	m.sim.ClearFaults()

@@ -442,7 +442,7 @@ func TestExampleTerraformApp(t *testing.T) {
 		m.sim.SetFault(cabletest.Fault{Status: 500})
 		for retries, want := range map[string]int{"true": 3, "export VAULT_MAX_RETRIES=0": 1} {
 			n := calls(func() {
-				if out, err := p.try(retries + "; terraform plan"); err == nil || !strings.Contains(out, "cable responded 500") {
+				if out, err := p.try(retries + "; terraform plan"); err == nil || !strings.Contains(out, "Cable responded 500") {
 					t.Errorf("while Cable is down: %v %s", err, out)
 				}
 			})

@@ -613,7 +613,7 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 			t.Errorf("outside of any change: %s", s)
 		case duringChange(s):
 		// The old key is refused until the write of the new one has returned.
-		case s.start.Before(changes[i].newKeyFrom) && s.status == 400 && strings.Contains(s.text, "able responded 401"):
+		case s.status == 400 && strings.Contains(s.text, "Cable responded 401") && s.start.Before(changes[i].newKeyFrom):
 		default:
 			t.Errorf("%s, %s after it began, %s after the new key was stored: %s", changes[i].name,
 				s.start.Sub(changes[i].from), s.start.Sub(changes[i].newKeyFrom), s)

@@ -11,7 +11,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// expireTime asks Vault when a lease ends.
+// expireTime reads the end of a lease from Vault.
 func (v *vaultServer) expireTime(t *testing.T, lease string) time.Time {
 	t.Helper()
 	a := v.ok(t, "PUT", "sys/leases/lookup", map[string]any{"lease_id": lease})
@@ -23,27 +23,21 @@ func (v *vaultServer) expireTime(t *testing.T, lease string) time.Time {
 	return end
 }
 
-// TestLeaseAndToken: whatever Cable grants and whatever its clock says, the
-// lease that Vault keeps ends with the token: never after it, and at most three
-// seconds before it, unless the token lives longer than was asked.
+// TestLeaseAndToken shows that the lease that Vault keeps never ends after the token, and at
+// most three seconds before it unless the token is valid for longer than was
+// requested. The arithmetic is tested in the root package.
 func TestLeaseAndToken(t *testing.T) {
 	t.Parallel()
 	v := sharedServer(t)
 	for name, tt := range map[string]struct {
-		fault cabletest.Fault
-		query string
-		ask   time.Duration
-		life  time.Duration // of the token, if not ask
+		fault   cabletest.Fault
+		granted time.Duration
 	}{
-		"as asked":          {ask: time.Hour},
-		"shortest":          {query: "?ttl=300", ask: 5 * time.Minute},
-		"longest":           {query: "?ttl=24h", ask: 24 * time.Hour},
-		"shorter":           {fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(7 * time.Minute)}}, ask: time.Hour, life: 7 * time.Minute},
-		"longer":            {fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(3 * time.Hour)}}, ask: time.Hour, life: 3 * time.Hour},
-		"Cable runs ahead":  {fault: cabletest.Fault{ClockSkew: 5 * time.Hour}, ask: time.Hour},
-		"Cable runs behind": {fault: cabletest.Fault{ClockSkew: -5 * time.Hour}, ask: time.Hour},
-		"no Date":           {fault: cabletest.Fault{Header: map[string]string{"Date": ""}}, ask: time.Hour},
-		"slow answer":       {fault: cabletest.Fault{Stall: time.Second}, ask: time.Hour},
+		"as requested":     {granted: time.Hour},
+		"shorter":          {cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(7 * time.Minute)}}, 7 * time.Minute},
+		"longer":           {cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(3 * time.Hour)}}, 3 * time.Hour},
+		"Cable runs ahead": {cabletest.Fault{ClockSkew: 5 * time.Hour}, time.Hour},
+		"slow response":    {cabletest.Fault{Stall: time.Second}, time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -51,26 +45,23 @@ func TestLeaseAndToken(t *testing.T) {
 			m.configure(t)
 			m.sim.SetFault(tt.fault)
 			before := time.Now()
-			a := m.ok(t, "GET", m.path+"/creds/app"+tt.query, nil)
+			a := m.read(t)
 			now := time.Now()
 			end := m.expireTime(t, a.LeaseID)
 
 			expiry := time.Unix(a.number("expiry"), 0).Add(-tt.fault.ClockSkew) // by our clock
 			lease := time.Duration(a.LeaseDuration) * time.Second
-			life := tt.ask
-			if tt.life != 0 {
-				life = tt.life
+			const requested = time.Hour
+			if d := expiry.Sub(before.Add(tt.granted)); d < -time.Second || d > now.Sub(before) {
+				t.Fatalf("the simulator's token is valid until %s", expiry)
 			}
-			if d := expiry.Sub(before.Add(life)); d < -time.Second || d > now.Sub(before) {
-				t.Fatalf("the simulator's token lives until %s", expiry)
-			}
-			if want := min(tt.ask, life); lease > want || lease <= want-5*time.Second {
-				t.Errorf("lease_duration %s, asked %s, granted %s", lease, tt.ask, life)
+			if want := min(requested, tt.granted); lease > want || lease <= want-5*time.Second {
+				t.Errorf("lease_duration %s, requested %s, granted %s", lease, requested, tt.granted)
 			}
 			if lease > expiry.Sub(before) || end.After(expiry) {
-				t.Errorf("the lease (%s, until %s) outlives the token (until %s)", lease, end, expiry)
+				t.Errorf("the lease (%s, until %s) ends after the token (%s)", lease, end, expiry)
 			}
-			if early := expiry.Sub(end); life <= tt.ask && early > 3*time.Second {
+			if early := expiry.Sub(end); tt.granted <= requested && early > 3*time.Second {
 				t.Errorf("the lease ends %s before the token", early)
 			}
 			if a.Renewable {
@@ -83,21 +74,22 @@ func TestLeaseAndToken(t *testing.T) {
 	}
 }
 
-// TestVaultEndsLeases: leases that Vault ends by itself, because a token of
-// Cable's or of Vault's dies, leave nothing behind.
+// TestVaultEndsLeases shows that leases that Vault ends by itself, because Cable's token or
+// Vault's expires, leave nothing behind.
 func TestVaultEndsLeases(t *testing.T) {
 	t.Parallel()
 	v := sharedServer(t)
 	policy := func(t *testing.T, m *mount) string {
 		name := m.path + "-app"
-		m.ok(t, "PUT", "sys/policies/acl/"+name, map[string]any{"policy": fmt.Sprintf("path %q { capabilities = [\"read\"] }", m.path+"/creds/app")})
+		m.ok(t, "PUT", "sys/policies/acl/"+name,
+			map[string]any{"policy": fmt.Sprintf("path %q { capabilities = [\"read\"] }", m.path+"/creds/app")})
 		return name
 	}
 	login := func(t *testing.T, m *mount, body map[string]any) string {
 		body["policies"] = []string{policy(t, m)}
 		return m.ok(t, "POST", "auth/token/create", body).Auth.ClientToken
 	}
-	read := func(t *testing.T, m *mount, token string) *answer {
+	read := func(t *testing.T, m *mount, token string) *response {
 		a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: token})
 		if err != nil || a.status != 200 {
 			t.Fatalf("%s, %v", a, err)
@@ -108,7 +100,8 @@ func TestVaultEndsLeases(t *testing.T) {
 		if n := m.leaseCount(m.path + "/creds/app"); n < 1 {
 			t.Errorf("%d leases, want some that are to end", n)
 		}
-		waitFor(t, 30*time.Second, "Vault ends the leases", func() bool { return m.leaseCount(m.path+"/creds/app") == 0 })
+		waitFor(t, 30*time.Second, "Vault ends the leases",
+			func() bool { return m.leaseCount(m.path+"/creds/app") == 0 })
 		a := m.ok(t, "GET", "sys/leases?type=irrevocable", nil)
 		if n := a.number("lease_count"); n != 0 || a.Data["lease_count"] == nil {
 			t.Errorf("irrevocable leases: %s", a)
@@ -141,7 +134,8 @@ func TestVaultEndsLeases(t *testing.T) {
 		m.configure(t)
 		token := login(t, m, map[string]any{"type": "batch", "ttl": "10m"})
 		a := read(t, m, token)
-		if end := m.expireTime(t, a.LeaseID); end.After(time.Unix(a.number("expiry"), 0)) || end.After(time.Now().Add(10*time.Minute)) {
+		if end := m.expireTime(t, a.LeaseID); end.After(time.Unix(a.number("expiry"), 0)) ||
+			end.After(time.Now().Add(10*time.Minute)) {
 			t.Errorf("the lease ends %s, after Vault's token or Cable's", end)
 		}
 		m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": a.LeaseID, "sync": true})
@@ -151,8 +145,8 @@ func TestVaultEndsLeases(t *testing.T) {
 	})
 }
 
-// TestRevokeSaysSo: a lease that is revoked before its token dies leaves a line
-// in Vault's log that the token stays valid.
+// TestRevokeSaysSo shows that if a lease is revoked before its token expires, a line in
+// Vault's log says that the token stays valid.
 func TestRevokeSaysSo(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)
@@ -162,6 +156,7 @@ func TestRevokeSaysSo(t *testing.T) {
 	a := m.ok(t, "GET", m.path+"/creds/"+role, nil)
 	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": a.LeaseID, "sync": true})
 	waitFor(t, 10*time.Second, "a line in the log", func() bool {
-		return m.logHas("[INFO]", "lease ended before its token; Cable cannot revoke tokens, so it stays valid", "role="+role, fmt.Sprintf("expires_at=%s", a.Data["expires_at"]))
+		return m.logHas("[INFO]", "lease ended before its token; Cable cannot revoke tokens, so it stays valid",
+			"role="+role, fmt.Sprintf("expires_at=%s", a.Data["expires_at"]))
 	})
 }

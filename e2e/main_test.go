@@ -1,17 +1,18 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package e2e tests the engine as it runs in the field: a real Vault server
-// starts the real plugin process, which talks to the simulator of Cable's API
-// over HTTP.
+// Package e2e tests the engine as it runs in the field. A real Vault server starts
+// the real plugin process, which talks to the simulator of Cable's API over HTTP.
 //
-// The transcripts in testdata/script show what a person types; the Go tests
-// beside them do what needs counting or timing. Most share one Vault server in
-// dev mode, where each has a mount and a simulator of its own. At the end of
-// each, canary_test.go looks for secrets where they must not be.
+// The transcripts in testdata/script show the commands that a person types; the Go
+// tests count and time. Most share one Vault server in dev mode, where each has a
+// mount and a simulator of its own. At the end of each, canary_test.go searches
+// the logs for secrets.
 //
-// A Vault server is found or built by scripts/vault. Where that fails, or with
-// -short, the tests are skipped; with E2E=require in the environment they fail.
+// A Vault server is found or built by scripts/vault. If that fails, or with
+// -short, the tests are skipped. So are tests that need a tool that is neither
+// installed nor built yet. With E2E=require in the environment, as in make check,
+// all of them fail instead.
 package e2e
 
 import (
@@ -37,7 +38,7 @@ const pluginVersion = "v0.0.1-e2e"
 
 var update = flag.Bool("update", false, "rewrite the golden files")
 
-// suite is what the tests share: a folder, and what was made in it.
+// suite is shared by the tests. It is a folder with the programs made in it.
 var suite struct {
 	ctx   context.Context // its end kills all servers
 	dir   string          // removed at the end
@@ -59,7 +60,7 @@ func TestMain(m *testing.M) {
 	os.Exit(runTests(m))
 }
 
-// runTests is TestMain with deferred calls that run.
+// runTests is TestMain in a function whose deferred calls run before os.Exit.
 func runTests(m *testing.M) (status int) {
 	dir, err := os.MkdirTemp("", "cable-e2e-")
 	if err != nil {
@@ -71,6 +72,9 @@ func runTests(m *testing.M) (status int) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	suite.ctx = ctx
+	if !required() { // make test builds no tool that it finds missing
+		_ = os.Setenv("NO_BUILD", "1")
+	}
 	var server *vaultServer
 	suite.shared = sync.OnceValues(func() (*vaultServer, error) {
 		v, err := startDevServer(filepath.Join(dir, "shared"))
@@ -79,7 +83,7 @@ func runTests(m *testing.M) (status int) {
 		}
 		return v, err
 	})
-	// A test binary that runs into its -timeout ends without clean-up: the
+	// A test binary that runs into its -timeout ends without clean-up, so the
 	// servers are ended shortly before that.
 	if d := flag.Lookup("test.timeout").Value.(flag.Getter).Get().(time.Duration); d > 0 {
 		defer time.AfterFunc(d-3*time.Second, func() {
@@ -89,12 +93,13 @@ func runTests(m *testing.M) (status int) {
 	}
 	status = m.Run()
 	if server != nil {
-		switch a, err := server.call(request{method: "GET", path: "sys/metrics?format=prometheus", token: server.root}); {
+		metrics := request{method: "GET", path: "sys/metrics?format=prometheus", token: server.root}
+		switch a, err := server.call(metrics); {
 		case err != nil || a.status != 200:
 			fmt.Fprintln(os.Stderr, "e2e: reading Vault's metrics:", a, err)
 			status = 1
 		case findSecret(a.text, false) != "":
-			fmt.Fprintln(os.Stderr, "e2e: Vault's metrics hold", findSecret(a.text, false))
+			fmt.Fprintln(os.Stderr, "e2e: Vault's metrics contain", findSecret(a.text, false))
 			status = 1
 		}
 		server.stop()
@@ -110,7 +115,7 @@ func runTests(m *testing.M) (status int) {
 // required reports whether missing prerequisites are a failure.
 func required() bool { return os.Getenv("E2E") == "require" }
 
-// findVault finds or builds the server, once.
+// findVault finds the server or builds it, once.
 var findVault = sync.OnceValue(func() (err error) {
 	if suite.vault, err = vaulttest.Find(suite.ctx); err == nil {
 		suite.product, suite.version, err = vaulttest.Identify(suite.ctx, suite.vault)
@@ -135,7 +140,7 @@ var prepare = sync.OnceValue(func() (err error) {
 	return err
 })
 
-// run returns what a program wrote to its standard output.
+// run returns the standard output of a program.
 func run(name string, args ...string) (string, error) {
 	var stderr strings.Builder
 	cmd := exec.Command(name, args...)
@@ -174,7 +179,7 @@ func needExamples(t testing.TB) {
 }
 
 // skipUnlessRequired skips a test whose prerequisite is missing, for the reason
-// in err, or fails it where the prerequisites are required.
+// in err, or fails it if prerequisites are required.
 func skipUnlessRequired(t testing.TB, err error) {
 	t.Helper()
 	if required() {
@@ -183,8 +188,7 @@ func skipUnlessRequired(t testing.TB, err error) {
 	t.Skip(err)
 }
 
-// needVault skips the test where no Vault can be had, or fails it where one is
-// required.
+// needVault skips the test if there is no Vault, or fails it if one is required.
 func needVault(t testing.TB) {
 	t.Helper()
 	if testing.Short() && !required() {
@@ -222,14 +226,14 @@ func sharedServer(t testing.TB) *vaultServer {
 }
 
 // waitFor polls until done returns true.
-func waitFor(t testing.TB, limit time.Duration, what string, done func() bool) {
+func waitFor(t testing.TB, limit time.Duration, event string, done func() bool) {
 	t.Helper()
 	for end := time.Now().Add(limit); !done(); time.Sleep(pollInterval) {
 		if time.Now().After(end) {
-			t.Fatalf("waited %s in vain: %s", limit, what)
+			t.Fatalf("waited %s in vain: %s", limit, event)
 		}
 	}
 }
 
-// pollInterval is the time between two looks at something that is to come.
+// pollInterval is the time between two looks at something that is to happen.
 const pollInterval = 50 * time.Millisecond

@@ -4,6 +4,7 @@
 package e2e
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
@@ -67,7 +68,8 @@ func TestReadme(t *testing.T) {
 // two at once would write one file.
 var stackBuild sync.Mutex
 
-// TestDemo runs make demo, which ends by itself.
+// TestDemo runs make demo, which ends by itself. Its output fits two screens,
+// shows the effect of each feature, and nothing of the tests' own.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	needVault(t)
@@ -79,10 +81,34 @@ func TestDemo(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"lease_duration +59m5", "scopes outside role", "permission denied", "^CABLE_TOKEN=eyJ", "is disabled", "Done"} {
+	for _, want := range []string{
+		`^lease_duration +14m5\ds$`, // a token with a lease
+		`scopes=person:read ttl=5m\n\[person:read\]$`,
+		`scopes=person:write\nCode: 400.*\n.*scopes outside role "reports"`,
+		`permission denied`,
+		`refresh_key=mistyped .*\nCode: 400.*\n.* failed and nothing was stored`,
+		`refresh_key_version cable/config\n2$`, // rotated
+		`cable/creds/fleet \| cksum\n(\d+ \d+)$`,
+		`vault read cable/creds/reports\nCode: 502`,                    // an outage
+		`Cable is down \(cable_error\), so the previous token is ret`,  // and reuse
+		`disabled=true\n(?s:.*)may\s+be\s+valid until 20\d\d-`,         // a role
+		`vault read cable/creds/reports\nCode: 400.*\n.* is disabled`,  // that mints no more
+		`^map\[cable_error:1 invalid_request:2 minted:\d reused:\d\]$`, // each read in status
+		`^Success! Disabled the secrets engine .* cable/$`,
+	} {
 		if !regexp.MustCompile("(?m)" + want).Match(out) {
-			t.Errorf("nothing matches %q in what the demo printed:\n%s", want, out)
+			t.Errorf("nothing matches %q in the demo's output:\n%s", want, out)
 		}
+	}
+	shared := regexp.MustCompile(`(?m)cksum\n(.*)$`).FindAllSubmatch(out, -1)
+	if len(shared) != 2 || !bytes.Equal(shared[0][1], shared[1][1]) {
+		t.Errorf("two readers of the role with reuse_for have other tokens: %q", shared)
+	}
+	if n := bytes.Count(out, []byte("\n")); n > 110 {
+		t.Errorf("the demo prints %d lines: more than two screens", n)
+	}
+	if ours := regexp.MustCompile(`CANARY|/base/`).Find(out); ours != nil {
+		t.Errorf("the demo shows %q, which only tests need", ours)
 	}
 }
 

@@ -5,12 +5,8 @@ package e2e
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
-	"log"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
@@ -22,8 +18,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// Reuse, on a real Vault. The rules themselves are proven in the root package;
-// here it is what readers, operators and Cable see of them.
+// Reuse, on a real Vault: its rules are tested in the root package, its effects on
+// readers, operators and Cable here.
 
 // shareRole configures the mount, and makes app a role whose readers share a
 // token for reuseFor seconds.
@@ -58,188 +54,68 @@ func (m *mount) requests(t testing.TB, outcome string) int64 {
 	return n
 }
 
-// outage is a way in which Cable is down.
-type outage struct {
-	outcome string
-	fault   cabletest.Fault
-	timeout string // request_timeout
-	status  int64  // of Cable's, in status
-	orphan  int    // tokens that Cable may have issued
-}
-
-// TestReuseInOutage: Cable is down for longer than reuse_for and shorter than
-// the token's lifetime. No read fails, each response says why it has the
-// previous token, operators see it, and Cable is called once in 5 seconds.
+// TestReuseInOutage shows an outage of Cable that lasts longer than reuse_for and
+// shorter than the token. No read fails, each response says why it has the
+// previous token, operators see it, and Cable is called once in 5 seconds. The
+// other ways to be down, and the faults that are not hidden, are tested in the root
+// package.
 func TestReuseInOutage(t *testing.T) {
 	t.Parallel()
-	v := sharedServer(t)
-	for _, o := range []outage{
-		{outcome: "cable_error", fault: cabletest.Fault{Status: 500}, timeout: "20s", status: 500, orphan: 1},
-		{outcome: "unreachable", fault: cabletest.Fault{Reset: cabletest.ResetBefore}, timeout: "20s", orphan: 1},
-		{outcome: "timed_out", fault: cabletest.Fault{Delay: time.Minute}, timeout: "1s", orphan: 1},
-		{outcome: "rate_limited", fault: cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "120"}}, timeout: "20s", status: 429},
-	} {
-		t.Run(o.outcome, func(t *testing.T) {
-			t.Parallel()
-			m := newMount(t, v, nil)
-			m.shareRole(t, 1, map[string]any{"request_timeout": o.timeout})
-			first := m.read(t)
-			leaseEnd := m.expireTime(t, first.LeaseID)
-			m.sim.SetFault(o.fault)
+	m := newMount(t, sharedServer(t), nil)
+	m.shareRole(t, 1)
+	first := m.read(t)
+	leaseEnd := m.expireTime(t, first.LeaseID)
+	m.sim.SetFault(cabletest.Fault{Status: 500})
+	began := time.Now()
 
-			var warned int // reads that returned the previous token because Cable is down
-			read := func() (warning string) {
-				t.Helper()
-				a := m.read(t)
-				if a.token() != first.token() {
-					t.Fatalf("another token than before the outage, with warnings %q", a.Warnings)
-				}
-				if end := m.expireTime(t, a.LeaseID); end.After(leaseEnd) {
-					t.Errorf("a lease ends at %s, the first one at %s", end, leaseEnd)
-				}
-				if len(a.Warnings) == 0 && warned > 0 {
-					t.Error("a response in the outage has no warning")
-				}
-				if len(a.Warnings) > 0 {
-					warned++
-					return a.Warnings[0]
-				}
-				return ""
-			}
-			fallsBackFor := func(outcome string) func() bool {
-				text := "Cable is down (" + outcome + "), so the previous token is returned, valid until " + first.Data["expires_at"].(string) + ": "
-				return func() bool {
-					warning := read()
-					if warning != "" && !strings.HasPrefix(warning, text) {
-						t.Fatalf("warning %q, want %q", warning, text)
-					}
-					return warning != ""
-				}
-			}
-			waitFor(t, 10*time.Second, "the outage is noticed", fallsBackFor(o.outcome))
-			began := time.Now()
-			t.Logf("%s", read())
-
-			// What operators see.
-			status := m.ok(t, "GET", m.path+"/status", nil)
-			if down, _ := status.Data["reuse_fallbacks"].(map[string]any); down["app"] != o.outcome {
-				t.Errorf("status: reuse_fallbacks %v, want app: %s", status.Data["reuse_fallbacks"], o.outcome)
-			}
-			if status.Data["last_failure_outcome"] != o.outcome || status.Data["last_failure_role"] != "app" ||
-				status.number("last_failure_cable_status") != o.status || status.Data["last_failure_at"] == "" {
-				t.Errorf("status of the last failure: %s", status)
-			}
-			if n := m.figure(t, "vault_cable_undelivered_tokens_total"); n != o.orphan {
-				t.Errorf("undelivered_tokens_total is %d, want %d", n, o.orphan)
-			}
-			if !m.logHas("token request failed", m.path, "[WARN]", "outcome="+o.outcome) {
-				t.Error("the log does not say that a token request failed")
-			}
-
-			if o.outcome == "rate_limited" {
-				// The next call is not sent: it falls into the pause.
-				waitFor(t, 15*time.Second, "a paused call", func() bool {
-					warning := read()
-					return strings.HasPrefix(warning, "Cable is down (paused), so the previous token is returned")
-				})
-				if n := m.sim.CallCount(); n != 2 {
-					t.Errorf("%d calls, want 2: the one that minted, and the 429", n)
-				}
-				if n := m.figure(t, `vault_cable_reuse_fallbacks_total{cause="paused"}`); n == 0 {
-					t.Error("no fallback is counted for the pause")
-				}
-				// A write of the configuration gives the fallback up.
-				m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": o.timeout})
-				if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != 429 || a.token() != "" {
-					t.Errorf("after a write of config: status %d, want 429", a.status)
-				}
-				return
-			}
-			for time.Since(began) < 3*time.Second { // longer than reuse_for
-				if read() == "" {
-					t.Error("a read in the outage has no warning")
-				}
-				time.Sleep(pollInterval)
-			}
-			if n := m.sim.CallCount(); n != 2 {
-				t.Errorf("%d calls, want 2: the one that minted, and one in the first 5 s of the outage", n)
-			}
-			if n := m.figure(t, fmt.Sprintf("vault_cable_reuse_fallbacks_total{cause=%q}", o.outcome)); n != warned {
-				t.Errorf("reuse_fallbacks_total is %d, want %d", n, warned)
-			}
-
-			// Cable is back.
-			m.sim.ClearFaults()
-			var a *answer
-			waitFor(t, 15*time.Second, "a new token", func() bool { a = m.read(t); return a.token() != first.token() })
-			if len(a.Warnings) > 0 {
-				t.Errorf("when Cable is back: warnings %q", a.Warnings)
-			}
-			status = m.ok(t, "GET", m.path+"/status", nil)
-			if down, ok := status.Data["reuse_fallbacks"].(map[string]any); !ok || len(down) > 0 {
-				t.Errorf("status when Cable is back: reuse_fallbacks %v", status.Data["reuse_fallbacks"])
-			}
-		})
-	}
-}
-
-// TestReuseHidesNoFault: what only an operator can fix fails reads, although the
-// previous token is still valid.
-func TestReuseHidesNoFault(t *testing.T) {
-	t.Parallel()
-	v := sharedServer(t)
-	fails := func(t *testing.T, m *mount, status int, outcome, text string) {
+	var warned int // reads that returned the previous token because Cable is down
+	want := "Cable is down (cable_error), so the previous token is returned, valid until " +
+		first.Data["expires_at"].(string) + ": "
+	fallsBack := func() bool {
 		t.Helper()
-		var a *answer
-		waitFor(t, 10*time.Second, "a read that fails", func() bool {
-			a = m.do(t, "GET", m.path+"/creds/app", nil)
-			if len(a.Warnings) > 0 {
-				t.Fatalf("a fallback: %q", a.Warnings)
-			}
-			return a.status != 200
-		})
-		t.Log(a)
-		if a.status != status || !strings.Contains(message(a), text) {
-			t.Errorf("%s, want %d with %q", a, status, text)
+		a := m.read(t)
+		if end := m.expireTime(t, a.LeaseID); a.token() != first.token() || end.After(leaseEnd) {
+			t.Fatalf("another token than before the outage, or a lease that ends %s after the first", end.Sub(leaseEnd))
 		}
-		s := m.ok(t, "GET", m.path+"/status", nil)
-		if s.Data["last_failure_outcome"] != outcome || m.requests(t, outcome) == 0 {
-			t.Errorf("status: %s", s)
+		if len(a.Warnings) == 0 {
+			return false
 		}
-		if down, ok := s.Data["reuse_fallbacks"].(map[string]any); !ok || len(down) > 0 {
-			t.Errorf("reuse_fallbacks: %v", s.Data["reuse_fallbacks"])
+		if warned++; !strings.HasPrefix(a.Warnings[0], want) {
+			t.Fatalf("warning %q, want %q", a.Warnings[0], want)
+		}
+		return true
+	}
+	waitFor(t, 10*time.Second, "the outage is noticed", fallsBack)
+	for range 10 {
+		if !fallsBack() {
+			t.Error("a read in the outage has no warning")
 		}
 	}
-	t.Run("401", func(t *testing.T) {
-		t.Parallel()
-		m := newMount(t, v, nil)
-		m.shareRole(t, 1)
-		m.read(t)
-		m.sim.SetRefreshKey(cabletest.NewRefreshKey()) // rotated at Cable, not here
-		fails(t, m, 400, "key_rejected", "write a valid refresh_key to config")
-	})
-	t.Run("certificate", func(t *testing.T) {
-		t.Parallel()
-		m := newMount(t, v, nil)
-		good, root := issue(t, "localhost")
-		bad, _ := issue(t, "localhost")
-		var shown atomic.Pointer[tls.Certificate]
-		shown.Store(&good)
-		srv := httptest.NewUnstartedServer(m.sim.Simulator)
-		srv.TLS = &tls.Config{
-			GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return shown.Load(), nil },
-			SessionTicketsDisabled: true, // another host would not resume the session either
-		}
-		srv.Config.ErrorLog = log.New(io.Discard, "", 0) // it reports the refused handshakes
-		srv.StartTLS()
-		t.Cleanup(srv.Close)
-		_, port, _ := strings.Cut(strings.TrimPrefix(srv.URL, "https://"), ":")
-		m.shareRole(t, 1, map[string]any{"token_url": "https://localhost:" + port + m.sim.Path(), "ca_cert": string(root)})
-		m.read(t)
-		shown.Store(&bad)
-		srv.CloseClientConnections()
-		fails(t, m, 502, "unreachable", "certificate")
-	})
+
+	// Operators see it in status, metrics and the log.
+	status := m.ok(t, "GET", m.path+"/status", nil)
+	if down, _ := status.Data["reuse_fallbacks"].(map[string]any); down["app"] != "cable_error" ||
+		status.Data["last_failure_outcome"] != "cable_error" || status.number("last_failure_cable_status") != 500 {
+		t.Errorf("status: %s", status)
+	}
+	if n := m.figure(t, `vault_cable_reuse_fallbacks_total{cause="cable_error"}`); n != warned {
+		t.Errorf("reuse_fallbacks_total is %d, want %d", n, warned)
+	}
+	if !m.logHas("token request failed", m.path, "[WARN]", "outcome=cable_error") {
+		t.Error("the log does not say that a token request failed")
+	}
+
+	// The call that minted, the first that failed, and then at most one in 5 s.
+	if n := m.sim.CallCount(); n < 2 || n > 2+int(time.Since(began)/(5*time.Second)) {
+		t.Errorf("%d calls in %s of an outage", n, time.Since(began))
+	}
+
+	m.sim.ClearFaults()
+	waitFor(t, 15*time.Second, "a new token", func() bool { return m.read(t).token() != first.token() })
+	status = m.ok(t, "GET", m.path+"/status", nil)
+	if down, ok := status.Data["reuse_fallbacks"].(map[string]any); !ok || len(down) > 0 {
+		t.Errorf("status when Cable is back: reuse_fallbacks %v", status.Data["reuse_fallbacks"])
+	}
 }
 
 // gate is a Cable that lets no call through until it is opened.
@@ -265,7 +141,7 @@ func newGate(t *testing.T, m *mount) *gate {
 	return g
 }
 
-// TestReuseReadersLeave: a reader that leaves does not end the call that others
+// TestReuseReadersLeave shows that a reader that leaves does not end the call that others
 // wait for. If all leave, its token is kept for the next reader.
 func TestReuseReadersLeave(t *testing.T) {
 	t.Parallel()
@@ -289,7 +165,7 @@ func TestReuseReadersLeave(t *testing.T) {
 				}()
 			}
 			waitFor(t, 10*time.Second, "the call", func() bool { return g.arrived.Load() > 0 })
-			stayed := make(chan *answer, 1)
+			stayed := make(chan *response, 1)
 			if stays {
 				go func() {
 					a, err := m.call(read)
@@ -307,17 +183,19 @@ func TestReuseReadersLeave(t *testing.T) {
 			}
 			// Vault ends the requests of callers that left; one may not have come to
 			// the engine at all.
-			waitFor(t, 10*time.Second, "the engine knows that readers left", func() bool { return m.requests(t, "canceled") > 0 })
+			waitFor(t, 10*time.Second, "the engine knows that readers left",
+				func() bool { return m.requests(t, "canceled") > 0 })
 			close(g.opened)
 
-			var got *answer
+			var got *response
 			if stays {
 				got = <-stayed
 			} else {
 				waitFor(t, 10*time.Second, "the end of the call", func() bool { return len(m.sim.Minted()) == 1 })
 				got = m.read(t)
 			}
-			if n := g.arrived.Load(); got == nil || got.status != 200 || n != 1 || m.sim.Stats().Minted != 1 || got.token() != m.sim.Minted()[0].Token {
+			if n := g.arrived.Load(); got == nil || got.status != 200 || n != 1 || m.sim.Stats().Minted != 1 ||
+				got.token() != m.sim.Minted()[0].Token {
 				t.Errorf("%d calls, %+v: want one call, and its token", n, m.sim.Stats())
 			}
 			if n := m.figure(t, "vault_cable_undelivered_tokens_total"); n != 0 {
@@ -327,7 +205,7 @@ func TestReuseReadersLeave(t *testing.T) {
 	}
 }
 
-// TestReuseManyReaders: many readers at once get one token, by one call, each
+// TestReuseManyReaders shows that many readers at once get one token, by one call, each
 // with a lease of its own that ends no later than the one of the read that
 // minted.
 func TestReuseManyReaders(t *testing.T) {
@@ -364,63 +242,22 @@ func TestReuseManyReaders(t *testing.T) {
 		a := m.read(t)
 		end := m.expireTime(t, a.LeaseID)
 		if a.token() != first.token() || end.After(firstEnd) || firstEnd.Sub(end) > 5*time.Second {
-			t.Errorf("a lease ends %s after the first one, with the same token: %t", end.Sub(firstEnd), a.token() == first.token())
+			t.Errorf("a lease ends %s after the first one, with the same token: %t", end.Sub(firstEnd),
+				a.token() == first.token())
 		}
 	}
 }
 
-// TestReuseDropped: each write of the role or of the configuration drops the
-// token, also one that changes nothing: that is how a leaked one is dropped. A
-// read with parameters neither uses nor drops it, nor does the end of leases.
-func TestReuseDropped(t *testing.T) {
-	t.Parallel()
-	m := newMount(t, sharedServer(t), nil)
-	m.shareRole(t, 300)
-	last := m.read(t).token()
-	for _, w := range []struct {
-		method, path string
-		body         map[string]any
-		drops        bool
-	}{
-		{"PATCH", "roles/app", map[string]any{"reuse_for": 300}, true},
-		{"POST", "roles/app", map[string]any{"scopes": "transactions:read,transactions:write"}, true},
-		{"POST", "config", map[string]any{"organization_id": cabletest.DefaultOrganizationID}, true},
-		{"PATCH", "config", map[string]any{"auth_scheme": "raw"}, true},
-		{"POST", "roles/other", map[string]any{"scopes": "transactions:read"}, false},
-		{"GET", "creds/app?ttl=5m", nil, false},
-		{"GET", "creds/app?scopes=transactions:read", nil, false},
-		{"POST", "creds/app", map[string]any{"ttl": "5m"}, false},
-	} {
-		r := request{method: w.method, path: m.path + "/" + w.path, body: w.body, token: m.root}
-		if w.method == "PATCH" {
-			r.header = map[string]string{"Content-Type": "application/merge-patch+json"}
-		}
-		if a, err := m.call(r); err != nil || a.status >= 300 || a.token() == last {
-			t.Errorf("%s %s: %v, %v; want another token, if any", w.method, w.path, a, err)
-		}
-		got := m.read(t).token()
-		if (got != last) != w.drops {
-			t.Errorf("%s %s: dropped the token is %t, want %t", w.method, w.path, got != last, w.drops)
-		}
-		last = got
-	}
-	m.ok(t, "PUT", "sys/leases/revoke-prefix/"+m.path, nil)
-	if m.read(t).token() != last {
-		t.Error("the end of all leases dropped the token")
-	}
-	m.ok(t, "POST", m.path+"/roles/app", map[string]any{"disabled": true})
-	if a := m.do(t, "GET", m.path+"/creds/app", nil); a.status != 400 || a.token() != "" {
-		t.Errorf("a disabled role: %s", a)
-	}
-}
-
-// TestReuseWrapped: a reused read can be wrapped.
+// TestReuseWrapped shows that a reused read can be wrapped.
 func TestReuseWrapped(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)
 	m.shareRole(t, 300)
 	token := m.read(t).token()
-	a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: m.root, header: map[string]string{"X-Vault-Wrap-TTL": "60"}})
+	a, err := m.call(request{
+		method: "GET", path: m.path + "/creds/app", token: m.root,
+		header: map[string]string{"X-Vault-Wrap-TTL": "60"},
+	})
 	if err != nil || a.status != 200 || a.WrapInfo == nil {
 		t.Fatalf("wrapping: %s, %v", a, err)
 	}

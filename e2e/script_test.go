@@ -4,7 +4,6 @@
 package e2e
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -25,9 +24,9 @@ import (
 // own on the shared server, at $cable, and a Cable of its own; its file
 // refresh-key.txt holds the refresh key.
 //
-// In the environment: VAULT_ADDR and VAULT_TOKEN as for any use of Vault's
-// CLI; cable, the mount's path; CABLE_URL; ORG; SHA256 and VERSION of the plugin;
-// TOKEN_PREFIX, an expression for what the server's own tokens begin with.
+// The environment has VAULT_ADDR and VAULT_TOKEN as for any use of Vault's CLI;
+// cable, the mount's path; CABLE_URL; ORG; SHA256 and VERSION of the plugin; and
+// TOKEN_PREFIX, an expression for the beginning of the server's own tokens.
 //
 // Commands besides those of testscript, each of which can be negated:
 //
@@ -37,14 +36,12 @@ import (
 //	                                      sorted keys; fails for a status from 400 on
 //	expand FILE...                        put variables into files
 //	get VAR KEY.KEY                       set a variable from the last command's JSON
-//	sim fault|add JSON                    misbehave from now on; see cabletest.Fault
-//	sim behave|close                      stop misbehaving; stop answering
+//	sim add JSON                          misbehave after the faults added before; see cabletest.Fault
+//	sim close                             stop responding
 //	sim calls N                           Cable was called N times so far
-//	sim asked                             print what the last call asked for
-//	sim alive FILE                        FILE holds an access token that is alive
-//	waitfor match FILE REGEXP             poll until FILE matches
-//	waitfor differ FILE FILE              poll until FILE differs from the second, and is not empty
-//	waitfor noleases PREFIX               poll until no lease is left below PREFIX
+//	sim requested                         print the last call's request
+//	sim valid FILE                        FILE contains an access token that is valid
+//	noleases PREFIX                       poll until no lease is left below PREFIX
 func TestScript(t *testing.T) {
 	t.Parallel()
 	v := sharedServer(t)
@@ -60,7 +57,7 @@ func TestScript(t *testing.T) {
 				"HOME":              env.WorkDir,
 				"VAULT_ADDR":        v.addr,
 				"VAULT_TOKEN":       v.root,
-				"VAULT_MAX_RETRIES": "0", // or a test of failures would take long
+				"VAULT_MAX_RETRIES": "0", // so that a failure is shown at once
 				"cable":             m.path,
 				"CABLE_URL":         m.sim.URL,
 				"ORG":               cabletest.DefaultOrganizationID,
@@ -73,12 +70,12 @@ func TestScript(t *testing.T) {
 			return os.WriteFile(filepath.Join(env.WorkDir, "refresh-key.txt"), []byte(m.sim.RefreshKey()+"\n"), 0o600)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"expand":  cmdExpand,
-			"vault":   cmdVault,
-			"http":    cmdHTTP,
-			"get":     cmdGet,
-			"sim":     cmdSim,
-			"waitfor": cmdWaitFor,
+			"expand":   cmdExpand,
+			"vault":    cmdVault,
+			"http":     cmdHTTP,
+			"get":      cmdGet,
+			"sim":      cmdSim,
+			"noleases": cmdNoLeases,
 		},
 	})
 }
@@ -89,8 +86,8 @@ type mountKey struct{}
 // mountOf returns the script's mount.
 func mountOf(ts *testscript.TestScript) *mount { return ts.Value(mountKey{}).(*mount) }
 
-// cmdVault runs Vault's CLI. What it prints may hold a token only if it minted
-// or unwrapped one.
+// cmdVault runs Vault's CLI. Its output may contain a token only if the command
+// minted or unwrapped one.
 func cmdVault(ts *testscript.TestScript, neg bool, args []string) {
 	err := ts.Exec(suite.vault, args...)
 	mint := err == nil && len(args) > 0 && (args[0] == "unwrap" ||
@@ -99,20 +96,20 @@ func cmdVault(ts *testscript.TestScript, neg bool, args []string) {
 	checkResult(ts, neg, err == nil, fmt.Sprintf("vault: %v", err))
 }
 
-// checkOutput fails the script if text holds a secret.
+// checkOutput fails the script if text contains a secret.
 func checkOutput(ts *testscript.TestScript, text string, mint bool) {
 	if secret := findSecret(text, mint); secret != "" {
-		ts.Fatalf("the output holds %s", secret)
+		ts.Fatalf("the output contains %s", secret)
 	}
 }
 
-// checkResult fails the script if what was done ended other than expected.
-func checkResult(ts *testscript.TestScript, neg, ok bool, what string) {
+// checkResult fails the script if a command ended in another way than expected.
+func checkResult(ts *testscript.TestScript, neg, ok bool, failure string) {
 	switch {
 	case neg && ok:
 		ts.Fatalf("unexpected success")
 	case !neg && !ok:
-		ts.Fatalf("%s", what)
+		ts.Fatalf("%s", failure)
 	}
 }
 
@@ -142,7 +139,8 @@ func cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	a, err := mountOf(ts).call(r)
 	ts.Check(err)
-	checkOutput(ts, fmt.Sprint(a.text, a.header), a.status == 200 && strings.HasPrefix(r.path, mountOf(ts).path+"/creds/"))
+	checkOutput(ts, fmt.Sprint(a.text, a.header), a.status == 200 &&
+		strings.HasPrefix(r.path, mountOf(ts).path+"/creds/"))
 	fmt.Fprintf(ts.Stdout(), "HTTP %d\n", a.status)
 	if s := a.header.Get("Retry-After"); s != "" {
 		fmt.Fprintf(ts.Stdout(), "Retry-After: %s\n", s)
@@ -187,27 +185,21 @@ func cmdGet(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv(args[0], fmt.Sprint(value))
 }
 
-// cmdSim tells the script's Cable what to do, or asks what it saw.
+// cmdSim controls the script's Cable, or shows the calls that it received.
 func cmdSim(ts *testscript.TestScript, neg bool, args []string) {
 	sim := mountOf(ts).sim
 	switch {
-	case len(args) == 2 && (args[0] == "fault" || args[0] == "add"):
+	case len(args) == 2 && args[0] == "add":
 		var f cabletest.Fault
 		ts.Check(json.Unmarshal([]byte(args[1]), &f))
-		if args[0] == "fault" {
-			sim.SetFault(f)
-		} else {
-			sim.AddFault(f)
-		}
-	case slices.Equal(args, []string{"behave"}):
-		sim.ClearFaults()
+		sim.AddFault(f)
 	case slices.Equal(args, []string{"close"}):
 		sim.Close()
 	case len(args) == 2 && args[0] == "calls":
 		n, err := strconv.Atoi(args[1])
 		ts.Check(err)
 		checkResult(ts, neg, sim.CallCount() == n, fmt.Sprintf("Cable was called %d times", sim.CallCount()))
-	case slices.Equal(args, []string{"asked"}):
+	case slices.Equal(args, []string{"requested"}):
 		calls := sim.Calls()
 		if len(calls) == 0 {
 			ts.Fatalf("Cable was never called")
@@ -215,45 +207,25 @@ func cmdSim(ts *testscript.TestScript, neg bool, args []string) {
 		last := calls[len(calls)-1]
 		fmt.Fprintf(ts.Stdout(), "expiry_seconds=%d organization_id=%s scopes=%s\n",
 			last.ExpirySeconds, last.OrganizationID, strings.Join(last.Scopes, ","))
-	case len(args) == 2 && args[0] == "alive":
+	case len(args) == 2 && args[0] == "valid":
 		text := ts.ReadFile(args[1])
-		alive := slices.ContainsFunc(sim.Minted(), func(token cabletest.Minted) bool {
+		valid := slices.ContainsFunc(sim.Minted(), func(token cabletest.Minted) bool {
 			return strings.Contains(text, token.Token) && time.Now().Before(token.Expiry)
 		})
-		checkResult(ts, neg, alive, "no live token in "+args[1])
+		checkResult(ts, neg, valid, "no valid token in "+args[1])
 	default:
 		ts.Fatalf("sim: unknown arguments %q", args)
 	}
 }
 
-// waitLimit is how long a script waits for what is to come.
-const waitLimit = 20 * time.Second
-
-// cmdWaitFor polls.
-func cmdWaitFor(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) < 2 {
-		ts.Fatalf("usage: waitfor match FILE REGEXP, waitfor differ FILE FILE, waitfor noleases PREFIX")
+// cmdNoLeases waits until Vault has ended the leases below a prefix.
+func cmdNoLeases(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: noleases PREFIX")
 	}
-	read := func(file string) []byte {
-		data, _ := os.ReadFile(ts.MkAbs(file)) // it may be yet to come
-		return data
-	}
-	var done func() bool
-	switch {
-	case args[0] == "match" && len(args) == 3:
-		re, err := regexp.Compile("(?m)" + args[2])
-		ts.Check(err)
-		done = func() bool { return re.Match(read(args[1])) }
-	case args[0] == "differ" && len(args) == 3:
-		done = func() bool { data := read(args[1]); return len(data) > 0 && !bytes.Equal(data, read(args[2])) }
-	case args[0] == "noleases" && len(args) == 2:
-		done = func() bool { return mountOf(ts).leaseCount(args[1]) == 0 }
-	default:
-		ts.Fatalf("waitfor: unknown arguments %q", args)
-	}
-	for end := time.Now().Add(waitLimit); !done(); time.Sleep(pollInterval) {
+	for end := time.Now().Add(20 * time.Second); mountOf(ts).leaseCount(args[0]) != 0; time.Sleep(pollInterval) {
 		if time.Now().After(end) {
-			ts.Fatalf("waited %s in vain", waitLimit)
+			ts.Fatalf("there are still leases below %s", args[0])
 		}
 	}
 }

@@ -30,7 +30,7 @@ type vaultServer struct {
 	*vaulttest.Server // as it runs now
 
 	addr  string // such as "http://127.0.0.1:34567"
-	root  string // a token that may do everything
+	root  string // token
 	log   string // file
 	audit string // file
 
@@ -87,8 +87,11 @@ type request struct {
 	header       map[string]string
 }
 
-// answer is what Vault answered.
-type answer struct {
+// answer is the old name of response.
+type answer = response
+
+// response is Vault's response to a request.
+type response struct {
 	status int
 	header http.Header
 	text   string
@@ -107,39 +110,40 @@ type answer struct {
 	Errors   []string `json:"errors"`
 }
 
-// String is the answer as test failures show it.
-func (a *answer) String() string {
+// String is the response as test failures show it.
+func (a *response) String() string {
 	if a == nil {
-		return "no answer"
+		return "no response"
 	}
 	return fmt.Sprintf("HTTP %d %s", a.status, strings.TrimSpace(a.text))
 }
 
 // number returns a number of the data.
-func (a *answer) number(key string) int64 {
+func (a *response) number(key string) int64 {
 	n, _ := a.Data[key].(json.Number)
 	i, _ := n.Int64()
 	return i
 }
 
 // token returns the access token.
-func (a *answer) token() string {
+func (a *response) token() string {
 	s, _ := a.Data["token"].(string)
 	return s
 }
 
-// call sends r. The error is one of the way only.
-func (v *vaultServer) call(r request) (*answer, error) {
+// call sends r. It returns an error only if there is no response.
+func (v *vaultServer) call(r request) (*response, error) {
 	return v.callContext(context.Background(), r)
 }
 
 // callContext is call for a caller that may leave.
-func (v *vaultServer) callContext(ctx context.Context, r request) (*answer, error) {
-	resp, err := v.Do(ctx, vaulttest.Request{Method: r.method, Path: r.path, Body: r.body, Token: r.token, Header: r.header})
+func (v *vaultServer) callContext(ctx context.Context, r request) (*response, error) {
+	resp, err := v.Do(ctx,
+		vaulttest.Request{Method: r.method, Path: r.path, Body: r.body, Token: r.token, Header: r.header})
 	if err != nil {
 		return nil, err
 	}
-	a := &answer{status: resp.Status, header: resp.Header, text: string(resp.Body)}
+	a := &response{status: resp.Status, header: resp.Header, text: string(resp.Body)}
 	if !strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {
 		return a, nil // such as the metrics
 	}
@@ -151,8 +155,8 @@ func (v *vaultServer) callContext(ctx context.Context, r request) (*answer, erro
 	return a, nil
 }
 
-// do is call with the root token, for requests that must get an answer.
-func (v *vaultServer) do(t testing.TB, method, path string, body any) *answer {
+// do is call with the root token, for requests that must get a response.
+func (v *vaultServer) do(t testing.TB, method, path string, body any) *response {
 	t.Helper()
 	a, err := v.call(request{method: method, path: path, body: body, token: v.root})
 	if err != nil {
@@ -162,7 +166,7 @@ func (v *vaultServer) do(t testing.TB, method, path string, body any) *answer {
 }
 
 // ok is do for requests that must succeed.
-func (v *vaultServer) ok(t testing.TB, method, path string, body any) *answer {
+func (v *vaultServer) ok(t testing.TB, method, path string, body any) *response {
 	t.Helper()
 	a := v.do(t, method, path, body)
 	if a.status >= 300 {
@@ -171,7 +175,7 @@ func (v *vaultServer) ok(t testing.TB, method, path string, body any) *answer {
 	return a
 }
 
-// cli runs Vault's CLI, which must succeed, and returns what it printed.
+// cli runs Vault's CLI, which must succeed, and returns its output.
 func (v *vaultServer) cli(t testing.TB, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(suite.vault, args...)
@@ -221,12 +225,12 @@ func (m *mount) configure(t testing.TB, extra ...map[string]any) {
 }
 
 // read mints a token.
-func (m *mount) read(t testing.TB) *answer {
+func (m *mount) read(t testing.TB) *response {
 	t.Helper()
 	return m.ok(t, "GET", m.path+"/creds/app", nil)
 }
 
-// logHas reports whether one line of the server's log holds all parts.
+// logHas reports whether one line of the server's log contains all parts.
 func (v *vaultServer) logHas(parts ...string) bool {
 	data, _ := os.ReadFile(v.log)
 	for line := range bytes.Lines(data) {

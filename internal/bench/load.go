@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -34,7 +35,7 @@ type slice struct {
 	lastError     string
 }
 
-// load runs readers for d and returns what they saw.
+// load runs readers for d and returns their results.
 func (t *target) load(ctx context.Context, readers int, d time.Duration) (slice, error) {
 	var sl slice
 	cpuBefore, err := cpuTime(t.pid)
@@ -92,7 +93,7 @@ func (t *target) load(ctx context.Context, readers int, d time.Duration) (slice,
 	return sl, err
 }
 
-// once makes one request and reads the answer.
+// once makes one request and reads the response.
 func (t *target) once(ctx context.Context) error {
 	req, err := t.request(ctx)
 	if err != nil {
@@ -111,12 +112,12 @@ func (t *target) once(ctx context.Context) error {
 		return fmt.Errorf("status %d: %.200s", resp.StatusCode, body)
 	}
 	if !bytes.Contains(body, []byte(`"token":`)) {
-		return fmt.Errorf("no token in the answer")
+		return fmt.Errorf("the response has no token")
 	}
 	return nil
 }
 
-// turns sums up the turns of a target.
+// turns is the sum of the turns of a target.
 type turns struct {
 	all   slice
 	rates []float64
@@ -131,24 +132,29 @@ func (s *turns) add(sl slice) {
 	s.all.Connections += sl.Connections
 	s.all.latencies = append(s.all.latencies, sl.latencies...)
 	s.all.rss = max(s.all.rss, sl.rss)
+	s.all.lastError = cmp.Or(sl.lastError, s.all.lastError)
 	s.rates = append(s.rates, float64(sl.reads)/sl.took.Seconds())
 }
 
-func (s *turns) result(t *target, readers int) Result {
-	slices.Sort(s.all.latencies)
-	at := func(q float64) float64 {
-		return float64(s.all.latencies[int(q*float64(len(s.all.latencies)-1))].Microseconds()) / 1000
-	}
+func (s *turns) result(t *target) result {
 	n := float64(s.all.reads)
-	r := Result{
-		Concurrency: readers, Target: t.name, PerSecond: median(s.rates), P50: at(.5), P99: at(.99), Errors: s.all.errors,
-		Calls: float64(s.all.Calls) * 1000 / n, Connections: float64(s.all.Connections) * 1000 / n,
+	p50, p99 := s.all.percentiles()
+	return result{
+		target: t.name, perSecond: median(s.rates), p50: p50, p99: p99,
+		errors: s.all.errors, lastError: s.all.lastError,
+		cpu: float64(s.all.cpu.Microseconds()) / n, peak: float64(s.all.rss) / (1 << 20),
+		calls: float64(s.all.Calls) * 1000 / n, conns: float64(s.all.Connections) * 1000 / n,
 	}
-	if t.pid != 0 {
-		r.CPUMicros = float64(s.all.cpu.Microseconds()) / n
-		r.PeakMiB = float64(s.all.rss) / (1 << 20)
+}
+
+// percentiles returns the median and the 99th percentile of the latencies, in
+// milliseconds.
+func (sl *slice) percentiles() (p50, p99 float64) {
+	slices.Sort(sl.latencies)
+	at := func(q float64) float64 {
+		return float64(sl.latencies[int(q*float64(len(sl.latencies)-1))].Microseconds()) / 1000
 	}
-	return r
+	return at(.5), at(.99)
 }
 
 func median(x []float64) float64 {

@@ -1,12 +1,13 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command bench measures what a read of creds/<role> costs on a real Vault, side
+// Command bench measures the cost of a read of creds/<role> on a real Vault, side
 // by side and in turns: a direct POST to the simulated Cable, the floor (an
 // engine that returns a leased constant), this engine, and this engine for a
-// role with reuse_for. Run it by make bench.
+// role with reuse_for. It prints Markdown, or with -page replaces the tables of
+// docs/performance.md. Run it by make bench.
 //
-// The last two are one plugin process: its peak memory is that of both, unless
+// The last two are one plugin process, whose peak memory is that of both, unless
 // -targets leaves one of them out.
 //
 // It needs Linux for the processes' CPU time and memory (/proc). Requests go to
@@ -14,8 +15,8 @@
 package main
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -29,34 +30,18 @@ import (
 	"time"
 )
 
-// Result is one target under one condition, over all of its slices.
-type Result struct {
-	Storage     string  `json:"storage"` // "dev" (in memory) or "raft" (integrated storage)
-	Token       string  `json:"token"`   // of the readers: "service" or "batch"
-	LatencyMS   int     `json:"latency_ms"`
-	Concurrency int     `json:"concurrency"`
-	Target      string  `json:"target"` // "direct", "floor", "engine", "reuse", "old", "old-reuse"
-	PerSecond   float64 `json:"reads_per_second"`
-	P50         float64 `json:"p50_ms"`
-	P99         float64 `json:"p99_ms"`
-	Errors      int     `json:"errors"`
-	CPUMicros   float64 `json:"plugin_cpu_us_per_read,omitempty"`
-	Calls       float64 `json:"calls_per_1000_reads"` // to Cable
-	Connections float64 `json:"connections_per_1000_reads,omitempty"`
-	PeakMiB     float64 `json:"plugin_peak_mib,omitempty"`
-	ToFloor     float64 `json:"ratio_to_floor,omitempty"`     // of reads per second, median of the rounds
-	CPUToFloor  float64 `json:"cpu_ratio_to_floor,omitempty"` // of plugin CPU per read
-	MemToFloor  float64 `json:"mem_ratio_to_floor,omitempty"` // of peak memory
-}
-
-// Report is what is written with -json.
-type Report struct {
-	Go      string   `json:"go"`
-	CPUs    int      `json:"cpus"`
-	Slice   string   `json:"slice"`
-	Rounds  int      `json:"rounds"`
-	Results []Result `json:"results"`
-	Soak    *Soak    `json:"soak,omitempty"`
+// result is one target under one condition, over all of its slices.
+type result struct {
+	target         string  // "direct", "floor", "engine", "reuse", "old", "old-reuse"
+	perSecond      float64 // reads
+	p50, p99       float64 // in milliseconds
+	errors         int
+	lastError      string
+	cpu            float64 // of the plugin, in microseconds per read
+	peak           float64 // of the plugin's memory, in MiB
+	calls, conns   float64 // to Cable, per 1000 reads
+	reads          float64 // median of the rounds, as a part of the floor's per second
+	cpuRatio, more float64 // CPU per read and peak memory, as a multiple of the floor's
 }
 
 type options struct {
@@ -66,8 +51,7 @@ type options struct {
 	latencies, concurrency []int
 	slice                  time.Duration
 	rounds                 int
-	profile                string
-	jsonOut, csvOut        string
+	profile, page          string
 	soak                   time.Duration
 }
 
@@ -77,16 +61,17 @@ func main() {
 	tokens := flag.String("token", "service,batch", "types of the readers' tokens")
 	latencies := flag.String("latency", "0,20", "simulated latencies of Cable, in milliseconds")
 	concurrency := flag.String("concurrency", "1,32,128", "concurrent readers")
-	targets := flag.String("targets", "direct,floor,engine,reuse", "what to measure; floor is what the others are compared with")
-	flag.StringVar(&o.old, "old", "", "another build of the plugin, a file, to measure in the same turns as the targets old and old-reuse; memory cannot be compared")
+	targets := flag.String("targets", "direct,floor,engine,reuse", "targets, which are compared with floor")
+	flag.StringVar(&o.old, "old", "", "another build of the plugin, a file, to measure in the same turns as the "+
+		"targets old and old-reuse; memory cannot be compared")
 	flag.DurationVar(&o.slice, "slice", time.Second, "length of a slice")
 	flag.IntVar(&o.rounds, "rounds", 5, "slices of each target")
 	flag.StringVar(&o.profile, "profile", "", "write a CPU profile of the last plugin process to this file")
-	flag.StringVar(&o.jsonOut, "json", "", "write the report to this file")
-	flag.StringVar(&o.csvOut, "csv", "", "write reads per second of all targets but direct to this file, for tools/chart")
+	flag.StringVar(&o.page, "page", "", "measure all and replace the tables of this Markdown file")
 	flag.DurationVar(&o.soak, "soak", 0, "instead: run at full load for so long on integrated storage")
 	flag.Parse()
-	o.storages, o.tokens, o.targets = strings.Split(*storages, ","), strings.Split(*tokens, ","), strings.Split(*targets, ",")
+	o.storages, o.tokens = strings.Split(*storages, ","), strings.Split(*tokens, ",")
+	o.targets = strings.Split(*targets, ",")
 	for _, l := range []struct {
 		text string
 		to   *[]int
@@ -113,60 +98,64 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(b.dir) }()
-	report := Report{Go: runtime.Version(), CPUs: runtime.NumCPU(), Slice: o.slice.String(), Rounds: o.rounds}
-	if o.soak > 0 {
-		s, err := soak(ctx, o, b)
-		if err != nil {
+	fmt.Printf("%s, %d CPUs, %d slices of %s\n\n", runtime.Version(), runtime.NumCPU(), o.rounds, o.slice)
+	if o.soak == 0 || o.page != "" {
+		table := newTable(header(o.targets))
+		for _, storage := range o.storages {
+			for _, token := range o.tokens {
+				if err := measure(ctx, o, b, storage, token, table); err != nil {
+					return err
+				}
+			}
+		}
+		if err := table.replaceIn(o.page, "## The figures"); err != nil {
 			return err
 		}
-		report.Soak = s
-		return writeReport(o.jsonOut, report)
 	}
-	fmt.Println(header)
-	for _, storage := range o.storages {
-		for _, token := range o.tokens {
-			results, err := measure(ctx, o, b, storage, token)
+	if o.page != "" {
+		o.soak = cmp.Or(o.soak, 10*time.Minute)
+	}
+	if o.soak == 0 {
+		return nil
+	}
+	table, err := soak(ctx, o, b)
+	if err != nil {
+		return err
+	}
+	return table.replaceIn(o.page, "## The long run")
+}
+
+// measure starts a Vault and adds a row for each concurrency and latency on it.
+func measure(ctx context.Context, o options, b *binaries, storage, token string, table *table) error {
+	s, err := startStack(ctx, b, storage, token)
+	if err != nil {
+		return err
+	}
+	defer s.stop()
+	for _, latency := range o.latencies {
+		if err := s.setLatency(time.Duration(latency) * time.Millisecond); err != nil {
+			return err
+		}
+		for _, readers := range o.concurrency {
+			results, err := s.cell(ctx, o, readers)
 			if err != nil {
 				return err
 			}
-			report.Results = append(report.Results, results...)
-		}
-	}
-	if err := writeCSV(o.csvOut, report.Results); err != nil {
-		return err
-	}
-	return writeReport(o.jsonOut, report)
-}
-
-// measure starts a Vault and measures every concurrency and latency on it.
-func measure(ctx context.Context, o options, b *binaries, storage, token string) ([]Result, error) {
-	s, err := startStack(ctx, b, storage, token)
-	if err != nil {
-		return nil, err
-	}
-	defer s.stop()
-	var results []Result
-	for _, latency := range o.latencies {
-		if err := s.setLatency(time.Duration(latency) * time.Millisecond); err != nil {
-			return nil, err
-		}
-		for _, c := range o.concurrency {
-			cell, err := s.cell(ctx, o, c)
-			if err != nil {
-				return nil, err
+			row := []string{storage + ", " + token, fmt.Sprintf("%d ms", latency), fmt.Sprint(readers)}
+			for _, r := range results {
+				row = append(row, r.cells()...)
+				if r.errors > 0 {
+					fmt.Fprintf(os.Stderr, "%s: %d reads failed: %s\n", r.target, r.errors, r.lastError)
+				}
 			}
-			for i := range cell {
-				cell[i].Storage, cell[i].Token, cell[i].LatencyMS = storage, token, latency
-				fmt.Println(cell[i].row())
-			}
-			results = append(results, cell...)
+			table.add(row...)
 		}
 	}
-	return results, nil
+	return nil
 }
 
 // cell measures the targets in turns at one concurrency.
-func (s *stack) cell(ctx context.Context, o options, concurrency int) ([]Result, error) {
+func (s *stack) cell(ctx context.Context, o options, concurrency int) ([]result, error) {
 	targets, err := s.targets(o.targets)
 	if err != nil {
 		return nil, err
@@ -176,14 +165,14 @@ func (s *stack) cell(ctx context.Context, o options, concurrency int) ([]Result,
 		return nil, errors.New("floor is not among the targets")
 	}
 	sums := make([]turns, len(targets))
-	for _, t := range targets { // warm-up: connections, caches
+	for _, t := range targets { // to warm up connections and caches
 		if _, err := t.load(ctx, concurrency, o.slice/4); err != nil {
 			return nil, err
 		}
 	}
 	for round := range o.rounds {
 		for i := range targets {
-			if round%2 == 1 { // there and back: what comes after what makes no difference
+			if round%2 == 1 { // there and back, so that the order makes no difference
 				i = len(targets) - 1 - i
 			}
 			sl, err := targets[i].load(ctx, concurrency, o.slice)
@@ -193,58 +182,72 @@ func (s *stack) cell(ctx context.Context, o options, concurrency int) ([]Result,
 			sums[i].add(sl)
 		}
 	}
-	results := make([]Result, len(targets))
+	results := make([]result, len(targets))
 	for i, t := range targets {
-		results[i] = sums[i].result(t, concurrency)
+		results[i] = sums[i].result(t)
 	}
 	for i := range results {
 		r := &results[i]
-		if r.Target == "direct" {
-			continue
-		}
-		r.ToFloor = medianRatio(sums[i].rates, sums[floor].rates)
-		r.CPUToFloor = r.CPUMicros / results[floor].CPUMicros
-		r.MemToFloor = r.PeakMiB / results[floor].PeakMiB
+		r.reads = medianRatio(sums[i].rates, sums[floor].rates)
+		r.cpuRatio, r.more = r.cpu/results[floor].cpu, r.peak/results[floor].peak
 	}
 	return results, nil
 }
 
-const header = "storage token   latency readers target    reads/s   p50 ms   p99 ms  cpu us/read  calls/1000  conns/1000  peak MiB  to floor: reads  cpu   mem  errors"
-
-func (r Result) row() string {
-	return fmt.Sprintf("%-7s %-7s %5dms %7d %-9s %7.0f %8.2f %8.2f %12.0f %11.1f %11.1f %9.1f %15.2f %5.2f %5.2f %7d",
-		r.Storage, r.Token, r.LatencyMS, r.Concurrency, r.Target, r.PerSecond, r.P50, r.P99, r.CPUMicros, r.Calls, r.Connections, r.PeakMiB, r.ToFloor, r.CPUToFloor, r.MemToFloor, r.Errors)
+// header returns the names of the columns.
+func header(targets []string) []string {
+	names := []string{"storage, readers' tokens", "latency", "readers"}
+	for _, t := range targets {
+		names = append(names, t+": reads/s, p50, p99 ms")
+		if t != "direct" && t != "floor" {
+			names = append(names, "of the floor's reads", "plugin CPU µs per read (ratio)", "peak MiB (ratio)",
+				"per 1000 reads: API calls, connections")
+		}
+	}
+	return names
 }
 
-func writeReport(file string, r Report) error {
-	if file == "" {
+// cells returns the result's cells of a row.
+func (r result) cells() []string {
+	cells := []string{fmt.Sprintf("%.0f, %.1f, %.0f", r.perSecond, r.p50, r.p99)}
+	if r.target != "direct" && r.target != "floor" {
+		cells = append(cells, fmt.Sprintf("%.2f", r.reads), fmt.Sprintf("%.0f (%.2f)", r.cpu, r.cpuRatio),
+			fmt.Sprintf("%.0f (%.2f)", r.peak, r.more), fmt.Sprintf("%.0f, %.1f", r.calls, r.conns))
+	}
+	return cells
+}
+
+// table is a table in Markdown, printed row by row.
+type table struct{ text string }
+
+func newTable(names []string) *table {
+	t := new(table)
+	t.add(names...)
+	t.add(slices.Repeat([]string{"---"}, len(names))...)
+	return t
+}
+
+// add prints a row.
+func (t *table) add(cells ...string) {
+	row := "| " + strings.Join(cells, " | ") + " |\n"
+	fmt.Print(row)
+	t.text += row
+}
+
+// replaceIn replaces the first table below a heading of a page, if there is a page.
+func (t *table) replaceIn(page, heading string) error {
+	if page == "" {
 		return nil
 	}
-	raw, err := json.MarshalIndent(r, "", "  ")
+	text, err := os.ReadFile(page)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(file, append(raw, '\n'), 0o600)
-}
-
-// writeCSV writes a line for each condition.
-func writeCSV(file string, results []Result) error {
-	if file == "" {
-		return nil
+	before, after, found := strings.Cut(string(text), "\n"+heading+"\n")
+	prose, old, hasTable := strings.Cut(after, "\n| ")
+	_, rest, ends := strings.Cut(old, "\n\n")
+	if !found || !hasTable || !ends {
+		return fmt.Errorf("%s has no table below %q", page, heading)
 	}
-	header, rows, last := "condition", "", ""
-	for _, r := range results {
-		if r.Target == "direct" {
-			continue
-		}
-		condition := fmt.Sprintf(`"%s, %s token, %d ms, %d readers"`, r.Storage, r.Token, r.LatencyMS, r.Concurrency)
-		if condition != last {
-			rows, last = rows+"\n"+condition, condition
-		}
-		if strings.Count(rows, "\n") == 1 {
-			header += "," + r.Target
-		}
-		rows += fmt.Sprintf(",%.0f", r.PerSecond)
-	}
-	return os.WriteFile(file, []byte(header+rows+"\n"), 0o600)
+	return os.WriteFile(page, []byte(before+"\n"+heading+"\n"+prose+"\n"+t.text+"\n"+rest), 0o600)
 }

@@ -16,7 +16,7 @@ import (
 // runs on.
 const clockTick = 10 * time.Millisecond
 
-// cpuTime is what a process has used, in its own code and in the kernel.
+// cpuTime is the time that a process has used, in its own code and in the kernel.
 func cpuTime(pid int) (time.Duration, error) {
 	if pid == 0 {
 		return 0, nil

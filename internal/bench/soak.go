@@ -6,36 +6,13 @@ package main
 import (
 	"context"
 	"fmt"
-	"slices"
 	"time"
 )
 
-// Soak is one long run of the engine on integrated storage.
-type Soak struct {
-	Duration string       `json:"duration"`
-	Readers  int          `json:"readers"`
-	Reads    int          `json:"reads"` // each leaves a lease
-	Errors   int          `json:"errors"`
-	Windows  []SoakWindow `json:"windows"`
-
-	// Expiry are windows in which the leases of short grants end all at once.
-	Expiry []SoakWindow `json:"expiry"`
-}
-
-// SoakWindow is a part of it.
-type SoakWindow struct {
-	Seconds   int     `json:"at_seconds"`
-	PerSecond float64 `json:"reads_per_second"`
-	P50       float64 `json:"p50_ms"`
-	P99       float64 `json:"p99_ms"`
-	PluginMiB float64 `json:"plugin_resident_mib"`
-	Leases    int     `json:"leases"`
-}
-
-// soak reads at full load and prints a line every part of the time, so that
-// memory and latency at the end can be held against the start.
-func soak(ctx context.Context, o options, b *binaries) (*Soak, error) {
-	const readers, windows = 32, 20
+// soak reads at full load on integrated storage and adds a row for each tenth of
+// the time, so that memory and latency at the end can be compared with the start.
+// Then leases of short grants end all at once while the readers continue.
+func soak(ctx context.Context, o options, b *binaries) (*table, error) {
 	s, err := startStack(ctx, b, "raft", "service")
 	if err != nil {
 		return nil, err
@@ -46,56 +23,44 @@ func soak(ctx context.Context, o options, b *binaries) (*Soak, error) {
 		return nil, err
 	}
 	engine := targets[0]
-	result := &Soak{Duration: o.soak.String(), Readers: readers}
-	start := time.Now()
-	fmt.Println("  at s   reads/s   p50 ms   p99 ms  plugin MiB   leases  errors")
-	window := func(d time.Duration) (SoakWindow, error) {
-		sl, err := engine.load(ctx, readers, d)
+	start, reads := time.Now(), 0 // each read leaves a lease
+	table := newTable([]string{"after", "reads so far", "reads/s", "p50, p99 ms", "plugin MiB", "errors"})
+	window := func(d time.Duration, note string) error {
+		sl, err := engine.load(ctx, 32, d)
 		if err != nil {
-			return SoakWindow{}, err
+			return err
 		}
 		rss, err := memory(engine.pid, "VmRSS:")
 		if err != nil {
-			return SoakWindow{}, err
+			return err
 		}
-		slices.Sort(sl.latencies)
-		at := func(q float64) float64 {
-			return float64(sl.latencies[int(q*float64(len(sl.latencies)-1))].Microseconds()) / 1000
-		}
-		result.Reads += sl.reads
-		result.Errors += sl.errors
-		w := SoakWindow{
-			Seconds: int(time.Since(start).Seconds()), PerSecond: float64(sl.reads) / sl.took.Seconds(),
-			P50: at(.5), P99: at(.99), PluginMiB: float64(rss) / (1 << 20), Leases: result.Reads,
-		}
-		fmt.Printf("%6d %9.0f %8.2f %8.2f %11.1f %8d %7d\n", w.Seconds, w.PerSecond, w.P50, w.P99, w.PluginMiB, w.Leases, result.Errors)
-		return w, nil
+		reads += sl.reads
+		p50, p99 := sl.percentiles()
+		table.add(fmt.Sprint(time.Since(start).Round(time.Second), note), fmt.Sprint(reads),
+			fmt.Sprintf("%.0f", float64(sl.reads)/sl.took.Seconds()), fmt.Sprintf("%.0f, %.0f", p50, p99),
+			fmt.Sprintf("%.0f", float64(rss)/(1<<20)), fmt.Sprint(sl.errors))
+		return nil
 	}
-	for range windows {
-		w, err := window(o.soak / windows)
-		if err != nil {
+	for range 10 {
+		if err := window(o.soak/10, ""); err != nil {
 			return nil, err
 		}
-		result.Windows = append(result.Windows, w)
 	}
 
 	// Some thousand leases of half a minute each, and reads while they end.
-	fmt.Println("leases of 30 s for 10 s, then reads while those end:")
 	if err := s.setFault(`{"grant":{"lifetime":"30s"}}`); err != nil {
 		return nil, err
 	}
-	if _, err := window(10 * time.Second); err != nil {
+	if err := window(10*time.Second, ", with leases of 30 s"); err != nil {
 		return nil, err
 	}
 	if err := s.setFault("{}"); err != nil {
 		return nil, err
 	}
-	for range 8 {
-		w, err := window(5 * time.Second)
-		if err != nil {
+	for range 4 {
+		if err := window(10*time.Second, ", while those end"); err != nil {
 			return nil, err
 		}
-		result.Expiry = append(result.Expiry, w)
 	}
-	return result, nil
+	return table, nil
 }

@@ -27,12 +27,12 @@ const (
 	organization = cabletest.DefaultOrganizationID
 )
 
-// binaries are what a stack runs.
+// binaries are the programs of a stack.
 type binaries struct {
 	dir           string
 	vault, sim    string
 	engine, floor vaulttest.Plugin
-	old           vaulttest.Plugin // no name: not compared with
+	old           vaulttest.Plugin // without a name: no comparison
 	env           []string         // of the server, and so of the plugins
 }
 
@@ -55,7 +55,9 @@ func build(ctx context.Context, o options) (b *binaries, err error) {
 		b.env = []string{"BENCH_PROFILE=" + file}
 	}
 	var sim vaulttest.Plugin
-	for program, to := range map[string]*vaulttest.Plugin{engine: &b.engine, "internal/bench/floor": &b.floor, "cmd/cable-sim": &sim} {
+	for program, to := range map[string]*vaulttest.Plugin{
+		engine: &b.engine, "internal/bench/floor": &b.floor, "cmd/cable-sim": &sim,
+	} {
 		if *to, err = vaulttest.Build(ctx, b.dir, program, ""); err != nil {
 			_ = os.RemoveAll(b.dir)
 			return nil, err
@@ -99,7 +101,10 @@ func startStack(ctx context.Context, b *binaries, storage, tokenType string) (s 
 		}
 	}()
 	transport := func() *http.Client {
-		return &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: 512, DisableCompression: true}}
+		return &http.Client{
+			Timeout:   time.Minute,
+			Transport: &http.Transport{MaxIdleConnsPerHost: 512, DisableCompression: true},
+		}
 	}
 	s.client, s.simClient = transport(), transport()
 	if s.sim, err = vaulttest.StartSimulator(ctx, b.sim, s.dir); err != nil {
@@ -159,16 +164,18 @@ func (s *stack) configure(ctx context.Context, plugins []vaulttest.Plugin, token
 			Token string `json:"client_token"`
 		} `json:"auth"`
 	}
-	if err := s.vault.Call(ctx, "POST", "auth/token/create", map[string]any{"policies": []string{"bench"}, "type": tokenType, "ttl": "24h"}, &created); err != nil {
+	login := map[string]any{"policies": []string{"bench"}, "type": tokenType, "ttl": "24h"}
+	if err := s.vault.Call(ctx, "POST", "auth/token/create", login, &created); err != nil {
 		return err
 	}
 	s.token = created.Auth.Token
 	return nil
 }
 
-// targets returns those with these names, in this order.
+// targets returns the targets with these names, in this order.
 func (s *stack) targets(names []string) (targets []*target, err error) {
-	body := fmt.Sprintf(`{"expiry_seconds":3600,"scopes":{"organization_id":%q,"scopes":["person:read","transactions:read"]}}`, organization)
+	const body = `{"expiry_seconds":3600,"scopes":{"organization_id":"` + organization +
+		`","scopes":["person:read","transactions:read"]}}`
 	read := func(mount, role string) func(context.Context) (*http.Request, error) {
 		return func(ctx context.Context) (*http.Request, error) {
 			req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.vault.Addr+"/v1/"+mount+"/creds/"+role, nil)
@@ -178,18 +185,19 @@ func (s *stack) targets(names []string) (targets []*target, err error) {
 			return req, err
 		}
 	}
+	direct := func(ctx context.Context) (*http.Request, error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.sim.URL, strings.NewReader(body))
+		if err == nil {
+			req.Header.Set("Authorization", s.key)
+			req.Header.Set("Content-Type", "application/json")
+		}
+		return req, err
+	}
 	engine := func(name, mount, role string) *target {
 		return &target{name: name, client: s.client, stats: s.simStats, request: read(mount, role), pid: s.pids[mount]}
 	}
 	all := []*target{
-		{name: "direct", client: s.simClient, stats: s.simStats, request: func(ctx context.Context) (*http.Request, error) {
-			req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.sim.URL, strings.NewReader(body))
-			if err == nil {
-				req.Header.Set("Authorization", s.key)
-				req.Header.Set("Content-Type", "application/json")
-			}
-			return req, err
-		}},
+		{name: "direct", client: s.simClient, stats: s.simStats, request: direct},
 		engine("floor", floorPlugin, "bench"),
 		engine("engine", enginePlugin, "bench"),
 		engine("reuse", enginePlugin, "shared"),
@@ -206,15 +214,16 @@ func (s *stack) targets(names []string) (targets []*target, err error) {
 	return targets, nil
 }
 
-// stats are what the simulator has counted.
+// stats are counters of the simulator.
 type stats struct {
 	Calls       int `json:"calls"`
 	Connections int `json:"connections"`
 }
 
-// simStats asks the simulator.
+// simStats reads the simulator's counters.
 func (s *stack) simStats() (counted stats, err error) {
-	resp, err := s.simClient.Get(s.sim.Control + "/stats") //nolint:noctx // the client has a time-out, and the server is ours
+	//nolint:noctx // the client has a time-out, and the server is ours
+	resp, err := s.simClient.Get(s.sim.Control + "/stats")
 	if err != nil {
 		return counted, err
 	}
@@ -223,7 +232,7 @@ func (s *stack) simStats() (counted stats, err error) {
 	return counted, err
 }
 
-// setLatency has the simulator answer after d.
+// setLatency has the simulator respond after d.
 func (s *stack) setLatency(d time.Duration) error {
 	if d == 0 {
 		return s.setFault("{}")
@@ -233,7 +242,8 @@ func (s *stack) setLatency(d time.Duration) error {
 
 // setFault has the simulator misbehave as a cabletest.Fault in JSON says.
 func (s *stack) setFault(body string) error {
-	resp, err := s.simClient.Post(s.sim.Control+"/fault", "application/json", strings.NewReader(body)) //nolint:noctx // the client has a time-out, and the server is ours
+	//nolint:noctx // the client has a time-out, and the server is ours
+	resp, err := s.simClient.Post(s.sim.Control+"/fault", "application/json", strings.NewReader(body))
 	if err != nil {
 		return err
 	}
@@ -245,7 +255,7 @@ func (s *stack) setFault(body string) error {
 	return nil
 }
 
-// stop ends what was started, and removes its folder.
+// stop ends the servers and removes their folder.
 func (s *stack) stop() {
 	if s.vault != nil {
 		s.vault.Stop()

@@ -1,9 +1,9 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command floor is a secrets engine that does nothing but return a constant as
-// a leased secret: what a mint costs when only Vault and the plugin protocol
-// charge for it. The benchmark holds the real engine against it.
+// Command floor is a secrets engine that only returns a constant as a leased
+// secret, so a read of it costs no more than Vault and the plugin protocol do.
+// The benchmark compares the real engine with it.
 package main
 
 import (
@@ -45,9 +45,11 @@ func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 		RunningVersion: "v0.0.1",
 		Secrets:        []*framework.Secret{secret},
 		Paths: []*framework.Path{{
-			Pattern:    "creds/" + framework.GenericNameRegex("name"),
-			Fields:     map[string]*framework.FieldSchema{"name": {Type: framework.TypeString}},
-			Operations: map[logical.Operation]framework.OperationHandler{logical.ReadOperation: &framework.PathOperation{Callback: read}},
+			Pattern: "creds/" + framework.GenericNameRegex("name"),
+			Fields:  map[string]*framework.FieldSchema{"name": {Type: framework.TypeString}},
+			Operations: map[logical.Operation]framework.OperationHandler{
+				logical.ReadOperation: &framework.PathOperation{Callback: read},
+			},
 		}},
 	}
 	return b, b.Setup(ctx, conf)

@@ -34,10 +34,11 @@ func main() {
 			logger.Error("no profile is written", "error", err)
 		}
 	}
-	err := plugin.ServeMultiplex(&plugin.ServeOpts{Logger: logger, BackendFactoryFunc: func(ctx context.Context, c *logical.BackendConfig) (logical.Backend, error) {
+	factory := func(ctx context.Context, c *logical.BackendConfig) (logical.Backend, error) {
 		once.Do(start)
 		return cablesecrets.Factory(ctx, c)
-	}})
+	}
+	err := plugin.ServeMultiplex(&plugin.ServeOpts{Logger: logger, BackendFactoryFunc: factory})
 	pprof.StopCPUProfile()
 	if err != nil {
 		logger.Error("the plugin cannot be served", "error", err)
