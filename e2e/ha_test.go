@@ -613,7 +613,7 @@ func testChanges(t *testing.T, c *cluster, say narrator) {
 			t.Errorf("outside of any change: %s", s)
 		case duringChange(s):
 		// The old key is refused until the write of the new one has returned.
-		case s.status == 400 && strings.Contains(s.text, "Cable responded 401") && s.start.Before(changes[i].newKeyFrom):
+		case s.status == 400 && s.start.Before(changes[i].newKeyFrom) && strings.Contains(s.text, "responded 401"):
 		default:
 			t.Errorf("%s, %s after it began, %s after the new key was stored: %s", changes[i].name,
 				s.start.Sub(changes[i].from), s.start.Sub(changes[i].newKeyFrom), s)
