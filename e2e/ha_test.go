@@ -448,6 +448,11 @@ func (c *cluster) restartStandbys(t *testing.T, leader int) {
 		if got := c.running(t, c.node(i)); got != pluginVersion {
 			t.Errorf("after a reload on the leader, node %d runs %s", i, got)
 		}
+		reload := map[string]any{"mounts": []string{c.path + "/"}}
+		c.node(i).ok(t, "PUT", "sys/plugins/reload/backend", reload)
+		if got := c.running(t, c.node(i)); got != pluginVersion {
+			t.Errorf("after a reload on node %d itself, it runs %s", i, got)
+		}
 		shell := func() *shell { return newShell(t, c.node(i), map[string]string{"bao": suite.vault}) }
 		if got := shell().run(page["active-node"] + `echo -n "$BAO_ADDR"`); got != c.node(leader).addr {
 			t.Errorf("the page's command says that %s leads, not %s", got, c.node(leader).addr)

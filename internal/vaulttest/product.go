@@ -86,7 +86,7 @@ func (p Product) Lacks(version string, f Feature) string {
 		return "Vault's configuration declares no plugins"
 	case p == Vault && f == Namespaces:
 		return "Vault Community has no namespaces"
-	case f == DeclaredPlugins && !p.standbysServe(version):
+	case f == DeclaredPlugins && !p.ReloadsOneNode(version):
 		return "OpenBao declares plugins from 2.5 on"
 	case p != OpenBao:
 		return ""
@@ -100,14 +100,11 @@ func (p Product) Lacks(version string, f Feature) string {
 	return ""
 }
 
-// standbysServe reports whether standbys serve reads, and so run the plugin.
-func (p Product) standbysServe(version string) bool {
+// ReloadsOneNode reports whether a reload concerns only the node that receives it,
+// because standbys serve reads and run the plugin themselves: they have to be restarted.
+func (p Product) ReloadsOneNode(version string) bool {
 	return p == OpenBao && !regexp.MustCompile(`^2\.[0-4]\.`).MatchString(version)
 }
-
-// ReloadsOneNode reports whether a reload concerns only the node that receives it,
-// while the others run the plugin, too, so that they have to be restarted.
-func (p Product) ReloadsOneNode(version string) bool { return p.standbysServe(version) }
 
 // Unaware reports whether a response comes from a standby that serves requests
 // itself and is about to learn of a new or changed mount. Standbys of OpenBao

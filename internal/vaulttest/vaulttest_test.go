@@ -104,6 +104,15 @@ func TestProduct(t *testing.T) {
 			t.Errorf("feature %d: Vault lacks it: %q, OpenBao: %q", f, v, o)
 		}
 	}
+	for _, f := range []Feature{DeclaredPlugins, Namespaces} {
+		if v, o := Vault.Lacks("1.21.1", f), OpenBao.Lacks("2.6.2", f); !strings.HasPrefix(v, "Vault") || o != "" {
+			t.Errorf("feature %d: Vault lacks it: %q, OpenBao: %q", f, v, o)
+		}
+	}
+	if OpenBao.Lacks("2.4.4", DeclaredPlugins) == "" || OpenBao.ReloadsOneNode("2.4.4") ||
+		!OpenBao.ReloadsOneNode("2.10.0") || Vault.ReloadsOneNode("2.0.0") {
+		t.Error("OpenBao 2.5 and later declare plugins and reload one node, and no other server")
+	}
 	if Vault.Lacks("1.16.3", RenewalThreshold) == "" || Vault.Lacks("1.16.3", PinnedVersions) != "" {
 		t.Error("Vault 1.16 lacks a renewal threshold alone")
 	}
