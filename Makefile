@@ -58,7 +58,7 @@ compat: ## Run the end-to-end tests on the SERVERS of docs/compatibility.md
 .PHONY: examples
 examples: ## Run the examples, with the consumers whose build takes minutes
 	@$(MAKE) -s servers
-	@for t in opentofu terraform-provider-vault operators external-secrets kubernetes; do scripts/tool $$t >/dev/null || exit; done
+	@for t in consumers kubernetes; do scripts/tool $$t >/dev/null || exit; done
 	EXAMPLES=all go test -count=1 -timeout 60m -run '^TestExample' ./e2e
 
 # The servers and tools of all end-to-end tests, built before go test's clock runs.
@@ -66,7 +66,7 @@ examples: ## Run the examples, with the consumers whose build takes minutes
 servers:
 	@scripts/vault --path >/dev/null
 	@scripts/prometheus --path >/dev/null
-	@for t in ci consul-template jq; do scripts/tool $$t >/dev/null || exit; done
+	@for t in ci consumers/consul-template jq; do scripts/tool $$t >/dev/null || exit; done
 
 .PHONY: lint
 lint: ## Run the linters that .golangci.yml names
@@ -96,7 +96,8 @@ bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for 
 
 # Releases: docs/releasing.md. A tag is compiled by the Go that is pinned, which Go
 # fetches if another one is installed; a snapshot by the Go that is there.
-RELEASE_GO ?= $(if $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
+TAG = $(shell git describe --tags --exact-match --match 'v*' 2>/dev/null)
+RELEASE_GO ?= $(if $(TAG),$(shell sed -n 's/^toolchain //p' tools/release/go.mod),$(shell go env GOTOOLCHAIN))
 
 .PHONY: release
 release: export GOTOOLCHAIN = $(RELEASE_GO)

@@ -1,16 +1,14 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package cablesecrets is a secrets engine for HashiCorp Vault that mints
-// short-lived, scoped access tokens for Cable (cable.tech).
+// Package cablesecrets is a secrets engine for HashiCorp Vault that mints short-lived, scoped access tokens for Cable
+// (cable.tech).
 //
-// An operator stores the long-lived refresh key under config. A role names an
-// organization, a set of scopes and lifetimes. A read of creds/<role> requests
-// an access token from Cable and returns it as a leased secret.
+// An operator stores the long-lived refresh key under config. A role names an organization, a set of scopes and
+// lifetimes. A read of creds/<role> requests an access token from Cable and returns it as a leased secret.
 //
-// Two facts shape everything. Cable cannot revoke: a token is valid until it
-// expires, so each lifetime is decided before minting and no lease outlives its
-// token. And a token request that fails half-way may leave a valid token that
+// Two facts shape everything. Cable cannot revoke: a token is valid until it expires, so each lifetime is decided
+// before minting and no lease outlives its token. And a token request that fails half-way may leave a valid token that
 // nobody received, so a call is retried only if Cable cannot have issued one.
 package cablesecrets
 
@@ -38,8 +36,7 @@ import (
 // operationPrefix begins the operation ids of the OpenAPI document.
 const operationPrefix = "cable"
 
-// backend is one mount. One process serves several mounts, so all state of a mount
-// is in here.
+// backend is one mount. One process serves several mounts, so all state of a mount is in here.
 type backend struct {
 	*framework.Backend
 	state  *state.Store
@@ -54,8 +51,8 @@ type backend struct {
 	requestToken func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) // replaced in tests
 }
 
-// Factory returns a mount of the engine. It touches neither storage nor network, so
-// it cannot fail for a passing reason.
+// Factory returns a mount of the engine. It touches neither storage nor network, so it cannot fail for a passing
+// reason.
 func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
 	b := newBackend()
 	if conf.System != nil {
@@ -94,24 +91,20 @@ func newBackend() *backend {
 	}
 	b.maxLeaseTTL = mount.NewLeaseSetting(func() time.Duration { return b.System().MaxLeaseTTL() })
 	b.defaultLeaseTTL = mount.NewLeaseSetting(func() time.Duration { return b.System().DefaultLeaseTTL() })
-	b.report = report.New(b.Logger, b.Backend, func(ctx context.Context) bool {
-		return mount.IsEnterprise(ctx, b.System())
-	})
+	b.report = report.New(b.Logger)
 	b.shared = share.NewRoles(b.report.SharedTokenDropped)
 	b.state = state.New(b.report.APICallEnded, b.shared.Retire)
 	return b
 }
 
-// clean ends the mount on this node. It waits for no write, no call and no event,
-// because the SDK holds a lock of all the process's mounts meanwhile.
+// clean ends the mount on this node. It waits for no write and no call, because the SDK holds a lock of all the
+// process's mounts meanwhile.
 func (b *backend) clean() {
 	b.cancel()
 	b.state.Close()
-	b.report.Close()
 }
 
-// invalidate is called by Vault when another node has changed a key of the mount's
-// storage.
+// invalidate is called by Vault when another node has changed a key of the mount's storage.
 func (b *backend) invalidate(key string) {
 	b.state.Invalidate(key)
 	if name, ok := state.RoleName(key); ok {
@@ -133,8 +126,7 @@ func (r *request) source() report.Source { return report.SourceOf(r.Request) }
 // receivedKey is the context key of the time of receipt.
 type receivedKey struct{}
 
-// handle makes an operation of a handler. It is the one place where an error becomes
-// a response.
+// handle makes an operation of a handler. It is the one place where an error becomes a response.
 func (b *backend) handle(f func(context.Context, *request) (*logical.Response, error)) framework.OperationFunc {
 	return func(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 		r := &request{Request: req, in: d.Raw}
@@ -148,8 +140,7 @@ func (b *backend) handle(f func(context.Context, *request) (*logical.Response, e
 	}
 }
 
-// HandleRequest parses the request's fields, and contains a panic, so that the other
-// mounts of this process continue.
+// HandleRequest parses the request's fields, and contains a panic, so that the other mounts of this process continue.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp *logical.Response, err error) {
 	defer b.recoverPanic(req, &resp, &err)
 	ctx = context.WithValue(ctx, receivedKey{}, time.Now())
@@ -165,9 +156,8 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp
 	return b.Backend.HandleRequest(ctx, req)
 }
 
-// HandleExistenceCheck ignores the request's fields, which are parsed once it is
-// clear that the caller may write. An error here would reach the caller as a 500,
-// and Vault's log with the value in it.
+// HandleExistenceCheck ignores the request's fields, which are parsed once it is clear that the caller may write. An
+// error here would reach the caller as a 500, and Vault's log with the value in it.
 func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (checkFound, exists bool, err error) {
 	defer b.recoverPanic(req, nil, &err)
 	bare := *req
@@ -198,16 +188,15 @@ func (b *backend) panicked(source report.Source, value any) error {
 		"internal error in the Cable secrets engine: search Vault's log for request_id "+source.ID)
 }
 
-// forwarded declares an operation that writes storage. It belongs on the active node
-// of the primary cluster.
+// forwarded declares an operation that writes storage. It belongs on the active node of the primary cluster.
 func forwarded(p *framework.PathOperation) *framework.PathOperation {
 	p.ForwardPerformanceStandby = true
 	p.ForwardPerformanceSecondary = true
 	return p
 }
 
-// tokensValidUntil says until when tokens minted so far, or by requests in flight,
-// may be valid if each is valid for at most that long.
+// tokensValidUntil says until when tokens minted so far, or by requests in flight, may be valid if each is valid for at
+// most that long.
 func tokensValidUntil(now time.Time, most time.Duration) string {
 	return "tokens minted before now cannot be revoked, and the last may be valid until " +
 		outcome.Time(now.Add(most+state.MaxRequestTimeout))

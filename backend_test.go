@@ -37,11 +37,9 @@ type testMount struct {
 	b       *backend
 	storage *logical.InmemStorage
 	sys     *logical.StaticSystemView
-	env     *logical.PluginEnvironment // to be set before the first event
 	sim     *cabletest.Server
 	log     *syncBuffer
 	logger  hclog.Logger
-	events  *logical.MockEventSender
 	hangTTL atomic.Pointer[chan struct{}] // lease settings are not reported until it is closed
 	maxTTL  atomic.Int64                  // max_lease_ttl if not 0, for tuning during requests
 }
@@ -66,10 +64,7 @@ func (v testView) MaxLeaseTTL() time.Duration {
 
 // PluginEnv implements [logical.SystemView].
 func (v testView) PluginEnv(context.Context) (*logical.PluginEnvironment, error) {
-	if v.m.env == nil {
-		return nil, errors.New("not known")
-	}
-	return v.m.env, nil
+	return &logical.PluginEnvironment{VaultVersion: "1.21.1"}, nil
 }
 
 // syncBuffer collects a log that several goroutines write.
@@ -91,7 +86,7 @@ func (s *syncBuffer) String() string {
 }
 
 // newMount returns an unconfigured mount. When the test ends, its log at trace
-// level, its events, its status and its metrics must hold neither the refresh
+// level, its status and its metrics must hold neither the refresh
 // key nor a token.
 func newMount(t testing.TB) *testMount {
 	t.Helper()
@@ -101,8 +96,6 @@ func newMount(t testing.TB) *testMount {
 		sys:     &logical.StaticSystemView{DefaultLeaseTTLVal: 768 * time.Hour, MaxLeaseTTLVal: 768 * time.Hour},
 		sim:     cabletest.NewServer(t, nil),
 		log:     new(syncBuffer),
-		events:  logical.NewMockEventSender(),
-		env:     &logical.PluginEnvironment{VaultVersion: "1.21.1", VaultVersionMetadata: "ent"},
 	}
 	m.logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true})
 	lb, err := Factory(t.Context(), &logical.BackendConfig{
@@ -110,8 +103,6 @@ func newMount(t testing.TB) *testMount {
 		System:      testView{m.sys, m},
 		StorageView: m.storage,
 		BackendUUID: "test",
-
-		EventsSender: m.events,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -122,9 +113,8 @@ func newMount(t testing.TB) *testMount {
 			resp, err := m.b.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: path, Storage: m.storage})
 			m.noSecrets(path, fmt.Sprint(resp, err))
 		}
-		m.b.Cleanup(context.Background()) // sends the last events
+		m.b.Cleanup(context.Background())
 		m.noSecrets("the log", m.log.String())
-		m.noSecrets("an event", fmt.Sprint(m.sentEvents()))
 	})
 	return m
 }

@@ -21,9 +21,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
-// One token request, from its receipt to its report: read the settings, narrow them
-// by the caller's parameters, call Cable or share a call, check the grant and the
-// settings, decide the lease.
+// One token request, from its receipt to its report: read the settings, narrow them by the caller's parameters, call
+// Cable or share a call, check the grant and the settings, decide the lease.
 
 // recheckTimeout bounds the wait for storage after a token has arrived.
 const recheckTimeout = time.Second
@@ -48,8 +47,8 @@ type attempt struct {
 	shared    share.Result
 }
 
-// mint handles a caller's token request. An attempt whose settings change before an
-// API call is repeated, and decides everything anew.
+// mint handles a caller's token request. An attempt whose settings change before an API call is repeated, and decides
+// everything anew.
 func (b *backend) mint(ctx context.Context, r *request) (*outcome.Token, error) {
 	a := attempt{role: r.role}
 	p, err := parseParams(r)
@@ -88,8 +87,7 @@ func (a *attempt) report(source report.Source, began time.Time, f *outcome.Failu
 	}
 }
 
-// try makes one attempt. It returns outcome.ErrChanged, and has made no API call, if
-// the settings change before.
+// try makes one attempt. It returns outcome.ErrChanged, and has made no API call, if the settings change before.
 func (b *backend) try(ctx context.Context, r *request, p params) (a attempt, err error) {
 	a = attempt{kind: report.Direct, role: r.role}
 	if a.set, err = b.settings(ctx, r); err != nil {
@@ -112,8 +110,8 @@ func (b *backend) try(ctx context.Context, r *request, p params) (a attempt, err
 	return a, err
 }
 
-// mintOne mints a token whose budget began at that time. check is called between the
-// API call and the decision on the lease.
+// mintOne mints a token whose budget began at that time. check is called between the API call and the decision on the
+// lease.
 func (b *backend) mintOne(ctx context.Context, a *attempt, began time.Time, check func() error) (*outcome.Token, error) {
 	a.requested.Start, a.requested.Allow = began, b.allow(a.set)
 	granted, err := b.call(ctx, a.role, a.set.Config, a.requested)
@@ -133,8 +131,8 @@ func (b *backend) mintOne(ctx context.Context, a *attempt, began time.Time, chec
 	return token, nil
 }
 
-// share returns the token that the role's readers share. ok is false if the request
-// must mint alone, because too many roles share.
+// share returns the token that the role's readers share. ok is false if the request must mint alone, because too many
+// roles share.
 func (b *backend) share(ctx context.Context, r *request, a *attempt) (ok bool, err error) {
 	source, call := r.source(), *a
 	call.kind = report.SharedCall
@@ -161,8 +159,8 @@ func (b *backend) share(ctx context.Context, r *request, a *attempt) (ok bool, e
 	return ok, err
 }
 
-// sharedCall mints a token for all readers of a role that wait, and reports that. It
-// touches neither storage nor system view, and contains its own panics.
+// sharedCall mints a token for all readers of a role that wait, and reports that. It touches neither storage nor system
+// view, and contains its own panics.
 func (b *backend) sharedCall(source report.Source, started time.Time, a attempt) (token *outcome.Token, err error) {
 	defer func() {
 		if value := recover(); value != nil {
@@ -187,8 +185,7 @@ func (b *backend) settings(ctx context.Context, r *request) (state.Settings, err
 	return set, err
 }
 
-// checkSettings refuses a token request if an entry is missing or disabled. A
-// disabled role, or mount, mints no token.
+// checkSettings refuses a token request if an entry is missing or disabled. A disabled role, or mount, mints no token.
 func checkSettings(role string, set state.Settings) error {
 	switch {
 	case set.Role == nil:
@@ -203,8 +200,8 @@ func checkSettings(role string, set state.Settings) error {
 	return nil
 }
 
-// narrow narrows the role by the caller's parameters and decides the request to
-// Cable, with a warning for each bound that changed it.
+// narrow narrows the role by the caller's parameters and decides the request to Cable, with a warning for each bound
+// that changed it.
 func (b *backend) narrow(
 	ctx context.Context, r *request, set state.Settings, p params,
 ) (requested cable.TokenRequest, warnings []string, err error) {
@@ -245,8 +242,8 @@ func organization(set state.Settings) string {
 	return set.Config.OrganizationID
 }
 
-// allow returns the gate of an API call: once a write that disables, deletes or
-// narrows has returned, no call is sent with what it took away.
+// allow returns the gate of an API call: once a write that disables, deletes or narrows has returned, no call is sent
+// with what it took away.
 func (b *backend) allow(set state.Settings) func() error {
 	return func() error {
 		if !b.state.IsCurrent(set) {
@@ -291,10 +288,9 @@ func (b *backend) call(
 	return nil, f
 }
 
-// checkGrant compares a response with its request. A token for another organization,
-// or with a scope that was not requested, is a mismatch, and so a 502. A response
-// without scopes takes the requested ones, because Cable's schema does not require
-// them in the response.
+// checkGrant compares a response with its request. A token for another organization, or with a scope that was not
+// requested, is a mismatch, and so a 502. A response without scopes takes the requested ones, because Cable's schema
+// does not require them in the response.
 func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token, error) {
 	want := requested.OrganizationID
 	for _, subject := range []struct{ verb, id string }{
@@ -322,13 +318,11 @@ func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token,
 	return token, nil
 }
 
-// recheck refuses a token that the settings, as they are now, do not allow any more,
-// or if that cannot be determined. The settings are read until those that were read
-// are still current when the reading ends. So no token is returned whose last check
-// did not begin after a write that disables, deletes or narrows had returned.
+// recheck refuses a token that the settings, as they are now, do not allow any more, or if that cannot be determined.
+// The settings are read until those that were read are still current when the reading ends. So no token is returned
+// whose last check did not begin after a write that disables, deletes or narrows had returned.
 //
-// Reading storage may exceed the request's budget by recheckTimeout, because giving
-// up now would waste a token.
+// Reading storage may exceed the request's budget by recheckTimeout, because giving up now would waste a token.
 func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, recheckTimeout, outcome.ErrBudget)
 	defer cancel()

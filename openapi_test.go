@@ -49,7 +49,6 @@ type oasSchema struct {
 func document(t testing.TB) *oasDocument {
 	t.Helper()
 	m := newMount(t)
-	m.env = &logical.PluginEnvironment{VaultVersion: "1.21.1"}
 	resp, err := m.b.HandleRequest(m.Context(), &logical.Request{Operation: logical.HelpOperation, Storage: m.storage})
 	if err != nil {
 		m.Fatal(err)

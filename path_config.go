@@ -52,8 +52,8 @@ func (b *backend) pathConfig() *framework.Path {
 		Pattern:      state.ConfigKey,
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "configuration"},
 		Fields:       fields,
-		// NOTE: there is no existence check, so every write is an update, and a policy
-		// with create alone cannot replace the key.
+		// NOTE: there is no existence check, so every write is an update, and a policy with create alone cannot replace
+		// the key.
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
 				Callback: b.handle(b.pathConfigRead),
@@ -79,8 +79,8 @@ func (b *backend) pathConfig() *framework.Path {
 	}
 }
 
-// configResponseFields describes what a read of config returns. There are no
-// defaults: a client that applied them to a write would reset what is stored.
+// configResponseFields describes what a read of config returns. There are no defaults: a client that applied them to a
+// write would reset what is stored.
 func configResponseFields() map[string]*framework.FieldSchema {
 	return map[string]*framework.FieldSchema{
 		"token_url": {
@@ -147,8 +147,8 @@ func (b *backend) pathConfigRead(ctx context.Context, r *request) (*logical.Resp
 	return &logical.Response{Data: configResponseData(c)}, nil
 }
 
-// pathConfigWrite handles POST and PATCH config. The merged entry is verified if that
-// is requested, stored, and only then used.
+// pathConfigWrite handles POST and PATCH config. The merged entry is verified if that is requested, stored, and only
+// then used.
 func (b *backend) pathConfigWrite(ctx context.Context, r *request) (*logical.Response, error) {
 	resp := new(logical.Response)
 	var trial string
@@ -209,9 +209,8 @@ func orNoContent(resp *logical.Response) *logical.Response {
 	return resp
 }
 
-// mergeConfig decodes the stored entry, nil if there is none, and lays a write over
-// it. It refuses what the write must not change; the rest of the entry may come from
-// another version of the engine, and is not judged.
+// mergeConfig decodes the stored entry, nil if there is none, and lays a write over it. It refuses what the write must
+// not change; the rest of the entry may come from another version of the engine, and is not judged.
 func mergeConfig(stored []byte, r *request) (before, next *state.Config, err error) {
 	if before, err = state.DecodeConfig(stored); err != nil {
 		return nil, nil, err
@@ -254,9 +253,8 @@ func mergeConfig(stored []byte, r *request) (before, next *state.Config, err err
 	return before, next, changeConfig(next, changes)
 }
 
-// checkDestination refuses a refresh key that is written without naming its
-// destination, unless that is the default. Another person may have changed the
-// destination, with a made-up key, to receive this one.
+// checkDestination refuses a refresh key that is written without naming its destination, unless that is the default.
+// Another person may have changed the destination, with a made-up key, to receive this one.
 func checkDestination(c *state.Config, in fields.Input) error {
 	const needs = "writing refresh_key needs %s in the same request, because the stored value is not the default%s: " +
 		"read config, then name the value that you trust, or %s"
@@ -312,8 +310,7 @@ func changeConfig(c *state.Config, changes fields.Input) error {
 	return nil
 }
 
-// checkRefreshKey refuses a key that an HTTP header cannot carry. Its errors never
-// quote the key.
+// checkRefreshKey refuses a key that an HTTP header cannot carry. Its errors never quote the key.
 func checkRefreshKey(key string) error {
 	isQuoted := len(key) > 1 && key[0] == key[len(key)-1] && strings.ContainsAny(key[:1], "\"'`")
 	switch {

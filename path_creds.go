@@ -25,8 +25,8 @@ func (b *backend) pathCreds() *framework.Path {
 			Responses: map[int][]framework.Response{
 				http.StatusOK: {{Description: "The access token, as a leased secret", Fields: credsResponseFields()}},
 			},
-			// A standby that mints and then cannot register the lease would leave
-			// an undelivered token. A secondary registers its own leases.
+			// A standby that mints and then cannot register the lease would leave an undelivered token. A secondary
+			// registers its own leases.
 			ForwardPerformanceStandby: true,
 		}
 	}

@@ -27,8 +27,7 @@ func (b *backend) pathMetrics() *framework.Path {
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: &framework.PathOperation{
 				Callback: b.handle(b.pathMetricsRead),
-				// A standby mints nothing; and behind one address, figures of two
-				// nodes would jump.
+				// A standby mints nothing; and behind one address, figures of two nodes would jump.
 				ForwardPerformanceStandby: true,
 				Summary:                   synopsis,
 				Responses: map[int][]framework.Response{
@@ -44,8 +43,7 @@ func (b *backend) pathMetrics() *framework.Path {
 	}
 }
 
-// pathMetricsRead handles GET metrics. The response is not JSON, and Vault passes the
-// body through.
+// pathMetricsRead handles GET metrics. The response is not JSON, and Vault passes the body through.
 func (b *backend) pathMetricsRead(ctx context.Context, r *request) (*logical.Response, error) {
 	gatherers := prometheus.Gatherers{b.report.Metrics()}
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)

@@ -153,12 +153,6 @@ func TestMetricsMove(t *testing.T) {
 			}
 		}, up},
 		{"token_requests_in_flight", func() { m.waitUntil(func() bool { return m.figures()["vault_cable_token_requests_in_flight"] == 0 }) }, down},
-		{`events_total{result="sent"}`, func() {
-			n := len(m.sentEvents())
-			good()
-			m.waitUntil(func() bool { return len(m.sentEvents()) > n })
-			m.waitUntil(func() bool { return m.figures()[`vault_cable_events_total{result="sent"}`] >= float64(n+1) })
-		}, moved},
 		{"panics_total", func() {
 			op := m.b.Route("creds/ci").Operations[logical.UpdateOperation].(*framework.PathOperation)
 			handler := op.Callback

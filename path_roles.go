@@ -148,8 +148,8 @@ func roleResponseData(role *state.Role) map[string]any {
 	}
 }
 
-// pathRolesExists tells create from update, for policies. It does not decode the
-// entry, because an error here would deny the write without a reason.
+// pathRolesExists tells create from update, for policies. It does not decode the entry, because an error here would
+// deny the write without a reason.
 func (b *backend) pathRolesExists(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
 	name := d.Get("name").(string)
 	if fields.CheckRoleName(name) != nil {
@@ -185,9 +185,8 @@ func (b *backend) pathRolesWrite(ctx context.Context, r *request) (*logical.Resp
 	if err != nil {
 		return nil, err
 	}
-	// NOTE: Vault read whether the role exists before the lock was held, and chose the
-	// create or the update capability by the answer, which may be outdated. A policy
-	// with create alone can never change a role.
+	// NOTE: Vault read whether the role exists before the lock was held, and chose the create or the update capability
+	// by the answer, which may be outdated. A policy with create alone can never change a role.
 	switch op := r.Operation; {
 	case stored == nil && op == logical.PatchOperation:
 		return nil, noSuchRole(r.role)
@@ -222,9 +221,8 @@ func (b *backend) pathRolesWrite(ctx context.Context, r *request) (*logical.Resp
 	return orNoContent(resp), nil
 }
 
-// mergeRole decodes the stored role, nil if there is none, and lays a write over it.
-// It judges what the write changes; the rest may come from another version of the
-// engine.
+// mergeRole decodes the stored role, nil if there is none, and lays a write over it. It judges what the write changes;
+// the rest may come from another version of the engine.
 func mergeRole(stored []byte, r *request) (before, next *state.Role, err error) {
 	if before, err = state.DecodeRole(r.role, stored); err != nil {
 		return nil, nil, err
@@ -299,8 +297,8 @@ func changeLifetimes(role *state.Role, changes fields.Input) error {
 	return nil
 }
 
-// scopesOfReference are the scopes that Cable's reference names. The API has
-// more resources, so another scope may be valid.
+// scopesOfReference are the scopes that Cable's reference names. The API has more resources, so another scope may be
+// valid.
 func scopesOfReference() []string {
 	return []string{
 		"customer_sar:read", "customer_sar:write", "person:read", "person:write",
@@ -308,8 +306,8 @@ func scopesOfReference() []string {
 	}
 }
 
-// scopeWarnings describes the scopes that look mistyped. They are stored all the same,
-// because Cable's list is not closed.
+// scopeWarnings describes the scopes that look mistyped. They are stored all the same, because Cable's list is not
+// closed.
 func scopeWarnings(scopes []string) []string {
 	var shape, unknown, warnings []string
 	for _, s := range scopes {

@@ -21,12 +21,10 @@ import (
 )
 
 const (
-	// maxStatusRoles bounds how many roles a read of status checks: each may be a
-	// read from Vault's storage.
+	// maxStatusRoles bounds how many roles a read of status checks: each may be a read from Vault's storage.
 	maxStatusRoles = 1000
 
-	// statusTimeout bounds how long status and metrics wait for storage, which may
-	// be what is wrong.
+	// statusTimeout bounds how long status and metrics wait for storage, which may be what is wrong.
 	statusTimeout = 2 * time.Second
 )
 
@@ -51,9 +49,8 @@ func (b *backend) pathStatus() *framework.Path {
 	}
 }
 
-// statusResponseFields describes the response. Times are RFC 3339 in UTC; "" or 0
-// stands for something that never happened. Fields that need storage are omitted if
-// it cannot be read.
+// statusResponseFields describes the response. Times are RFC 3339 in UTC; "" or 0 stands for something that never
+// happened. Fields that need storage are omitted if it cannot be read.
 func statusResponseFields() map[string]*framework.FieldSchema {
 	schema := make(map[string]*framework.FieldSchema)
 	add := func(name string, kind framework.FieldType, isRequired bool, description string) {
@@ -92,8 +89,8 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 	return schema
 }
 
-// pathStatusRead handles GET status. It reports what is in memory even if Vault's
-// storage cannot be read, because that is when it is needed.
+// pathStatusRead handles GET status. It reports what is in memory even if Vault's storage cannot be read, because that
+// is when it is needed.
 func (b *backend) pathStatusRead(ctx context.Context, r *request) (*logical.Response, error) {
 	resp := &logical.Response{Data: b.report.Status()}
 	resp.Data["version"], resp.Data["commit"] = version.String(), version.Commit()
@@ -117,8 +114,7 @@ func (b *backend) pathStatusRead(ctx context.Context, r *request) (*logical.Resp
 	return resp, nil
 }
 
-// configStatus returns what status reports of the configuration in use, which is nil
-// if none is stored.
+// configStatus returns what status reports of the configuration in use, which is nil if none is stored.
 func configStatus(live *state.Live, now time.Time) map[string]any {
 	var pause, age time.Duration
 	var pausedUntil time.Time
@@ -143,9 +139,8 @@ func configStatus(live *state.Live, now time.Time) map[string]any {
 	}
 }
 
-// disabledRoles returns the names of the disabled roles, sorted; with an error, those
-// that were found, or nil if no role could be read. It reads the roles that are not in
-// memory yet.
+// disabledRoles returns the names of the disabled roles, sorted; with an error, those that were found, or nil if no
+// role could be read. It reads the roles that are not in memory yet.
 func (b *backend) disabledRoles(ctx context.Context, s logical.Storage) (disabled []string, err error) {
 	names, err := state.RoleNames(ctx, s)
 	if err != nil {

@@ -136,14 +136,14 @@ func newReuseMount(t testing.TB, role map[string]any) *reuseMount {
 	t.Helper()
 	m := &reuseMount{
 		testMount: &testMount{
-			TB: t, storage: new(logical.InmemStorage), log: new(syncBuffer), events: logical.NewMockEventSender(),
+			TB: t, storage: new(logical.InmemStorage), log: new(syncBuffer),
 			sys: &logical.StaticSystemView{DefaultLeaseTTLVal: 768 * time.Hour, MaxLeaseTTLVal: 768 * time.Hour},
 		},
 		cable: &fakeCable{tokens: make(map[string]*fakeToken), underWay: make(map[string]int)},
 	}
 	lb, err := Factory(t.Context(), &logical.BackendConfig{
 		Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true}),
-		System: testView{m.sys, m.testMount}, StorageView: m.storage, EventsSender: m.events,
+		System: testView{m.sys, m.testMount}, StorageView: m.storage,
 	})
 	if err != nil {
 		t.Fatal(err)

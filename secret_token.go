@@ -18,8 +18,8 @@ import (
 // cableTokenType is the type of this engine's leases.
 const cableTokenType = "cable_token"
 
-// cableToken is the one secret type. It cannot be renewed, because Cable cannot
-// lengthen a token; and its revocation ends only the lease.
+// cableToken is the one secret type. It cannot be renewed, because Cable cannot lengthen a token; and its revocation
+// ends only the lease.
 func (b *backend) cableToken() *framework.Secret {
 	return &framework.Secret{
 		Type:   cableTokenType,
@@ -28,9 +28,8 @@ func (b *backend) cableToken() *framework.Secret {
 	}
 }
 
-// leased is the response to a token request: the token as a secret with a lease. The
-// lease's internal data has role, organization, scopes, expiry and lease end, as
-// strings. It never contains the token.
+// leased is the response to a token request: the token as a secret with a lease. The lease's internal data has role,
+// organization, scopes, expiry and lease end, as strings. It never contains the token.
 func (b *backend) leased(role string, t *outcome.Token) *logical.Response {
 	resp := b.Secret(cableTokenType).Response(map[string]any{
 		"token":             t.Value.Reveal(),
@@ -53,10 +52,9 @@ func (b *backend) leased(role string, t *outcome.Token) *logical.Response {
 	return resp
 }
 
-// revokeToken handles the end of a lease, revoked or expired. Revoke always succeeds:
-// it reads no storage and no configuration and makes no call, because all of these
-// may be gone, and Vault keeps a lease whose revocation fails as irrevocable and
-// refuses to disable its mount.
+// revokeToken handles the end of a lease, revoked or expired. Revoke always succeeds: it reads no storage and no
+// configuration and makes no call, because all of these may be gone, and Vault keeps a lease whose revocation fails as
+// irrevocable and refuses to disable its mount.
 func (b *backend) revokeToken(_ context.Context, r *request) (*logical.Response, error) {
 	var data map[string]any
 	if r.Secret != nil {

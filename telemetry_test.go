@@ -29,7 +29,7 @@ import (
 const undelivered = "token request failed after it was sent; Cable may have issued a token that was not delivered"
 
 // TestOutcomes ends a request for a token in each way that there is, and wants
-// the same word in the log, in metrics, in status and in an event.
+// the same word in the log, in metrics and in status.
 func TestOutcomes(t *testing.T) {
 	t.Parallel()
 	const warn, fail, debug = "warn", "error", "debug"
@@ -38,39 +38,38 @@ func TestOutcomes(t *testing.T) {
 		fault       cabletest.Fault
 		before      func(m *testMount) // besides the fault
 		level, log  string
-		cable       int    // its status
-		event       string // "" for none
+		cable       int // its status
 		undelivered bool
 
 		notCalled bool // Cable
 		noFailure bool
 	}{
-		{outcome: outcome.Minted, noFailure: true, level: debug, log: "token minted", event: "cable/creds-create"},
+		{outcome: outcome.Minted, noFailure: true, level: debug, log: "token minted"},
 		{
 			outcome: outcome.InvalidRequest, notCalled: true, noFailure: true, level: debug, log: "token request refused",
 			before: func(m *testMount) { m.write("roles/ci", map[string]any{"disabled": true}) },
 		},
-		{outcome: outcome.KeyRejected, fault: cabletest.Fault{Status: 401}, level: warn, log: "token request failed", cable: 401, event: "cable/creds-create-fail"},
-		{outcome: outcome.RejectedByCable, fault: cabletest.Fault{Status: 403}, level: warn, log: "token request failed", cable: 403, event: "cable/creds-create-fail"},
-		{outcome: outcome.RateLimited, fault: cabletest.Fault{Status: 429}, level: warn, log: "token request failed", cable: 429, event: "cable/creds-create-fail"},
+		{outcome: outcome.KeyRejected, fault: cabletest.Fault{Status: 401}, level: warn, log: "token request failed", cable: 401},
+		{outcome: outcome.RejectedByCable, fault: cabletest.Fault{Status: 403}, level: warn, log: "token request failed", cable: 403},
+		{outcome: outcome.RateLimited, fault: cabletest.Fault{Status: 429}, level: warn, log: "token request failed", cable: 429},
 		{
-			outcome: outcome.Paused, notCalled: true, fault: cabletest.Fault{Status: 429}, level: debug, log: "token request failed", event: "cable/creds-create-fail",
+			outcome: outcome.Paused, notCalled: true, fault: cabletest.Fault{Status: 429}, level: debug, log: "token request failed",
 			before: func(m *testMount) { m.refused(429, logical.ReadOperation, "creds/ci", nil) },
 		},
-		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 503}, level: warn, log: undelivered, cable: 503, event: "cable/creds-create-fail", undelivered: true},
-		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 500}, level: warn, log: undelivered, cable: 500, event: "cable/creds-create-fail", undelivered: true},
-		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 408}, level: warn, log: undelivered, cable: 408, event: "cable/creds-create-fail", undelivered: true},
-		{outcome: outcome.Unreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: "token request failed", event: "cable/creds-create-fail"},
-		{outcome: outcome.Unreachable, fault: cabletest.Fault{Reset: cabletest.ResetAfter}, level: warn, log: undelivered, event: "cable/creds-create-fail", undelivered: true},
-		{outcome: outcome.TimedOut, fault: cabletest.Fault{Delay: time.Minute}, level: warn, log: undelivered, event: "cable/creds-create-fail", undelivered: true},
-		{outcome: outcome.InvalidResponse, fault: cabletest.Fault{Body: "<html>"}, level: fail, log: "Cable's response was refused and its token dropped", cable: 200, event: "cable/creds-create-fail", undelivered: true},
+		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 503}, level: warn, log: undelivered, cable: 503, undelivered: true},
+		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 500}, level: warn, log: undelivered, cable: 500, undelivered: true},
+		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 408}, level: warn, log: undelivered, cable: 408, undelivered: true},
+		{outcome: outcome.Unreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: "token request failed"},
+		{outcome: outcome.Unreachable, fault: cabletest.Fault{Reset: cabletest.ResetAfter}, level: warn, log: undelivered, undelivered: true},
+		{outcome: outcome.TimedOut, fault: cabletest.Fault{Delay: time.Minute}, level: warn, log: undelivered, undelivered: true},
+		{outcome: outcome.InvalidResponse, fault: cabletest.Fault{Body: "<html>"}, level: fail, log: "Cable's response was refused and its token dropped", cable: 200, undelivered: true},
 		{
 			outcome: outcome.GrantMismatch, fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}},
-			level: fail, log: "Cable's response was refused and its token dropped", cable: 200, event: "cable/grant-mismatch", undelivered: true,
+			level: fail, log: "Cable's response was refused and its token dropped", cable: 200, undelivered: true,
 		},
 		{
 			outcome: outcome.VaultError, notCalled: true, before: func(m *testMount) { m.sys.MaxLeaseTTLVal = 0 },
-			level: fail, log: "token request failed", event: "cable/creds-create-fail",
+			level: fail, log: "token request failed",
 		},
 	} {
 		t.Run(string(tt.outcome), func(t *testing.T) {
@@ -91,7 +90,7 @@ func TestOutcomes(t *testing.T) {
 			if _, err := time.ParseDuration(line["duration"].(string)); err != nil {
 				t.Errorf("duration: %v", err)
 			}
-			if got, _ := line["cable_status"].(float64); tt.event != "cable/creds-create" && int(got) != tt.cable {
+			if got, _ := line["cable_status"].(float64); tt.outcome != outcome.Minted && int(got) != tt.cable {
 				t.Errorf("cable_status in the log: %v, want %d", line["cable_status"], tt.cable)
 			}
 			if _, got := line["undelivered_until"]; got != tt.undelivered {
@@ -133,24 +132,6 @@ func TestOutcomes(t *testing.T) {
 
 			if tt.outcome == outcome.GrantMismatch && (fmt.Sprint(line["granted_scopes"]) != "[everything:write]" || line["granted_organization"] != cabletest.DefaultOrganizationID || line["expires_at"] == nil) {
 				t.Errorf("what was granted, in the log: %v", line)
-			}
-			if tt.event == "" {
-				m.b.Cleanup(t.Context()) // sends what waits
-				for _, e := range m.sentEvents() {
-					if strings.HasPrefix(e["type"], "cable/creds") {
-						t.Errorf("an event: %v", e)
-					}
-				}
-				return
-			}
-			event := m.waitForEvent(tt.event, func(e map[string]string) bool {
-				return tt.event == "cable/creds-create" || e["outcome"] == string(tt.outcome)
-			})
-			if event["path"] != "creds/ci" || event["data_path"] != "roles/ci" || event["operation"] != "read" || event["modified"] != "false" || event["role"] != "ci" {
-				t.Errorf("the event: %v", event)
-			}
-			if _, got := event["undelivered_until"]; got != tt.undelivered {
-				t.Errorf("undelivered_until in the event: %v", event)
 			}
 		})
 	}

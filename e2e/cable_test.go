@@ -30,10 +30,10 @@ import (
 const (
 	cableHost   = "api.cable.tech"            // Cable's own, of the default token_url
 	gatewayHost = "cable-gateway.example.com" // an operator's own, with a root of its own
-	thiefHost   = "tokens.example.net"        // somebody else's
+	thiefHost   = "tokens.example.net"        // a third party's
 )
 
-// standInCable lets the commands of the documents be run as they are, with Cable's default token_url: a proxy leads
+// standInCable lets the commands of the documents be run as they are, with Cable's default token_url. A proxy leads
 // each of the hosts above to the simulator, over TLS.
 type standInCable struct {
 	*cabletest.Simulator
@@ -59,7 +59,9 @@ func newStandInCable(t *testing.T) *standInCable {
 	})
 	var roots []byte
 	addrs := map[string]string{}
-	for host, handler := range map[string]http.Handler{cableHost: c.Simulator, gatewayHost: c.Simulator, thiefHost: thief} {
+	for host, handler := range map[string]http.Handler{
+		cableHost: c.Simulator, gatewayHost: c.Simulator, thiefHost: thief,
+	} {
 		certificate, root := issue(t, host)
 		if host == gatewayHost {
 			c.gatewayCA = string(root)
@@ -67,7 +69,6 @@ func newStandInCable(t *testing.T) *standInCable {
 			roots = append(roots, root...)
 		}
 		srv := httptest.NewUnstartedServer(handler)
-		srv.EnableHTTP2 = true
 		srv.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
 		srv.StartTLS()
 		t.Cleanup(srv.Close)
@@ -91,12 +92,13 @@ func newStandInCable(t *testing.T) *standInCable {
 	return c
 }
 
-// curl writes a curl to a folder that reaches Cable as the plugin does, and returns its path: an operator's own has the
+// curl writes a curl to a folder that reaches Cable as the plugin does, and returns its path. An operator's own has the
 // proxy in the environment.
 func (c *standInCable) curl(t *testing.T) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "curl")
-	script := "#!/bin/sh\nPATH=${PATH#*:} HTTPS_PROXY=" + c.proxyURL + " CURL_CA_BUNDLE=" + c.bundle + " exec curl \"$@\"\n"
+	script := "#!/bin/sh\nPATH=${PATH#*:} HTTPS_PROXY=" + c.proxyURL + " CURL_CA_BUNDLE=" + c.bundle +
+		" exec curl \"$@\"\n"
 	if err := os.WriteFile(file, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}

@@ -15,8 +15,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// newApplication returns a server with the engine at cable/ and the role
-// reports, and a shell for somebody who runs applications there.
+// newApplication returns a server with the engine at cable/ and the role reports,
+// and a shell for its applications.
 func newApplication(t *testing.T) (*shell, *mount) {
 	t.Helper()
 	v := ownServer(t)
@@ -28,8 +28,8 @@ func newApplication(t *testing.T) (*shell, *mount) {
 	return newShell(t, v, nil), m
 }
 
-// TestConsumers: the policies in docs/consumers.md work as they stand, its role
-// shares tokens, and it leads to each example.
+// TestConsumers shows that the policies in docs/consumers.md work as they stand,
+// that its role shares tokens, and that it leads to each example.
 func TestConsumers(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
@@ -69,8 +69,10 @@ func TestConsumers(t *testing.T) {
 	s.run(blocks[1].text)
 	calls := m.sim.CallCount()
 	first, second := m.ok(t, "GET", "cable/creds/reports", nil), m.ok(t, "GET", "cable/creds/reports", nil)
-	if first.token() != second.token() || first.LeaseID == second.LeaseID || first.LeaseDuration < 3500 || m.sim.CallCount() != calls+1 {
-		t.Errorf("two readers: %d API calls, leases of %ds and %ds", m.sim.CallCount()-calls, first.LeaseDuration, second.LeaseDuration)
+	if first.token() != second.token() || first.LeaseID == second.LeaseID || first.LeaseDuration < 3500 ||
+		m.sim.CallCount() != calls+1 {
+		t.Errorf("two readers: %d API calls, leases of %ds and %ds",
+			m.sim.CallCount()-calls, first.LeaseDuration, second.LeaseDuration)
 	}
 	if a := m.ok(t, "GET", "cable/creds/reports?ttl=1h", nil); a.token() == first.token() {
 		t.Error("a read with parameters shares the token")
@@ -87,8 +89,8 @@ func TestConsumers(t *testing.T) {
 	}
 }
 
-// TestAgentWithADisabledRole: one disabled role has Agent mint again for its
-// other roles, each time that it gives up; unless each role has an Agent.
+// TestAgentWithADisabledRole shows that one disabled role has Agent mint again for
+// its other roles, each time that it gives up.
 func TestAgentWithADisabledRole(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
@@ -115,7 +117,9 @@ template {
 }
 `)
 	cmd := s.start(t, "vault", "agent", "-config=agent.hcl")
-	waitFor(t, 50*time.Second, "Agent mints the good role's third token", func() bool { return m.sim.Stats().Minted >= 3 })
+	waitFor(t, 50*time.Second, "Agent mints the good role's third token", func() bool {
+		return m.sim.Stats().Minted >= 3
+	})
 	if s.exists("off") {
 		t.Error("Agent rendered a token of the disabled role")
 	}
@@ -136,28 +140,12 @@ func (s *shell) start(t *testing.T, name string, args ...string) (stop func()) {
 	return runUntilEnd(t, s.dir, env, name, args...)
 }
 
-// TestClientsThatRetry: how often each client sends a request to which the
-// engine responds with 502, as docs/consumers.md says; and that Proxy caches
+// TestClientsThatRetry counts how often each client sends a request to which the
+// engine responds with 502, as docs/consumers.md says, and shows that Proxy caches
 // no token.
 func TestClientsThatRetry(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
-	calls := func(do func()) int {
-		t.Helper()
-		before := m.sim.CallCount()
-		do()
-		return m.sim.CallCount() - before
-	}
-	failing := func(do func()) func() {
-		return func() {
-			m.sim.SetFault(cabletest.Fault{Status: 500})
-			defer m.sim.ClearFaults()
-			do()
-		}
-	}
-	if n := calls(failing(func() { _, _ = s.try("vault read cable/creds/reports") })); n != 1 {
-		t.Errorf("vault read: %d API calls", n)
-	}
 	s.write("token", m.root)
 	proxy := func(settings string, env ...string) (addr string, stop func()) {
 		t.Helper()
@@ -191,70 +179,82 @@ listener "tcp" {
 		})
 		return addr, stop
 	}
-
+	// fails has a client read while Cable responds with a status.
+	fails := func(calls, status int, client, command string) {
+		t.Helper()
+		m.sim.SetFault(cabletest.Fault{Status: status})
+		defer m.sim.ClearFaults()
+		m.costs(t, calls, client, func() { _, _ = s.try(command) })
+	}
+	fails(1, 500, "vault read", "vault read cable/creds/reports")
 	addr, stop := proxy("")
 	read := "VAULT_ADDR=http://" + addr + " VAULT_CLIENT_TIMEOUT=5s vault read cable/creds/reports"
-	if n := calls(func() { s.run(read); s.run(read) }); n != 2 {
-		t.Errorf("two reads through Proxy: %d API calls", n)
-	}
-	m.sim.SetFault(cabletest.Fault{Status: 401})
-	if n := calls(func() { _, _ = s.try(read) }); n != 1 {
-		t.Errorf("a read through Proxy that gets 400: %d API calls", n)
-	}
-	m.sim.ClearFaults()
-	// Proxy continues when its client has left.
-	if n := calls(failing(func() { _, _ = s.try(read) })); n < 2 {
+	m.costs(t, 2, "two reads through Proxy", func() { s.run(read + "; " + read) })
+	fails(1, 401, "a read through Proxy that gets 400", read)
+	// Proxy repeats the request, and continues when its client has left.
+	m.sim.SetFault(cabletest.Fault{Status: 500})
+	before := m.sim.CallCount()
+	_, _ = s.try(read)
+	if n := m.sim.CallCount() - before; n < 2 {
 		t.Errorf("a read through Proxy that fails: %d API calls", n)
 	}
 	stop()
-	for _, tt := range []struct{ settings, env string }{{"", "VAULT_MAX_RETRIES=0"}, {"retry {\n num_retries = -1\n }", "A=b"}} {
+	page := readFile(t, "../docs/consumers.md")
+	for _, tt := range []struct{ settings, env, page string }{
+		{"", "VAULT_MAX_RETRIES=0", "VAULT_MAX_RETRIES=0"},
+		{"retry {\n num_retries = -1\n }", "A=b", "retry { num_retries = -1 }"},
+	} {
 		addr, stop := proxy(tt.settings, tt.env)
-		if n := calls(failing(func() { _, _ = s.try("VAULT_ADDR=http://" + addr + " vault read cable/creds/reports") })); n != 1 {
-			t.Errorf("a read through Proxy with %s %s: %d API calls", tt.settings, tt.env, n)
-		}
+		fails(1, 500, "Proxy with "+tt.page, "VAULT_ADDR=http://"+addr+" vault read cable/creds/reports")
 		stop()
-	}
-	if text := readFile(t, "../docs/consumers.md"); !strings.Contains(text, "VAULT_MAX_RETRIES=0") || !strings.Contains(text, "retry { num_retries = -1 }") {
-		t.Error("the page has other remedies")
+		if !strings.Contains(page, tt.page) {
+			t.Errorf("the page does not name %s", tt.page)
+		}
 	}
 }
 
-// TestReadersTokens: what docs/consumers.md says of the Vault tokens of
-// applications: batch tokens bound the lease, a last use discards the token.
+// TestReadersTokens shows how the Vault tokens of applications bound the lease, as
+// docs/consumers.md says.
 func TestReadersTokens(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
-	m.ok(t, "PUT", "sys/policies/acl/reader", map[string]any{"policy": `path "cable/creds/*" { capabilities = ["read"] }`})
-	read := func(token map[string]any) *answer {
-		t.Helper()
-		token["policies"] = []string{"reader"}
-		a, err := m.call(request{method: "GET", path: "cable/creds/reports", token: m.ok(t, "POST", "auth/token/create", token).Auth.ClientToken})
+	m.ok(t, "PUT", "sys/policies/acl/reader", map[string]any{
+		"policy": `path "cable/creds/*" { capabilities = ["read"] }`,
+	})
+	for _, tt := range []struct {
+		name   string
+		token  map[string]any
+		status int
+		lease  int64 // at most, and nearly
+	}{
+		{"a batch token of 60s", map[string]any{"type": "batch", "ttl": "60s"}, 200, 60},
+		{"a batch token of the role's ttl", map[string]any{"type": "batch", "ttl": "15m"}, 200, 900},
+		{"the last use of a token", map[string]any{"num_uses": 1}, 400, 0},
+		{"two uses", map[string]any{"num_uses": 2}, 200, 900},
+	} {
+		tt.token["policies"] = []string{"reader"}
+		token := m.ok(t, "POST", "auth/token/create", tt.token).Auth.ClientToken
+		minted := m.sim.Stats().Minted
+		a, err := m.call(request{method: "GET", path: "cable/creds/reports", token: token})
 		if err != nil {
 			t.Fatal(err)
 		}
-		return a
+		if a.status != tt.status || a.LeaseDuration > tt.lease || a.LeaseDuration < tt.lease-10 ||
+			m.sim.Stats().Minted != minted+1 {
+			t.Errorf("with %s: a lease of %ds: %s", tt.name, a.LeaseDuration, a)
+		}
+		if left := time.Until(time.Unix(a.number("expiry"), 0)); a.status == 200 && left < 10*time.Minute {
+			t.Errorf("with %s: a token of %s", tt.name, left)
+		}
 	}
-	a := read(map[string]any{"type": "batch", "ttl": "60s"})
-	if left := time.Until(time.Unix(a.number("expiry"), 0)); a.status != 200 || a.LeaseDuration > 60 || left < 10*time.Minute {
-		t.Errorf("for a batch token of 60s: a lease of %ds, a token of %s", a.LeaseDuration, left)
-	}
-	if a := read(map[string]any{"type": "batch", "ttl": "15m"}); a.LeaseDuration < 890 {
-		t.Errorf("for a batch token of the role's ttl: a lease of %ds", a.LeaseDuration)
-	}
-	minted := m.sim.Stats().Minted
-	if a := read(map[string]any{"num_uses": 1}); a.status != 400 || m.sim.Stats().Minted != minted+1 {
-		t.Errorf("with the last use of a token: %s, and %d tokens minted", a, m.sim.Stats().Minted-minted)
-	}
-	if a := read(map[string]any{"num_uses": 2}); a.status != 200 {
-		t.Errorf("with two uses: %s", a)
-	}
-	if out := s.run("vault unwrap $(vault read -wrap-ttl=60s -field=wrapping_token cable/creds/reports)"); !strings.Contains(out, "expires_at") {
-		t.Errorf("the wrapped token:\n%s", out)
+	wrapped := s.run("vault unwrap $(vault read -wrap-ttl=60s -field=wrapping_token cable/creds/reports)")
+	if !strings.Contains(wrapped, "expires_at") {
+		t.Errorf("the wrapped token:\n%s", wrapped)
 	}
 }
 
-// TestReferencePage runs the commands that docs/reference.md has in its text:
-// what a read returns can be written back, and lists go page by page.
+// TestReferencePage runs the commands in the text of docs/reference.md. The response
+// to a read can be written back, and lists go page by page.
 func TestReferencePage(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
@@ -265,7 +265,8 @@ func TestReferencePage(t *testing.T) {
 	if err := os.Symlink(jq, s.place(".bin/jq")); err != nil {
 		t.Fatal(err)
 	}
-	command := regexp.MustCompile("`(vault read -format=json cable/roles/reports [^`]+)`").FindStringSubmatch(readFile(t, "../docs/reference.md"))
+	page := readFile(t, "../docs/reference.md")
+	command := regexp.MustCompile("`(vault read -format=json cable/roles/reports [^`]+)`").FindStringSubmatch(page)
 	if command == nil {
 		t.Fatal("the page has no command that writes back what a read returned")
 	}

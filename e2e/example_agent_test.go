@@ -17,48 +17,76 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// smallest: the policy in file gives what the consumer needs, and nothing else; and without
-// each of its paths it fails. needed are requests by their path.
+// smallest shows that the policy in a file permits the needed requests of a
+// consumer, which it has by their path, and nothing else, and that they fail without
+// each of its paths.
 func (m *mount) smallest(t *testing.T, file string, needed map[string]request, refused []request) {
 	t.Helper()
 	policy := readFile(t, file)
-	check := func(name, text string) {
-		t.Helper()
-		for path, r := range needed {
-			m.ok(t, "PUT", "sys/policies/acl/"+name, map[string]any{"policy": text})
-			r.token = m.ok(t, "POST", "auth/token/create", map[string]any{"policies": []string{name}, "no_default_policy": true}).Auth.ClientToken
-			a, err := m.call(r)
-			if err != nil || (a.status == 403) == strings.Contains(text, `"`+path+`"`) {
-				t.Errorf("%s %s under %s: %v %v", r.method, r.path, text, a, err)
-			}
-		}
+	tokenWith := func(text string) string {
+		m.ok(t, "PUT", "sys/policies/acl/smallest", map[string]any{"policy": text})
+		return m.ok(t, "POST", "auth/token/create", map[string]any{
+			"policies": []string{"smallest"}, "no_default_policy": true,
+		}).Auth.ClientToken
 	}
-	check("whole", policy)
+	status := func(r request, token string) int {
+		t.Helper()
+		r.token = token
+		a, err := m.call(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a.status
+	}
 	for path := range needed {
 		without := regexp.MustCompile(`(?ms)^path "`+path+`" \{.*?^\}`).ReplaceAllString(policy, "")
 		if without == policy {
-			t.Errorf("the policy does not name %s", path)
+			t.Errorf("%s does not name %s", file, path)
 		}
-		check("part", without)
+		if got := status(needed[path], tokenWith(without)); got != 403 {
+			t.Errorf("%s without %s: HTTP %d", file, path, got)
+		}
 	}
-	token := m.ok(t, "POST", "auth/token/create", map[string]any{"policies": []string{"whole"}, "no_default_policy": true}).Auth.ClientToken
+	token := tokenWith(policy)
 	for _, r := range refused {
-		r.token = token
-		if a, err := m.call(r); err != nil || a.status != 403 {
-			t.Errorf("%s %s %v under the policy: %v %v, want 403", r.method, r.path, r.body, a, err)
+		if got := status(r, token); got != 403 {
+			t.Errorf("%s %s %v under %s: HTTP %d, want 403", r.method, r.path, r.body, file, got)
+		}
+	}
+	for path, r := range needed { // last, because one may revoke the token
+		if got := status(r, tokenWith(policy)); got/100 != 2 {
+			t.Errorf("%s under %s: HTTP %d", path, file, got)
 		}
 	}
 }
 
-// newExample returns a server with the role reports, and a shell in a copy of an
-// example's folder, for somebody who follows its page.
+// costs fails the test unless do makes this number of API calls.
+func (m *mount) costs(t *testing.T, want int, of string, do func()) {
+	t.Helper()
+	before := m.sim.CallCount()
+	do()
+	if n := m.sim.CallCount() - before; n != want {
+		t.Errorf("%s: %d API calls, want %d", of, n, want)
+	}
+}
+
+// requested fails the test unless the last API call requested this lifetime.
+func (m *mount) requested(t *testing.T, seconds int64) {
+	t.Helper()
+	if calls := m.sim.Calls(); calls[len(calls)-1].ExpirySeconds != seconds {
+		t.Errorf("%ds were requested, want %ds", calls[len(calls)-1].ExpirySeconds, seconds)
+	}
+}
+
+// newExample returns a server with the role reports, and a shell that follows an
+// example's page in a copy of its folder.
 func newExample(t *testing.T, name string) (*shell, *mount) {
 	t.Helper()
 	s, m := newApplication(t)
 	if err := os.CopyFS(s.dir, os.DirFS(filepath.Join("../examples", name))); err != nil {
 		t.Fatal(err)
 	}
-	// What runs on another machine does not have the operator's token.
+	// An Agent runs on another machine, without the operator's token.
 	s.edit = strings.NewReplacer("vault agent", "env -u VAULT_TOKEN vault agent")
 	return s, m
 }
@@ -75,29 +103,29 @@ func (s *shell) change(file string, oldnew ...string) {
 	s.write(file, strings.NewReplacer(oldnew...).Replace(text))
 }
 
-// oneRead is what a consumer needs that only reads, and what its policy must not
-// give.
+// oneRead is smallest for a consumer that only reads.
 func (m *mount) oneRead(t *testing.T, name string) {
 	t.Helper()
 	m.smallest(t, filepath.Join("../examples", name, "policy.hcl"), map[string]request{
 		"cable/creds/reports": {method: "GET", path: "cable/creds/reports"},
 	}, []request{
 		{method: "PUT", path: "cable/creds/reports", body: map[string]any{"ttl": "10m"}},
-		{method: "GET", path: "cable/creds/app"},
+		{method: "GET", path: "cable/creds/other"},
 		{method: "GET", path: "cable/roles/reports"},
 		{method: "GET", path: "cable/config"},
 		{method: "GET", path: "cable/status"},
 	})
 }
 
-// rendered checks the file that an Agent has written: only its user may read it.
+// rendered checks the file that an Agent has written, which only its user may read.
 func (s *shell) rendered(pattern string) {
 	s.t.Helper()
 	info, err := os.Stat(s.place("app.env"))
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if text := readFile(s.t, s.place("app.env")); info.Mode() != 0o600 || !regexp.MustCompile(pattern).MatchString(text) {
+	text := readFile(s.t, s.place("app.env"))
+	if info.Mode() != 0o600 || !regexp.MustCompile(pattern).MatchString(text) {
 		s.t.Errorf("app.env has the mode %v and %d bytes that do not match %s", info.Mode(), len(text), pattern)
 	}
 }
@@ -109,38 +137,36 @@ const soon = "0.01"
 // failsFast has an Agent give up after its second attempt instead of its 13th.
 const failsFast = "\nvault {\n  retry {\n    num_retries = 1\n  }\n}\n"
 
-// fileText is what file.hcl writes.
+// fileText matches the file that Agent writes with file.hcl.
 const fileText = `^CABLE_TOKEN=eyJ\S+\nCABLE_TOKEN_EXPIRES_AT=2\S+Z\nCABLE_SCOPE="person:read transactions:read"\n$`
 
 // TestExampleVaultAgent follows the page of examples/vault-agent, with an Agent
-// that exits and one that keeps a file up to date, and shows what each setting
-// of the files is for.
+// that exits and one that keeps a file up to date, and shows the use of each
+// setting of the files.
 func TestExampleVaultAgent(t *testing.T) {
 	t.Parallel()
 	s, m := newExample(t, "vault-agent")
 	m.ok(t, "POST", "cable/roles/reports", map[string]any{"ttl": "300s"})
-	calls := m.sim.CallCount()
-	s.runPage("examples/vault-agent/README.md", map[string]step{
-		"Set up/1": {},
-		"Run/1": {after: func(string) {
-			s.rendered(`^CABLE_TOKEN=eyJ\S+\n$`)
-			if s.exists("secret-id") {
-				t.Error("the SecretID is left")
-			}
-		}},
+	m.costs(t, 1, "an init container", func() {
+		s.runPage("examples/vault-agent/README.md", map[string]step{
+			"Set up/1": {},
+			"Run/1": {after: func(string) {
+				s.rendered(`^CABLE_TOKEN=eyJ\S+\n$`)
+				if s.exists("secret-id") {
+					t.Error("the SecretID is left")
+				}
+			}},
+		})
 	})
-	if n := m.sim.CallCount() - calls; n != 1 {
-		t.Errorf("an init container cost %d API calls", n)
-	}
 	m.oneRead(t, "vault-agent")
 
 	newSecretID := "vault write -f -field=secret_id auth/approle/role/reports/secret-id > secret-id"
 	s.run(newSecretID)
-	once := strings.NewReplacer("auto_auth {", "exit_after_auth = true\nauto_auth {")
-	agent := func(name, text string) (string, error) {
+	// once runs an Agent that exits when it has written its file.
+	once := func(text string) (string, error) {
 		t.Helper()
-		s.write(name, text)
-		return s.try("rm -f app.env; timeout 50 vault agent -config=" + name)
+		s.write("once.hcl", "exit_after_auth = true\n"+text)
+		return s.try("rm -f app.env; timeout 50 vault agent -config=login.hcl -config=once.hcl")
 	}
 	file := readFile(t, s.place("file.hcl"))
 
@@ -148,12 +174,14 @@ func TestExampleVaultAgent(t *testing.T) {
 	if lacks(vaulttest.RenewalThreshold) == "" {
 		s.run("rm app.env")
 		s.write("soon.hcl", strings.Replace(file, "0.75", soon, 1))
-		calls = m.sim.CallCount()
-		stop := s.start(t, "vault", "agent", "-config=soon.hcl")
+		calls := m.sim.CallCount()
+		stop := s.start(t, "vault", "agent", "-config=login.hcl", "-config=soon.hcl")
 		waitFor(t, 30*time.Second, "Agent writes the file", func() bool { return s.exists("app.env") })
 		s.rendered(fileText)
 		first := readFile(t, s.place("app.env"))
-		waitFor(t, 50*time.Second, "Agent writes the next token", func() bool { return readFile(t, s.place("app.env")) != first })
+		waitFor(t, 50*time.Second, "Agent writes the next token", func() bool {
+			return readFile(t, s.place("app.env")) != first
+		})
 		s.rendered(fileText)
 		stop()
 		if n := m.sim.CallCount() - calls; n < 2 || n > 4 {
@@ -164,25 +192,26 @@ func TestExampleVaultAgent(t *testing.T) {
 		t.Error("an Agent that may start again has removed the SecretID")
 	}
 
-	// Without perms, everybody on the host can read the token.
-	if out, err := agent("open.hcl", once.Replace(strings.Replace(file, `perms                = "0600"`, "", 1))); err != nil {
+	// Without perms, each user of the host can read the token.
+	if out, err := once(strings.Replace(file, `perms                = "0600"`, "", 1)); err != nil {
 		t.Errorf("without perms: %v\n%s", err, out)
 	} else if info, err := os.Stat(s.place("app.env")); err != nil || info.Mode()&0o044 == 0 {
 		t.Errorf("without perms: %v, %v", info.Mode(), err)
 	}
-	// A name that the secret does not have: Agent writes nothing, or a file that
+	// Of a name that the secret does not have, Agent writes nothing, or a file that
 	// looks well.
 	misspelled := strings.Replace(file, ".Data.token", ".Data.tokn", 1)
-	if out, err := agent("misspelled.hcl", once.Replace(misspelled)); err == nil || s.exists("app.env") || !strings.Contains(out, "tokn") {
+	out, err := once(misspelled)
+	if err == nil || s.exists("app.env") || !strings.Contains(out, "tokn") {
 		t.Errorf("with a misspelled field: %v\n%s", err, out)
 	}
-	if out, err := agent("misspelled.hcl", once.Replace(strings.Replace(misspelled, "error_on_missing_key = true", "", 1))); err != nil ||
-		!strings.HasPrefix(readFile(t, s.place("app.env")), "CABLE_TOKEN=<no value>") {
+	out, err = once(strings.Replace(misspelled, "error_on_missing_key = true", "", 1))
+	if err != nil || !strings.HasPrefix(readFile(t, s.place("app.env")), "CABLE_TOKEN=<no value>") {
 		t.Errorf("with a misspelled field and without error_on_missing_key: %v\n%s", err, out)
 	}
-	// Lists: sprig_join, not join.
+	// A list takes sprig_join, not join.
 	joined := func(function string) error {
-		_, err := agent("join.hcl", once.Replace(strings.Replace(file, ".Data.scope ", `.Data.scopes | `+function+` "," `, 1)))
+		_, err := once(strings.Replace(file, ".Data.scope ", `.Data.scopes | `+function+` "," `, 1))
 		return err
 	}
 	if err := joined("sprig_join"); err != nil {
@@ -194,11 +223,14 @@ func TestExampleVaultAgent(t *testing.T) {
 		t.Error("join takes the list")
 	}
 	// Parameters are an update.
-	if _, err := agent("ttl.hcl", once.Replace(strings.Replace(file, `"cable/creds/reports"`, `"cable/creds/reports" "ttl=5m"`, 1))); err == nil {
+	short := strings.Replace(file, `"cable/creds/reports"`, `"cable/creds/reports" "ttl=5m"`, 1)
+	if _, err := once(short); err == nil {
 		t.Error("a template with parameters needs no update")
 	}
-	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{"policy": `path "cable/creds/reports" { capabilities = ["update"] }`})
-	if out, err := agent("ttl.hcl", once.Replace(strings.Replace(file, `"cable/creds/reports"`, `"cable/creds/reports" "ttl=5m"`, 1))); err != nil {
+	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{
+		"policy": `path "cable/creds/reports" { capabilities = ["update"] }`,
+	})
+	if out, err := once(short); err != nil {
 		t.Errorf("a template with parameters: %v\n%s", err, out)
 	}
 	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{"policy": readFile(t, s.place("policy.hcl"))})
@@ -206,7 +238,8 @@ func TestExampleVaultAgent(t *testing.T) {
 	s.write("app.env", "the last token")
 	m.sim.SetFault(cabletest.Fault{Status: 500})
 	s.write("down.hcl", failsFast+file)
-	if out, err := s.try("timeout 50 vault agent -config=down.hcl"); err == nil || !strings.Contains(err.Error(), "exit status 1") || !strings.Contains(out, "Cable responded 500") {
+	out, err = s.try("timeout 50 vault agent -config=login.hcl -config=down.hcl")
+	if err == nil || !strings.Contains(err.Error(), "exit status 1") || !strings.Contains(out, "responded 500") {
 		t.Errorf("while Cable is down, Agent ends with %v:\n%s", err, out)
 	}
 	if got := readFile(t, s.place("app.env")); got != "the last token" {
@@ -215,7 +248,7 @@ func TestExampleVaultAgent(t *testing.T) {
 }
 
 // TestExampleVaultAgentSupervisor runs the application of examples/vault-agent
-// under Agent: it starts again with each new token, and goes on while Cable is
+// under Agent. It starts again with each new token, and runs on while Cable is
 // down, if Agent may.
 func TestExampleVaultAgentSupervisor(t *testing.T) {
 	t.Parallel()
@@ -239,14 +272,16 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	if lacks(vaulttest.RenewalThreshold) == "" {
 		s.change("supervisor.hcl", "0.75", soon)
 		calls := m.sim.CallCount()
-		stop := s.start(t, "vault", "agent", "-config=supervisor.hcl")
+		stop := s.start(t, "vault", "agent", "-config=login.hcl", "-config=supervisor.hcl")
 		waitFor(t, time.Minute, "the application starts again", func() bool { return starts() >= 2 })
 		stop()
-		// Two variables of one path: one read for both.
+		// Two variables of one path take one read.
 		if n := m.sim.CallCount() - calls; n > starts()+1 {
 			t.Errorf("%d starts cost %d API calls", starts(), n)
 		}
-		if log := readFile(t, s.place("app.log")); !regexp.MustCompile(`(?m)^started with a token of \d{2,} characters, valid until 2\S+Z$`).MatchString(log) {
+		log := readFile(t, s.place("app.log"))
+		started := regexp.MustCompile(`(?m)^started with a token of \d{2,} characters, valid until 2\S+Z$`)
+		if !started.MatchString(log) {
 			t.Errorf("the application's log:\n%s", log)
 		}
 		waitFor(t, 10*time.Second, "the application ends with Agent", func() bool { return !alive() })
@@ -256,14 +291,16 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 		t.Skip("an outage while the application runs: ", reason)
 	}
 
-	// While Cable is down, the application goes on.
+	// While Cable is down, the application runs on.
 	s.write("supervisor.hcl", failsFast+readFile(t, s.place("supervisor.hcl")))
 	before := starts()
-	stop := s.start(t, "vault", "agent", "-config=supervisor.hcl")
+	stop := s.start(t, "vault", "agent", "-config=login.hcl", "-config=supervisor.hcl")
 	waitFor(t, 30*time.Second, "the application starts", func() bool { return starts() > before && alive() })
 	m.sim.SetFault(cabletest.Fault{Status: 500})
 	calls := m.sim.CallCount()
-	waitFor(t, 50*time.Second, "Agent gives up and tries again", func() bool { return m.sim.CallCount()-calls >= 7 })
+	waitFor(t, 50*time.Second, "Agent gives up and tries again", func() bool {
+		return m.sim.CallCount()-calls >= 7
+	})
 	if !alive() {
 		t.Error("while Cable is down, the application ends")
 	}
@@ -276,7 +313,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	before = starts()
 	exited := make(chan error, 1)
 	go func() {
-		_, err := s.try("timeout 50 vault agent -config=supervisor.hcl > agent.log 2>&1")
+		_, err := s.try("timeout 50 vault agent -config=login.hcl -config=supervisor.hcl > agent.log 2>&1")
 		exited <- err
 	}()
 	waitFor(t, 30*time.Second, "the application starts", func() bool { return starts() > before && alive() })
@@ -286,7 +323,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	}
 }
 
-// TestExampleVaultProxy follows the page of examples/vault-proxy: each request
+// TestExampleVaultProxy follows the page of examples/vault-proxy. Each request
 // through Proxy is a read, and is sent once.
 func TestExampleVaultProxy(t *testing.T) {
 	t.Parallel()
@@ -294,44 +331,39 @@ func TestExampleVaultProxy(t *testing.T) {
 	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	s.change("proxy.hcl", "127.0.0.1:8100", addr)
 	s.edit = strings.NewReplacer("127.0.0.1:8100", addr)
-	calls := m.sim.CallCount()
-	s.runPage("examples/vault-proxy/README.md", map[string]step{
-		"Set up/1": {},
-		"Run/2": {
-			before: func() {
-				s.start(t, "vault", "proxy", "-config=proxy.hcl")
-				waitFor(t, 30*time.Second, "Proxy forwards", func() bool {
-					_, err := s.try("curl -sf -H 'X-Vault-Request: true' http://" + addr + "/v1/sys/health")
-					return err == nil
-				})
+	m.costs(t, 1, "one request through Proxy", func() {
+		s.runPage("examples/vault-proxy/README.md", map[string]step{
+			"Set up/1": {},
+			"Run/2": {
+				before: func() {
+					s.start(t, "vault", "proxy", "-config=proxy.hcl")
+					waitFor(t, 30*time.Second, "Proxy forwards", func() bool {
+						_, err := s.try("curl -sf -H 'X-Vault-Request: true' http://" + addr + "/v1/sys/health")
+						return err == nil
+					})
+				},
+				want: []string{`"token":"eyJ`},
 			},
-			want: []string{`"token":"eyJ`},
-		},
+		})
 	})
-	if n := m.sim.CallCount() - calls; n != 1 {
-		t.Errorf("one request through Proxy: %d API calls", n)
+	const header = "-H 'X-Vault-Request: true'"
+	read := "curl -s -o out -w '%{http_code}' " + header + " http://" + addr + "/v1/cable/creds/reports"
+	responds := func(calls int, status, command string) {
+		t.Helper()
+		m.costs(t, calls, status, func() {
+			if out := s.run(command); out != status {
+				t.Errorf("%s: HTTP %s, want %s", command, out, status)
+			}
+		})
 	}
-	read := "curl -s -o out -w '%{http_code}' -H 'X-Vault-Request: true' http://" + addr + "/v1/cable/creds/reports"
-	s.run(read)
-	if n := m.sim.CallCount() - calls; n != 2 {
-		t.Errorf("two requests through Proxy: %d API calls", n)
-	}
-	// A page in a browser cannot send the header.
-	if out := s.run(strings.Replace(read, "-H 'X-Vault-Request: true'", "", 1)); out != "412" || m.sim.CallCount() != calls+2 {
-		t.Errorf("without the header: HTTP %s", out)
-	}
+	responds(1, "200", read)
+	responds(0, "412", strings.Replace(read, header, "", 1)) // as a page in a browser sends it
 	m.sim.SetFault(cabletest.Fault{Status: 500})
-	if out := s.run(read); out != "502" || m.sim.CallCount() != calls+3 {
-		t.Errorf("while Cable is down: HTTP %s, %d API calls", out, m.sim.CallCount()-calls-2)
-	}
+	responds(1, "502", read)
 	m.sim.ClearFaults()
 	m.ok(t, "POST", "cable/roles/reports", map[string]any{"ttl": "1h", "reuse_for": "5m"})
-	for range 3 {
-		s.run(read)
-	}
-	if n := m.sim.CallCount() - calls; n != 4 {
-		t.Errorf("three requests with reuse_for: %d API calls", n-3)
-	}
+	responds(1, "200", read)
+	responds(0, "200", read)
 	m.oneRead(t, "vault-proxy")
 }
 

@@ -27,7 +27,7 @@ import (
 )
 
 // The pipelines of examples/ log in to the real Vault with tokens of an issuer
-// that the tests run: it signs the claims that the providers document.
+// that the tests run, which signs the claims that the providers document.
 
 // issuer signs identity tokens, as a provider of pipelines does.
 type issuer struct {
@@ -51,11 +51,15 @@ func newIssuer(t *testing.T) *issuer {
 		})
 	}
 	respond("/.well-known/openid-configuration", func() any {
-		return map[string]any{"issuer": s.url, "jwks_uri": s.url + "/keys", "id_token_signing_alg_values_supported": []string{"RS256"}}
+		return map[string]any{
+			"issuer": s.url, "jwks_uri": s.url + "/keys",
+			"id_token_signing_alg_values_supported": []string{"RS256"},
+		}
 	})
 	respond("/keys", func() any {
 		return map[string]any{"keys": []any{map[string]any{
-			"kty": "RSA", "use": "sig", "alg": "RS256", "kid": "1", "n": encode(key.N.Bytes()), "e": encode(big.NewInt(int64(key.E)).Bytes()),
+			"kty": "RSA", "use": "sig", "alg": "RS256", "kid": "1",
+			"n": encode(key.N.Bytes()), "e": encode(big.NewInt(int64(key.E)).Bytes()),
 		}}}
 	})
 	server := httptest.NewServer(mux)
@@ -118,7 +122,7 @@ func (p *pipeline) parse(name string, into any) {
 	}
 }
 
-// refusals: each claim that the role names keeps another job out.
+// refusals shows that each claim that the role names keeps another job out.
 func (p *pipeline) refusals(login string, others map[string]any) {
 	p.t.Helper()
 	var role struct {
@@ -127,27 +131,26 @@ func (p *pipeline) refusals(login string, others map[string]any) {
 	if err := json.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, "role.json"))), &role); err != nil {
 		p.t.Fatal(err)
 	}
-	for claim := range role.Bound {
-		if others[claim] == nil {
-			p.t.Errorf("no test of the bound claim %s", claim)
-		}
-	}
-	calls := p.m.sim.CallCount()
-	for claim, value := range others {
-		a, err := p.m.call(request{method: "POST", path: login, body: map[string]any{"role": "ci", "jwt": p.issuer.sign(p.t, p.claims, map[string]any{claim: value})}})
+	refused := func(why, jwt string) {
+		p.t.Helper()
+		a, err := p.m.call(request{method: "POST", path: login, body: map[string]any{"role": "ci", "jwt": jwt}})
 		if err != nil || a.status != 400 && a.status != 403 {
-			p.t.Errorf("a job with %s=%v: %v %v", claim, value, a, err)
-		} else {
-			p.t.Logf("%s=%v: %s", claim, value, a)
+			p.t.Errorf("a job with %s: %v %v", why, a, err)
 		}
 	}
-	forged := newIssuer(p.t).sign(p.t, p.claims, map[string]any{"iss": p.issuer.url})
-	if a, err := p.m.call(request{method: "POST", path: login, body: map[string]any{"role": "ci", "jwt": forged}}); err != nil || a.status < 400 {
-		p.t.Errorf("a token that another key signed: %v %v", a, err)
-	}
-	if n := p.m.sim.CallCount() - calls; n != 0 {
-		p.t.Errorf("jobs that may not log in cost %d API calls", n)
-	}
+	p.m.costs(p.t, 0, "jobs that may not log in", func() {
+		for claim := range role.Bound {
+			if others[claim] == nil {
+				p.t.Errorf("no test of the bound claim %s", claim)
+			}
+		}
+		others["exp"] = time.Now().Add(-time.Hour).Unix()
+		for claim, value := range others {
+			refused(fmt.Sprintf("%s=%v", claim, value), p.issuer.sign(p.t, p.claims, map[string]any{claim: value}))
+		}
+		forged := newIssuer(p.t).sign(p.t, p.claims, map[string]any{"iss": p.issuer.url})
+		refused("a token that another key signed", forged)
+	})
 }
 
 // ended reports whether a Vault token has been revoked.
@@ -162,9 +165,11 @@ func (p *pipeline) ended(token string) bool {
 func TestExampleGitHubActions(t *testing.T) {
 	t.Parallel()
 	p := newPipeline(t, "github-actions", "https://token.actions.githubusercontent.com", map[string]any{
-		"sub": "repo:example/reports:environment:production", "aud": "https://vault.example.com", "repository": "example/reports",
-		"repository_id": "123456789", "repository_owner": "example", "ref": "refs/heads/main", "ref_type": "branch", "environment": "production",
-		"event_name": "push", "job_workflow_ref": "example/reports/.github/workflows/report.yml@refs/heads/main", "runner_environment": "github-hosted",
+		"sub": "repo:example/reports:environment:production", "aud": "https://vault.example.com",
+		"repository": "example/reports", "repository_id": "123456789", "repository_owner": "example",
+		"ref": "refs/heads/main", "ref_type": "branch", "environment": "production", "event_name": "push",
+		"job_workflow_ref":   "example/reports/.github/workflows/report.yml@refs/heads/main",
+		"runner_environment": "github-hosted",
 	})
 	m := p.m
 	var workflow struct {
@@ -180,16 +185,18 @@ func TestExampleGitHubActions(t *testing.T) {
 	}
 	p.parse("report.yml", &workflow)
 	job := workflow.Jobs["report"]
-	if fmt.Sprint(workflow.Permissions) != "map[id-token:write]" || job.Environment != "production" || len(job.Steps) != 3 {
+	if fmt.Sprint(workflow.Permissions) != "map[id-token:write]" || job.Environment != "production" ||
+		len(job.Steps) != 3 {
 		t.Fatalf("the workflow is %+v", workflow)
 	}
 	with := job.Steps[0].With
-	if !regexp.MustCompile(`^hashicorp/vault-action@[0-9a-f]{40}$`).MatchString(job.Steps[0].Uses) || with["method"] != "jwt" ||
-		with["url"] != "${{ env.VAULT_ADDR }}" || with["exportEnv"] != "false" || with["exportToken"] != "" || with["outputToken"] != "true" {
+	if !regexp.MustCompile(`^hashicorp/vault-action@[0-9a-f]{40}$`).MatchString(job.Steps[0].Uses) ||
+		with["method"] != "jwt" || with["url"] != "${{ env.VAULT_ADDR }}" ||
+		with["exportEnv"] != "false" || with["exportToken"] != "" || with["outputToken"] != "true" {
 		t.Fatalf("the first step is %+v", job.Steps[0])
 	}
 
-	// The action: a login, then one GET for each path, with its query.
+	// The action logs in, then sends one GET for each path, with its query.
 	login := "auth/" + with["path"] + "/login"
 	act := func() (outputs map[string]string) {
 		t.Helper()
@@ -214,11 +221,9 @@ func TestExampleGitHubActions(t *testing.T) {
 		}
 		return outputs
 	}
-	calls := m.sim.CallCount()
-	outputs := act()
-	if last := m.sim.Calls()[m.sim.CallCount()-1]; m.sim.CallCount() != calls+1 || last.ExpirySeconds != 600 {
-		t.Errorf("the action made %d API calls, the last for %ds", m.sim.CallCount()-calls, last.ExpirySeconds)
-	}
+	var outputs map[string]string
+	m.costs(t, 1, "the action", func() { outputs = act() })
+	m.requested(t, 600)
 	if !strings.HasPrefix(outputs["CABLE_TOKEN"], "eyJ") || p.ended(outputs["vault_token"]) {
 		t.Errorf("the outputs have a token of %d characters", len(outputs["CABLE_TOKEN"]))
 	}
@@ -239,7 +244,8 @@ func TestExampleGitHubActions(t *testing.T) {
 		if secret := findSecret(out, false); secret != "" {
 			t.Errorf("%s prints %s", step.Name, secret)
 		}
-		if strings.Contains(step.Run, "CABLE_TOKEN") && !regexp.MustCompile(`^a Cable token of \d{2,} characters, valid until 2\S+Z\n$`).MatchString(out) {
+		want := regexp.MustCompile(`^a Cable token of \d{2,} characters, valid until 2\S+Z\n$`)
+		if strings.Contains(step.Run, "CABLE_TOKEN") && !want.MatchString(out) {
 			t.Errorf("%s prints %q", step.Name, out)
 		}
 	}
@@ -248,8 +254,8 @@ func TestExampleGitHubActions(t *testing.T) {
 	}
 
 	p.refusals(login, map[string]any{
-		"repository": "example/other", "repository_id": "987654321", "ref": "refs/heads/feature", "environment": "test", "aud": "https://github.com/example",
-		"exp": time.Now().Add(-time.Hour).Unix(),
+		"repository": "example/other", "repository_id": "987654321", "ref": "refs/heads/feature",
+		"environment": "test", "aud": "https://github.com/example",
 	})
 	m.smallest(t, filepath.Join(p.files, "policy.hcl"), map[string]request{
 		"cable/creds/ci":         {method: "GET", path: "cable/creds/ci?ttl=10m"},
@@ -264,13 +270,14 @@ func TestExampleGitHubActions(t *testing.T) {
 	})
 }
 
-// TestExampleGitLab runs the job's commands: script in one shell, after_script
-// in another, as a runner does.
+// TestExampleGitLab runs the job's commands as a runner does, script in one shell
+// and after_script in another.
 func TestExampleGitLab(t *testing.T) {
 	t.Parallel()
 	p := newPipeline(t, "gitlab", "https://gitlab.com", map[string]any{
-		"sub": "project_path:example/reports:ref_type:branch:ref:main", "aud": "https://vault.example.com", "namespace_id": "42", "namespace_path": "example",
-		"project_id": "4242", "project_path": "example/reports", "user_login": "somebody", "pipeline_source": "push", "ref": "main", "ref_type": "branch",
+		"sub": "project_path:example/reports:ref_type:branch:ref:main", "aud": "https://vault.example.com",
+		"namespace_id": "42", "namespace_path": "example", "project_id": "4242", "project_path": "example/reports",
+		"user_login": "someone", "pipeline_source": "push", "ref": "main", "ref_type": "branch",
 		"ref_path": "refs/heads/main", "ref_protected": "true",
 	})
 	m := p.m
@@ -289,36 +296,38 @@ func TestExampleGitLab(t *testing.T) {
 	for name, token := range job.IDTokens {
 		p.env = append(p.env, "VAULT_TOKEN=", name+"="+p.issuer.sign(t, p.claims, map[string]any{"aud": token.Aud}))
 	}
-	calls := m.sim.CallCount()
-	out := p.run(strings.Join(job.Script, "\n"))
-	if !regexp.MustCompile(`^a Cable token of \d{2,} characters\n$`).MatchString(out) {
-		t.Errorf("the script prints %q", out)
-	}
-	if last := m.sim.Calls()[m.sim.CallCount()-1]; m.sim.CallCount() != calls+1 || last.ExpirySeconds != 600 {
-		t.Errorf("the script made %d API calls, the last for %ds", m.sim.CallCount()-calls, last.ExpirySeconds)
-	}
+	script, after := strings.Join(job.Script, "\n"), job.After[0]
+	m.costs(t, 1, "the script", func() {
+		if out := p.run(script); !regexp.MustCompile(`^a Cable token of \d{2,} characters\n$`).MatchString(out) {
+			t.Errorf("the script prints %q", out)
+		}
+	})
+	m.requested(t, 600)
 	token := readFile(t, p.place(".vault-token"))
 	if p.ended(token) {
 		t.Error("the Vault token is revoked before after_script")
 	}
-	p.run(strings.Join(job.After, "\n"))
+	p.run(after)
 	if !p.ended(token) {
 		t.Error("after_script does not revoke the Vault token")
 	}
-	waitFor(t, 10*time.Second, "the lease ends with the Vault token", func() bool {
+	// OpenBao ends a token's leases a moment after the token.
+	waitFor(t, 10*time.Second, "the lease ends", func() bool {
 		return m.do(t, "LIST", "sys/leases/lookup/cable/creds/ci", nil).status == 404
 	})
 	// If Cable is down, the job fails at once and still revokes.
 	m.sim.SetFault(cabletest.Fault{Status: 500})
-	calls = m.sim.CallCount()
-	if out, err := p.try(strings.Join(job.Script, "\n")); err == nil || !strings.Contains(out, "Cable responded 500") || m.sim.CallCount() != calls+1 {
-		t.Errorf("while Cable is down: %v, %d API calls\n%s", err, m.sim.CallCount()-calls, out)
-	}
+	m.costs(t, 1, "while Cable is down", func() {
+		if out, err := p.try(script); err == nil || !strings.Contains(out, "responded 500") {
+			t.Errorf("while Cable is down: %v\n%s", err, out)
+		}
+	})
 	m.sim.ClearFaults()
-	p.run(strings.Join(job.After, "\n"))
+	p.run(after)
 
 	p.refusals("auth/jwt/login", map[string]any{
-		"project_id": "4343", "ref": "feature", "ref_type": "tag", "ref_protected": "false", "aud": "https://gitlab.com", "exp": time.Now().Add(-time.Hour).Unix(),
+		"project_id": "4343", "ref": "feature", "ref_type": "tag", "ref_protected": "false",
+		"aud": "https://gitlab.com",
 	})
 	m.smallest(t, filepath.Join(p.files, "policy.hcl"), map[string]request{
 		"cable/creds/ci":         {method: "PUT", path: "cable/creds/ci", body: map[string]any{"ttl": "10m"}},
@@ -333,10 +342,11 @@ func TestExampleGitLab(t *testing.T) {
 	})
 }
 
-// TestExampleWorkflow: actionlint accepts the workflow.
+// TestExampleWorkflow shows that actionlint accepts the workflow.
 func TestExampleWorkflow(t *testing.T) {
 	t.Parallel()
-	out, err := run(filepath.Join(needTool(t, "ci"), "actionlint"), "-shellcheck=", "../examples/github-actions/report.yml")
+	actionlint := filepath.Join(needTool(t, "ci"), "actionlint")
+	out, err := run(actionlint, "-shellcheck=", "../examples/github-actions/report.yml")
 	if err != nil || out != "" {
 		t.Errorf("%v %s", err, out)
 	}

@@ -6,6 +6,7 @@ package e2e
 import (
 	"archive/zip"
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -14,7 +15,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -24,39 +24,34 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// The modules of examples/terraform run with the OpenTofu that tools/opentofu
-// pins, and with Terraform if it is on PATH. Their provider is that of
-// tools/terraform-provider-vault, which says how it differs from the current one.
+// The modules of examples/terraform run with each program on PATH, terraform and
+// tofu, and with the provider from its registry, or from the mirror that
+// TF_CLI_CONFIG_FILE names. With TERRAFORM=require in the environment, as in CI,
+// a test without one of these fails; elsewhere it is skipped.
 
 // withTerraform runs a test with each program.
-func withTerraform(t *testing.T, test func(t *testing.T, program, cliConfig string)) {
+func withTerraform(t *testing.T, test func(t *testing.T, program string)) {
 	t.Helper()
 	needExamples(t)
 	needVault(t)
-	programs := map[string]string{"OpenTofu": filepath.Join(needTool(t, "opentofu"), "tofu")}
-	if path, err := exec.LookPath("terraform"); err == nil {
-		programs["Terraform"] = path
+	for _, name := range []string{"terraform", "tofu"} {
+		t.Run(name, func(t *testing.T) {
+			program, err := exec.LookPath(name)
+			if err != nil {
+				noTerraform(t, err.Error())
+			}
+			test(t, program)
+		})
 	}
-	provider := filepath.Join(needTool(t, "terraform-provider-vault"), "terraform-provider-vault")
+}
 
-	// A mirror in which the provider is of the version that the modules ask for.
-	mirror := t.TempDir()
-	for _, host := range []string{"registry.terraform.io", "registry.opentofu.org"} {
-		dir := filepath.Join(mirror, host, "hashicorp/vault/5.10.0", runtime.GOOS+"_"+runtime.GOARCH)
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Symlink(provider, filepath.Join(dir, "terraform-provider-vault_v5.10.0")); err != nil {
-			t.Fatal(err)
-		}
+// noTerraform skips or fails a test that lacks the program or the provider.
+func noTerraform(t *testing.T, reason string) {
+	t.Helper()
+	if os.Getenv("TERRAFORM") == "require" {
+		t.Fatal("TERRAFORM=require: ", reason)
 	}
-	cliConfig := filepath.Join(mirror, "terraformrc")
-	if err := os.WriteFile(cliConfig, fmt.Appendf(nil, "provider_installation {\n  filesystem_mirror {\n    path = %q\n  }\n}\n", mirror), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for name, program := range programs {
-		t.Run(name, func(t *testing.T) { test(t, program, cliConfig) })
-	}
+	t.Skip(reason)
 }
 
 // terraform is a person in a copy of a module.
@@ -66,36 +61,55 @@ type terraform struct {
 	sim *cabletest.Server
 }
 
-// newTerraform copies a module, for a person who is root on v.
-func newTerraform(t *testing.T, v *vaultServer, sim *cabletest.Server, module, program, cliConfig string) *terraform {
+// newTerraform copies a module, for a person who is root on v, and installs its
+// provider, in a minute at most.
+func newTerraform(t *testing.T, v *vaultServer, sim *cabletest.Server, module, program string) *terraform {
 	t.Helper()
 	p := &terraform{shell: newShell(t, v, map[string]string{"terraform": program}), v: v, sim: sim}
 	if err := os.CopyFS(p.dir, os.DirFS(filepath.Join("../examples/terraform", module))); err != nil {
 		t.Fatal(err)
 	}
-	p.env = append(p.env, "TF_CLI_CONFIG_FILE="+cliConfig, "TF_IN_AUTOMATION=1", "TF_CLI_ARGS=-no-color", "CHECKPOINT_DISABLE=1")
+	settings := []string{"TF_IN_AUTOMATION=1", "TF_CLI_ARGS=-no-color", "CHECKPOINT_DISABLE=1"}
+	p.env = append(p.env, settings...)
 	p.run("terraform fmt -check -diff")
+
+	// With the home and the proxy of the test's own environment, unlike the page.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, "init", "-input=false")
+	cmd.Dir, cmd.Env, cmd.WaitDelay = p.dir, append(os.Environ(), settings...), time.Second
+	out, err := cmd.CombinedOutput()
+	unreachable := regexp.MustCompile(`(?s)Failed to (query available provider packages|install provider).*`)
+	switch reason := unreachable.FindString(string(out)); {
+	case ctx.Err() != nil:
+		noTerraform(t, "the provider was not installed within a minute")
+	case err != nil && reason != "":
+		noTerraform(t, "the provider cannot be installed. "+strings.Join(strings.Fields(reason), " "))
+	case err != nil:
+		t.Fatalf("init: %v\n%s", err, out)
+	}
 	return p
 }
 
-// as has the person use a token with the module's policy from now on.
-func (p *terraform) as(policy string) {
+// tokenWith returns a new token with a policy.
+func (p *terraform) tokenWith(policy string) string {
 	p.t.Helper()
-	token := p.v.ok(p.t, "POST", "auth/token/create", map[string]any{"policies": []string{policy}, "ttl": "1h"}).Auth.ClientToken
-	p.env = append(p.env, "VAULT_TOKEN="+token)
+	a := p.v.ok(p.t, "POST", "auth/token/create", map[string]any{"policies": []string{policy}, "ttl": "1h"})
+	return a.Auth.ClientToken
 }
 
-// plan returns what a plan prints, and whether it has changes.
+// plan returns the output of a plan, and whether it has changes.
 func (p *terraform) plan(environment ...string) (out string, changes bool) {
 	p.t.Helper()
-	out = p.run(strings.Join(append(environment, "code=0; terraform plan -detailed-exitcode || code=$?; echo EXIT $code"), "\n"))
+	command := "code=0; terraform plan -detailed-exitcode || code=$?; echo EXIT $code"
+	out = p.run(strings.Join(append(environment, command), "\n"))
 	if !regexp.MustCompile(`EXIT [02]\n$`).MatchString(out) {
 		p.t.Fatalf("plan: %s", out)
 	}
 	return out, strings.HasSuffix(out, "EXIT 2\n")
 }
 
-// settled: a plan has no changes.
+// settled shows that a plan has no changes.
 func (p *terraform) settled(when string) {
 	p.t.Helper()
 	if out, changes := p.plan(); changes || !strings.Contains(out, "No changes.") {
@@ -103,8 +117,8 @@ func (p *terraform) settled(when string) {
 	}
 }
 
-// clean: no file that Terraform wrote has a secret, the parts of plan files
-// included.
+// clean shows that no file that Terraform wrote has a secret, the parts of plan
+// files included.
 func (p *terraform) clean(when string) {
 	p.t.Helper()
 	states, plans := 0, 0
@@ -157,8 +171,8 @@ func (p *terraform) clean(when string) {
 	}
 }
 
-// minimal: what a policy gives is what requests of a token with it needed, by
-// the audit log, sudo included.
+// minimal shows by the audit log that a policy gives the capabilities that requests
+// of a token with it needed, sudo included, and no other.
 func (p *terraform) minimal(name string) {
 	p.t.Helper()
 	used := map[string]bool{}
@@ -172,22 +186,22 @@ func (p *terraform) minimal(name string) {
 		if err := json.Unmarshal([]byte(line), &entry); err != nil {
 			p.t.Fatal(err)
 		}
-		if entry.Type == "response" && slices.Contains(entry.Auth.Policies, name) && !strings.Contains(entry.Error, "permission denied") {
+		if entry.Type == "response" && slices.Contains(entry.Auth.Policies, name) &&
+			!strings.Contains(entry.Error, "permission denied") {
 			used[entry.Request.Path+" "+entry.Request.Operation] = true
 		}
 	}
 	text := p.v.ok(p.t, "GET", "sys/policies/acl/"+name, nil).Data["policy"].(string)
-	rules := regexp.MustCompile(`(?s)path "([^"]+)" \{\s*capabilities = \[([^]]*)\]\s*\}`).FindAllStringSubmatch(text, -1)
+	rule := regexp.MustCompile(`(?s)path "([^"]+)" \{\s*capabilities = \[([^]]*)\]\s*\}`)
 	given := map[string]bool{}
-	for _, rule := range rules {
+	for _, rule := range rule.FindAllStringSubmatch(text, -1) {
 		path := regexp.MustCompile("^" + strings.ReplaceAll(regexp.QuoteMeta(rule[1]), `\*`, ".*") + "$")
-		for _, m := range regexp.MustCompile(`"(\w+)"`).FindAllStringSubmatch(rule[2], -1) {
-			capability := m[1]
-			if capability == "sudo" {
-				// Without it, the same request is refused.
-				p.v.ok(p.t, "PUT", "sys/policies/acl/part", map[string]any{"policy": strings.Replace(text, rule[0], strings.Replace(rule[0], `, "sudo"`, "", 1), 1)})
-				token := p.v.ok(p.t, "POST", "auth/token/create", map[string]any{"policies": []string{"part"}}).Auth.ClientToken
-				if a, err := p.v.call(request{method: "PUT", path: rule[1], body: map[string]any{}, token: token}); err != nil || a.status != 403 {
+		for _, capability := range regexp.MustCompile(`\w+`).FindAllString(rule[2], -1) {
+			if capability == "sudo" { // without it, the same request is refused
+				part := strings.Replace(text, rule[0], strings.Replace(rule[0], `, "sudo"`, "", 1), 1)
+				p.v.ok(p.t, "PUT", "sys/policies/acl/part", map[string]any{"policy": part})
+				r := request{method: "PUT", path: rule[1], body: map[string]any{}, token: p.tokenWith("part")}
+				if a, err := p.v.call(r); err != nil || a.status != 403 {
 					p.t.Errorf("%s without sudo: %v %v", rule[1], a, err)
 				}
 				continue
@@ -209,15 +223,15 @@ func (p *terraform) minimal(name string) {
 			p.t.Errorf("%s does not have %s, which a request needed", name, request)
 		}
 	}
-	if len(rules) == 0 || len(used) == 0 {
-		p.t.Errorf("%d rules, %d kinds of requests", len(rules), len(used))
+	if len(given) == 0 {
+		p.t.Errorf("%s: no request needed it", name)
 	}
 }
 
 // TestExampleTerraformPlatform follows the page of the module for the platform.
 func TestExampleTerraformPlatform(t *testing.T) {
 	t.Parallel()
-	withTerraform(t, func(t *testing.T, program, cliConfig string) {
+	withTerraform(t, func(t *testing.T, program string) {
 		next, err := nextPlugin()
 		if err != nil {
 			t.Fatal(err)
@@ -243,9 +257,9 @@ func TestExampleTerraformPlatform(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(v.stop)
-		watch(t, v)
 		sim := cabletest.NewServer(t, nil)
-		p := newTerraform(t, v, sim, "platform", program, cliConfig)
+		p := newTerraform(t, v, sim, "platform", program)
+		watch(t, v)
 
 		// The values of the example, but for sums, versions and Cable's address.
 		values := readFile(t, p.place("terraform.tfvars"))
@@ -255,7 +269,9 @@ func TestExampleTerraformPlatform(t *testing.T) {
 			for _, v := range append(more, version) {
 				fmt.Fprintf(&entries, "  %q = { sha256 = %q }\n", v, sums[v])
 			}
-			text := regexp.MustCompile(`(?s)plugin_version = .*?\n\}\n`).ReplaceAllLiteralString(values, fmt.Sprintf("plugin_version  = %q\nplugin_versions = {\n%s}\n", version, &entries))
+			named := regexp.MustCompile(`(?s)plugin_version = .*?\n\}\n`)
+			text := named.ReplaceAllLiteralString(values,
+				fmt.Sprintf("plugin_version  = %q\nplugin_versions = {\n%s}\n", version, &entries))
 			if text == values {
 				t.Fatal("the example's values name no version")
 			}
@@ -279,11 +295,13 @@ func TestExampleTerraformPlatform(t *testing.T) {
 
 		p.write("refresh-key.txt", sim.RefreshKey())
 		p.runPage("examples/terraform/platform/README.md", map[string]step{
-			"Set up/1": {after: func(string) { p.as("terraform") }},
+			"Set up/1": {after: func(string) { p.env = append(p.env, "VAULT_TOKEN="+p.tokenWith("terraform")) }},
 			"Write the key/1": {
 				before: func() {
 					// A plan sends nothing.
-					if out := p.run("export TF_VAR_write_refresh_key=true TF_VAR_refresh_key=$(cat refresh-key.txt); terraform init; terraform validate; terraform plan -out=plan"); !strings.Contains(out, "8 to add") {
+					out := p.run("export TF_VAR_write_refresh_key=true TF_VAR_refresh_key=$(cat refresh-key.txt)\n" +
+						"terraform init; terraform validate; terraform plan -out=plan")
+					if !strings.Contains(out, "8 to add") {
 						t.Errorf("the first plan: %s", out)
 					}
 					if sim.CallCount() != 0 || v.do(t, "GET", "sys/mounts/cable", nil).status == 200 {
@@ -303,20 +321,26 @@ func TestExampleTerraformPlatform(t *testing.T) {
 			},
 			"All other changes/1": {
 				before: func() {
-					// Changes by hand show up: a field, and a role that is gone.
+					// A field that was changed by hand shows up, and a role that is gone.
 					v.ok(t, "POST", "cable/roles/reports", map[string]any{"ttl": "15m"})
 					v.ok(t, "DELETE", "cable/roles/ci", nil)
 					v.ok(t, "POST", "cable/config", map[string]any{"request_timeout": "30s"})
 					out, _ := p.plan()
-					for _, want := range []string{`role\["reports"\] will be updated in-place`, `role\["ci"\] will be created`, `vault_generic_endpoint.config will be updated in-place`, "1 to add, 2 to change, 0 to destroy"} {
-						if !regexp.MustCompile(want).MatchString(out) {
-							t.Errorf("the plan after changes by hand does not match %q:\n%s", want, out)
+					for _, want := range []string{
+						`role["reports"] will be updated in-place`,
+						`role["ci"] will be created`,
+						`vault_generic_endpoint.config will be updated in-place`,
+						"1 to add, 2 to change, 0 to destroy",
+					} {
+						if !strings.Contains(out, want) {
+							t.Errorf("the plan after changes by hand has no %q:\n%s", want, out)
 						}
 					}
 				},
 				want: []string{"1 added, 2 changed, 0 destroyed"},
 				after: func(string) {
-					if field("roles/reports", "ttl") != "3600" || field("roles/ci", "ttl") != "600" || field("config", "request_timeout") != "20" {
+					if field("roles/reports", "ttl") != "3600" || field("roles/ci", "ttl") != "600" ||
+						field("config", "request_timeout") != "20" {
 						t.Error("the apply did not undo the changes by hand")
 					}
 					p.clean("after a change")
@@ -333,7 +357,8 @@ func TestExampleTerraformPlatform(t *testing.T) {
 		}
 		runs(next.Version)
 		p.settled("after the upgrade")
-		if out := p.run("VAULT_TOKEN=" + v.root + " vault plugin list secret"); !strings.Contains(out, pluginVersion) || !strings.Contains(out, next.Version) {
+		catalog := "VAULT_TOKEN=" + v.root + " vault plugin list secret"
+		if out := p.run(catalog); !strings.Contains(out, pluginVersion) || !strings.Contains(out, next.Version) {
 			t.Errorf("the catalog after the upgrade: %s", out)
 		}
 		// A version that does not start, and back.
@@ -348,48 +373,52 @@ func TestExampleTerraformPlatform(t *testing.T) {
 		p.run(apply)
 		p.settled("after a failed upgrade")
 
-		// A rotation: a key that does not work, then one that does.
+		// A rotation to a key that does not work, then to one that does.
 		write := func(key string, version int) string {
-			return fmt.Sprintf("export VAULT_MAX_RETRIES=0 TF_VAR_write_refresh_key=true TF_VAR_refresh_key=%s TF_VAR_refresh_key_version=%d", key, version)
+			return fmt.Sprintf("export VAULT_MAX_RETRIES=0 TF_VAR_write_refresh_key=true TF_VAR_refresh_key=%s"+
+				" TF_VAR_refresh_key_version=%d", key, version)
 		}
-		calls := sim.CallCount()
-		if out, err := p.try(write("wrong", 2) + "; terraform apply -auto-approve"); err == nil || !strings.Contains(out, "401") || sim.CallCount() != calls+1 {
-			t.Errorf("a key that does not work: %v, %d API calls %s", err, sim.CallCount()-calls, out)
-		}
+		m := &mount{vaultServer: v, path: "cable", sim: sim}
+		m.costs(t, 1, "a key that does not work", func() {
+			out, err := p.try(write("wrong", 2) + "; terraform apply -auto-approve")
+			if err == nil || !strings.Contains(out, "401") {
+				t.Errorf("a key that does not work: %v %s", err, out)
+			}
+		})
 		if got := field("config", "refresh_key_version"); got != "1" {
 			t.Errorf("a key that does not work is stored as version %s", got)
 		}
-		if out, changes := p.plan(); !changes || !strings.Contains(out, "terraform_data.refresh_key_written will be created") {
+		out, changes := p.plan()
+		if !changes || !strings.Contains(out, "terraform_data.refresh_key_written will be created") {
 			t.Errorf("the plan after a key that does not work: %s", out)
 		}
 		newKey := cabletest.NewRefreshKey()
 		sim.SetRefreshKey(newKey)
-		calls = sim.CallCount()
-		if out, _ := p.plan(write(newKey, 3)); sim.CallCount() != calls {
-			t.Errorf("the plan of a rotation made %d API calls: %s", sim.CallCount()-calls, out)
-		}
-		p.run(write(newKey, 3) + "; terraform apply -auto-approve")
-		if got := field("config", "refresh_key_version"); got != "2" || sim.CallCount() != calls+1 {
-			t.Errorf("after the rotation: version %s, %d API calls", got, sim.CallCount()-calls)
+		m.costs(t, 0, "the plan of a rotation", func() { p.plan(write(newKey, 3)) })
+		m.costs(t, 1, "a rotation", func() { p.run(write(newKey, 3) + "; terraform apply -auto-approve") })
+		if got := field("config", "refresh_key_version"); got != "2" {
+			t.Errorf("after the rotation: version %s", got)
 		}
 		runs(next.Version)
 		p.clean("after the rotation")
 		p.env = append(p.env, "TF_VAR_refresh_key_version=3")
 		p.settled("after the rotation")
-		// The trap: the version was not raised.
-		calls = sim.CallCount()
-		if _, changes := p.plan(write(newKey, 3)); changes || sim.CallCount() != calls+1 {
-			t.Errorf("a plan that writes a key of the same version: %d API calls", sim.CallCount()-calls)
-		}
+		// If the version was not raised, a plan writes the key.
+		m.costs(t, 1, "a plan that writes a key of the same version", func() {
+			if _, changes := p.plan(write(newKey, 3)); changes {
+				t.Error("a plan that writes a key of the same version has changes")
+			}
+		})
 		// A key without write_refresh_key, and the other way round.
 		for _, environment := range []string{"export TF_VAR_refresh_key=x", "export TF_VAR_write_refresh_key=true"} {
-			if out, err := p.try(environment + "; terraform plan"); err == nil || !strings.Contains(out, "write_refresh_key=true needs refresh_key") {
+			out, err := p.try(environment + "; terraform plan")
+			if err == nil || !strings.Contains(out, "write_refresh_key=true needs refresh_key") {
 				t.Errorf("%s: %v %s", environment, err, out)
 			}
 		}
 
 		p.run("terraform destroy -auto-approve")
-		if out := p.run("VAULT_TOKEN=" + v.root + " vault plugin list secret; VAULT_TOKEN=" + v.root + " vault secrets list"); strings.Contains(out, "cable") {
+		if out := p.run(catalog + "; VAULT_TOKEN=" + v.root + " vault secrets list"); strings.Contains(out, "cable") {
 			t.Errorf("after destroy: %s", out)
 		}
 		p.clean("after destroy")
@@ -400,17 +429,11 @@ func TestExampleTerraformPlatform(t *testing.T) {
 // TestExampleTerraformApp follows the page of the module for an app.
 func TestExampleTerraformApp(t *testing.T) {
 	t.Parallel()
-	withTerraform(t, func(t *testing.T, program, cliConfig string) {
+	withTerraform(t, func(t *testing.T, program string) {
 		_, m := newApplication(t)
-		p := newTerraform(t, m.vaultServer, m.sim, "app", program, cliConfig)
-		calls := func(do func()) int {
-			t.Helper()
-			before := m.sim.CallCount()
-			do()
-			return m.sim.CallCount() - before
-		}
+		p := newTerraform(t, m.vaultServer, m.sim, "app", program)
 		p.runPage("examples/terraform/app/README.md", map[string]step{
-			"Set up and run/1": {after: func(string) { p.as("report") }},
+			"Set up and run/1": {after: func(string) { p.env = append(p.env, "VAULT_TOKEN="+p.tokenWith("report")) }},
 			"Set up and run/2": {
 				want: []string{`(?m)^a Cable token of \d{2,} characters$`},
 				after: func(out string) {
@@ -424,31 +447,28 @@ func TestExampleTerraformApp(t *testing.T) {
 				},
 			},
 		})
-		if n := calls(func() { p.settled("after the apply") }); n != 0 {
-			t.Errorf("an empty plan made %d API calls", n)
-		}
-		if a := m.ok(t, "LIST", "sys/leases/lookup/cable/creds/reports", nil); len(a.Data["keys"].([]any)) != 3 {
-			t.Errorf("the leases of two plans and an apply: %s", a)
+		m.costs(t, 0, "an empty plan", func() { p.settled("after the apply") })
+		leases := m.ok(t, "LIST", "sys/leases/lookup/cable/creds/reports", nil)
+		if len(leases.Data["keys"].([]any)) != 3 {
+			t.Errorf("the leases of two plans and an apply: %s", leases)
 		}
 
 		// Without reuse_for each plan and each apply mints.
 		m.ok(t, "POST", "cable/roles/reports", map[string]any{"reuse_for": 0})
-		if n := calls(func() { p.run("export TF_VAR_revision=2; terraform plan -out=plan; terraform apply plan") }); n != 2 {
-			t.Errorf("without reuse_for, plan and apply made %d API calls", n)
-		}
+		m.costs(t, 2, "without reuse_for, plan and apply", func() {
+			p.run("export TF_VAR_revision=2; terraform plan -out=plan; terraform apply plan")
+		})
 		p.clean("without reuse_for")
 
 		// While Cable is down.
 		m.sim.SetFault(cabletest.Fault{Status: 500})
 		for retries, want := range map[string]int{"true": 3, "export VAULT_MAX_RETRIES=0": 1} {
-			n := calls(func() {
-				if out, err := p.try(retries + "; terraform plan"); err == nil || !strings.Contains(out, "Cable responded 500") {
+			m.costs(t, want, retries+"; while Cable is down, a plan", func() {
+				out, err := p.try(retries + "; terraform plan")
+				if err == nil || !strings.Contains(out, "responded 500") {
 					t.Errorf("while Cable is down: %v %s", err, out)
 				}
 			})
-			if n != want {
-				t.Errorf("%s; while Cable is down a plan made %d API calls, want %d", retries, n, want)
-			}
 		}
 		m.sim.ClearFaults()
 		m.ok(t, "POST", "cable/roles/reports", map[string]any{"reuse_for": "5s"})

@@ -28,10 +28,10 @@ import (
 // tests does not have built in.
 const authPlugin = "vault-plugin-auth-kubernetes"
 
-// kubernetes is what a cluster's API consists of, etcd and the API server, with
-// a Vault that has the mount cable/ and the auth plugin, and a shell for
-// somebody who is admin of both, in a copy of examples/kubernetes. There are no
-// nodes and no controllers: a Deployment makes no pod.
+// kubernetes is the API of a cluster, made of etcd and the API server, with a
+// Vault that has the mount cable/ and the auth plugin, and a shell for the admin
+// of both in a copy of examples/kubernetes. There are no nodes and no controllers,
+// so a Deployment makes no pod.
 type kubernetes struct {
 	*shell
 	m *mount
@@ -48,7 +48,8 @@ func newKubernetes(t *testing.T) *kubernetes {
 	// etcd, and the API server with a self-signed certificate and one admin.
 	client, peer, port := freePort(t), freePort(t), freePort(t)
 	etcd := fmt.Sprintf("http://127.0.0.1:%d", client)
-	runUntilEnd(t, t.TempDir(), os.Environ(), filepath.Join(bin, "server"), "--data-dir="+file("etcd"), "--unsafe-no-fsync", "--log-level=warn",
+	runUntilEnd(t, t.TempDir(), os.Environ(), filepath.Join(bin, "server"),
+		"--data-dir="+file("etcd"), "--unsafe-no-fsync", "--log-level=warn",
 		"--listen-client-urls="+etcd, "--advertise-client-urls="+etcd,
 		fmt.Sprintf("--listen-peer-urls=http://127.0.0.1:%d", peer))
 	accounts, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -64,10 +65,12 @@ func newKubernetes(t *testing.T) *kubernetes {
 	write("accounts.key", privateKey(t, accounts))
 	admin := rand.Text()
 	write("tokens.csv", admin+`,admin,admin,"system:masters"`+"\n")
-	runUntilEnd(t, t.TempDir(), os.Environ(), filepath.Join(bin, "kube-apiserver"), "--etcd-servers="+etcd, "--bind-address=127.0.0.1",
-		fmt.Sprintf("--secure-port=%d", port), "--cert-dir="+file("certificates"), "--token-auth-file="+file("tokens.csv"),
-		"--authorization-mode=RBAC", "--service-cluster-ip-range=10.0.0.0/24", "--service-account-issuer=https://kubernetes.default.svc",
-		"--service-account-key-file="+file("accounts.key"), "--service-account-signing-key-file="+file("accounts.key"))
+	runUntilEnd(t, t.TempDir(), os.Environ(), filepath.Join(bin, "kube-apiserver"),
+		"--etcd-servers="+etcd, "--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", port),
+		"--cert-dir="+file("certificates"), "--token-auth-file="+file("tokens.csv"), "--authorization-mode=RBAC",
+		"--service-cluster-ip-range=10.0.0.0/24", "--service-account-issuer=https://kubernetes.default.svc",
+		"--service-account-key-file="+file("accounts.key"),
+		"--service-account-signing-key-file="+file("accounts.key"))
 	server := fmt.Sprintf("https://127.0.0.1:%d", port)
 	var ca []byte
 	waitFor(t, time.Minute, "the API server's certificate", func() bool {
@@ -137,14 +140,19 @@ func copyExample(t *testing.T, name, to string, edit *strings.Replacer) {
 	}
 }
 
-// setUp runs the README of examples/kubernetes, which tells Vault about the
-// cluster.
+// setUp follows the README of examples/kubernetes, which makes the cluster known to
+// Vault.
 func (k *kubernetes) setUp(t *testing.T) {
 	t.Helper()
 	k.runPage("examples/kubernetes/README.md", map[string]step{
-		"Vault/1":           {want: []string{"Success! Uploaded policy: reports"}},
-		"Kubernetes auth/1": {want: []string{"namespace/reports created", "serviceaccount/reports created", "Success! Enabled kubernetes auth method"}},
-		"Kubernetes auth/3": {want: []string{"clusterrolebinding.rbac.authorization.k8s.io/vault-reviewer created", "Success! Data written to: auth/kubernetes/config"}},
+		"Vault/1": {want: []string{"Success! Uploaded policy: reports"}},
+		"Kubernetes auth/1": {want: []string{
+			"namespace/reports created", "serviceaccount/reports created", "Success! Enabled kubernetes auth method",
+		}},
+		"Kubernetes auth/3": {want: []string{
+			"clusterrolebinding.rbac.authorization.k8s.io/vault-reviewer created",
+			"Success! Data written to: auth/kubernetes/config",
+		}},
 		"Kubernetes auth/4": {want: []string{"Success! Data written to: auth/kubernetes/role/reports"}},
 		"Kubernetes auth/5": {want: []string{`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$`}},
 	})
@@ -160,7 +168,7 @@ func (k *kubernetes) share(t *testing.T, reuse string) {
 	k.m.ok(t, "POST", "cable/roles/reports", map[string]any{"reuse_for": reuse})
 }
 
-// wait runs kubectl until what it prints is done, and returns that.
+// wait runs kubectl until done accepts its output, and returns that.
 func (k *kubernetes) wait(t *testing.T, what, command string, done func(out string) bool) (out string) {
 	t.Helper()
 	waitFor(t, 90*time.Second, what, func() bool {
@@ -186,28 +194,28 @@ func (k *kubernetes) secret(name string) map[string]string {
 	return data
 }
 
-// applyCRDs applies the CRDs that a module of tools/NAME has in a file or
-// folder.
-func (k *kubernetes) applyCRDs(t *testing.T, tool, module, path string) {
+// applyCRDs applies the CRDs that a module of the consumers has in a file or folder.
+func (k *kubernetes) applyCRDs(t *testing.T, module, path string) {
 	t.Helper()
-	dir, err := run("go", "-C", "../tools/"+tool, "list", "-m", "-f", "{{.Dir}}", module)
+	dir, err := run("go", "-C", "../examples/tools/consumers", "list", "-m", "-f", "{{.Dir}}", module)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Some are too large for the annotation that a client-side apply adds.
-	k.run("kubectl apply --server-side -f '" + filepath.Join(strings.TrimSpace(dir), path) + "' && kubectl wait --for=condition=Established crd --all")
+	k.run("kubectl apply --server-side -f '" + filepath.Join(strings.TrimSpace(dir), path) + "'")
+	k.run("kubectl wait --for=condition=Established crd --all")
 }
 
 // consumer runs a program of the cluster until the test ends or stop is called.
-// It is admin of the cluster, and has nothing of the shell's Vault token: Vault's
-// client, and so External Secrets, would prefer that to logging in.
+// It is admin of the cluster, and does not have the shell's Vault token, because
+// Vault's client, and so External Secrets, would prefer that to logging in.
 func (k *kubernetes) consumer(t *testing.T, name string, args ...string) (stop func()) {
 	t.Helper()
 	return runUntilEnd(t, t.TempDir(), slices.Concat(k.env, []string{"VAULT_TOKEN=", "VAULT_ADDR="}), name, args...)
 }
 
-// runUntilEnd runs a program in a folder until the test ends or stop is called. If the test
-// fails, what it printed is shown.
+// runUntilEnd runs a program in a folder until the test ends or stop is called. Its
+// output is shown if the test fails.
 func runUntilEnd(t *testing.T, dir string, env []string, name string, args ...string) (stop func()) {
 	t.Helper()
 	cmd := exec.CommandContext(suite.ctx, name, args...)

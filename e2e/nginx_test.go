@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// TestNginx reads through a stock nginx, which ends each connection after 1000 requests and offers HTTP/2: no read fails,
-// and no token counts as undelivered. It is skipped without nginx, unless E2E_NGINX is "require".
+// TestNginx reads through a stock nginx, which ends each connection after 1000 requests and offers HTTP/2. No read
+// fails, and no token counts as undelivered. It is skipped without nginx, unless E2E_NGINX is "require".
 func TestNginx(t *testing.T) {
 	t.Parallel()
 	const readers, reads = 32, 4000
@@ -57,8 +57,8 @@ func TestNginx(t *testing.T) {
 	}
 }
 
-// startNginx starts an nginx in front of upstream for the duration of a test, with nothing set that is not needed to run
-// it here. It returns its URL and the certificate to trust.
+// startNginx starts an nginx in front of upstream for the duration of a test, with nothing set that is not needed to
+// run it here. It returns its URL and the certificate to trust.
 func startNginx(t *testing.T, nginx, upstream string) (url, ca string) {
 	t.Helper()
 	certificate, root := issue(t, "127.0.0.1")

@@ -43,7 +43,6 @@ var pageTests = map[string]string{
 	"examples/gitlab/README.md":             "TestExampleGitLab",
 
 	"examples/kubernetes/README.md":                        "TestExampleKubernetes",
-	"examples/kubernetes/csi/README.md":                    "TestExampleKubernetes",
 	"examples/kubernetes/external-secrets/README.md":       "TestExampleKubernetes",
 	"examples/kubernetes/injector/README.md":               "TestExampleKubernetes",
 	"examples/kubernetes/vault-secrets-operator/README.md": "TestExampleKubernetes",
@@ -53,7 +52,6 @@ var pageTests = map[string]string{
 var notRun = map[string]string{
 	"examples/clients/README.md#Python/1":            "needs a package: TestExampleClientsInstalled runs it",
 	"examples/clients/README.md#Node/1":              "needs Node: TestExampleClientsInstalled runs it",
-	"examples/clients/README.md#Node/2":              "needs Node: TestExampleClientsInstalled runs it",
 	"examples/clients/README.md#Ansible/1":           "needs a package: TestExampleClientsInstalled runs it",
 	"examples/consul-template/README.md#Run/2":       "runs until it is ended: TestExampleConsulTemplate starts it",
 	"examples/vault-agent/README.md#Run/2":           "runs until it is ended: TestExampleVaultAgent starts it",
@@ -78,6 +76,9 @@ var notRun = map[string]string{
 	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts scripts/dev",
 
 	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster, which no test has",
+
+	"examples/kubernetes/csi/README.md#Run it/1": "needs the driver: TestExampleKubernetesCalls replays the requests",
+	"examples/kubernetes/csi/README.md#Run it/2": "needs the driver: TestExampleKubernetesCalls replays the requests",
 }
 
 // block is a fenced block of a page with commands, a transcript, or HCL.

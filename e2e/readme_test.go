@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -20,8 +21,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// TestReadme runs what the README shows: its transcript prints what it says, but
-// for what differs each time, and its commands install a mount that works.
+// TestReadme runs the README's commands, which install a mount that works, and its
+// transcript, whose output is as the README shows it, but for the values that differ.
 func TestReadme(t *testing.T) {
 	t.Parallel()
 	r := newRunbook(t)
@@ -41,10 +42,11 @@ func TestReadme(t *testing.T) {
 		},
 	})
 
-	// What differs each time, and how wide the columns get by it.
+	// The values that differ each time, and so the width of the columns.
 	differs := regexp.MustCompile(`(?m)^(lease_id|lease_duration|expires_at|expiry|token) .*$`)
 	shape := func(text string) string {
-		return strings.TrimSpace(regexp.MustCompile(` {2,}`).ReplaceAllString(differs.ReplaceAllString(text, "$1"), "  "))
+		text = differs.ReplaceAllString(text, "$1")
+		return strings.TrimSpace(regexp.MustCompile(` {2,}`).ReplaceAllString(text, "  "))
 	}
 	transcripts := 0
 	for _, b := range blocksOf(t, "README.md") {
@@ -91,7 +93,7 @@ func TestDemo(t *testing.T) {
 		`cable/creds/fleet \| cksum\n(\d+ \d+)$`,
 		`vault read cable/creds/reports\nCode: 502`,                    // an outage
 		`Cable is down \(cable_error\), so the previous token is ret`,  // and reuse
-		`disabled=true\n(?s:.*)may\s+be\s+valid until 20\d\d-`,         // a role
+		`disabled=true\n(?s:.*)may\s+be\s+valid\s+until\s+20\d\d-`,     // a role
 		`vault read cable/creds/reports\nCode: 400.*\n.* is disabled`,  // that mints no more
 		`^map\[cable_error:1 invalid_request:2 minted:\d reused:\d\]$`, // each read in status
 		`^Success! Disabled the secrets engine .* cable/$`,
@@ -112,8 +114,12 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// TestBuild: make build leaves a folder that a dev server takes as its plugin
-// folder. Vault tries to run each file there as a plugin.
+// devServer are the arguments of a dev server at ADDR.
+var devServer = []string{"-dev", "-dev-root-token-id=root", "-dev-no-store-token", "-dev-listen-address=ADDR"}
+
+// TestBuild checks that make build leaves a folder that a dev server takes as its plugin
+// folder, in which Vault tries to run each file as a plugin, and that Vault reads the
+// version that Go gave to the build.
 func TestBuild(t *testing.T) {
 	t.Parallel()
 	needVault(t)
@@ -127,12 +133,20 @@ func TestBuild(t *testing.T) {
 	if bin, err = filepath.EvalSymlinks(bin); err != nil {
 		t.Fatal(err)
 	}
-	v := serverByHand(t, suite.vault, "-dev", "-dev-root-token-id=root", "-dev-no-store-token", "-dev-listen-address=ADDR", "-dev-plugin-dir="+bin)
+	v := serverByHand(t, suite.vault, append(slices.Clone(devServer), "-dev-plugin-dir="+bin)...)
 	v.cli(t, "secrets", "enable", "-path=cable", pluginName)
-	v.ok(t, "GET", "cable/status", nil)
+	text, err := run(filepath.Join(bin, pluginName), "-version")
+	if err != nil {
+		t.Fatal(err)
+	}
+	version := v.ok(t, "GET", "cable/status", nil).Data["version"]
+	running := v.ok(t, "GET", "sys/mounts/cable", nil).Data["running_plugin_version"]
+	if want := fmt.Sprintf("%s %s, ", pluginName, version); running != version || !strings.HasPrefix(text, want) {
+		t.Errorf("version %v in status, %v in Vault, and %s", version, running, text)
+	}
 }
 
-// TestPluginDirectoryBehindALink: Vault refuses to register a plugin if
+// TestPluginDirectoryBehindALink checks that Vault refuses to register a plugin if
 // plugin_directory is a symbolic link or lies behind one, as the runbook says.
 func TestPluginDirectoryBehindALink(t *testing.T) {
 	t.Parallel()
@@ -145,11 +159,13 @@ func TestPluginDirectoryBehindALink(t *testing.T) {
 	}
 	for _, dir := range []string{"link", "behind/" + filepath.Base(suite.plugins)} {
 		config := filepath.Join(t.TempDir(), "vault.hcl")
-		if err := os.WriteFile(config, []byte("plugin_directory = \""+filepath.Join(links, dir)+"\"\n"), 0o600); err != nil {
+		text := fmt.Sprintf("plugin_directory = %q\n", filepath.Join(links, dir))
+		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		v := serverByHand(t, suite.vault, "-dev", "-dev-root-token-id=root", "-dev-no-store-token", "-dev-listen-address=ADDR", "-config="+config)
-		a := v.do(t, "PUT", "sys/plugins/catalog/secret/"+pluginName, map[string]any{"sha256": suite.sha256, "command": pluginName, "version": pluginVersion})
+		v := serverByHand(t, suite.vault, append(slices.Clone(devServer), "-config="+config)...)
+		a := v.do(t, "PUT", "sys/plugins/catalog/secret/"+pluginName,
+			map[string]any{"sha256": suite.sha256, "command": pluginName, "version": pluginVersion})
 		if a.status < 400 || !strings.Contains(a.text, "cannot execute files outside of configured plugin directory") {
 			t.Errorf("plugin_directory = %s: %s", dir, a)
 		}
@@ -170,7 +186,8 @@ func startByHand(t *testing.T, cmd *exec.Cmd) *vaultServer {
 	for i, arg := range cmd.Args {
 		cmd.Args[i] = strings.ReplaceAll(arg, "ADDR", addr)
 	}
-	v := &vaultServer{Server: &vaulttest.Server{Addr: "http://" + addr, Root: "root"}, addr: "http://" + addr, root: "root"}
+	v := &vaultServer{addr: "http://" + addr, root: "root"}
+	v.Server = &vaulttest.Server{Addr: v.addr, Root: v.root}
 	v.log = filepath.Join(t.TempDir(), "vault.log")
 	log, err := os.Create(v.log)
 	if err != nil {

@@ -17,8 +17,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// TestArguments: arguments given at registration, which other plugins take, do
-// not keep the plugin from starting; one warning in the log has their number.
+// TestArguments checks that arguments given at registration, which other plugins take, do
+// not keep the plugin from starting. One warning in the log has their number.
 func TestArguments(t *testing.T) {
 	t.Parallel()
 	v := ownServer(t)
@@ -74,8 +74,8 @@ func (v *vaultServer) cannotRun(t *testing.T, reason, remedy string) {
 	}
 }
 
-// TestCannotStart: at Vault's default log level an operator sees why the plugin does
-// not start, with a remedy.
+// TestCannotStart checks that at Vault's default log level an operator sees why the
+// plugin does not start, with a remedy.
 func TestCannotStart(t *testing.T) {
 	t.Parallel()
 	needVault(t)
@@ -97,13 +97,13 @@ func TestCannotStart(t *testing.T) {
 	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
 }
 
-// TestLockedMemory: Vault runs as a user other than root and locks memory. The plugin
-// cannot, and names the runbook's command, which helps.
+// TestLockedMemory has a Vault that runs as a user other than root and locks memory. The
+// plugin cannot, and names the runbook's command, which helps.
 func TestLockedMemory(t *testing.T) {
 	t.Parallel()
 	needFeature(t, vaulttest.MemoryLock)
 	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
-		skipUnlessRequired(t, errors.New("to start Vault as another user and to give a file a capability takes root, on Linux"))
+		skipUnlessRequired(t, errors.New("to start Vault as another user takes root, on Linux"))
 	}
 	for _, program := range []string{"setpriv", "setcap"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -131,8 +131,10 @@ func TestLockedMemory(t *testing.T) {
 		}
 	}
 	script := filepath.Join(dir, "vault-as-nobody")
-	writeScript(t, script, fmt.Sprintf(`ulimit -l 64; exec setpriv --reuid=%d --regid=%[1]d --clear-groups %s "$@"`, nobody, vault))
-	v := &vaultServer{binary: script, plugins: plugins, mlock: true, level: "info", audit: filepath.Join(data, "audit.log")}
+	asNobody := fmt.Sprintf("setpriv --reuid=%d --regid=%[1]d --clear-groups", nobody)
+	writeScript(t, script, fmt.Sprintf(`ulimit -l 64; exec %s %s "$@"`, asNobody, vault))
+	v := &vaultServer{binary: script, plugins: plugins, mlock: true, level: "info"}
+	v.audit = filepath.Join(data, "audit.log")
 	registered := vaulttest.Plugin{Name: pluginName, Version: pluginVersion, File: plugin}
 	if err := v.start(dir, &vaulttest.Raft{Dir: data}, registered); err != nil {
 		t.Fatal(err)

@@ -19,11 +19,10 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// Vault logs whatever a plugin writes to standard error, and Go's libraries
-// write there: net/http prints the bytes that it did not expect on a connection,
-// HTTP/2 and gRPC print what they do if the environment says so. The tests below
-// have servers and environments that cause it, with the refresh key and tokens
-// in what is printed.
+// Vault logs all that a plugin writes to standard error, and Go's libraries write there.
+// net/http prints unexpected bytes on a connection, and HTTP/2 and gRPC print frames if
+// the environment tells them to. The tests below have servers and environments that
+// cause it, with the refresh key and tokens among those bytes.
 
 // register adds the plugin to the catalog under another name, with further
 // fields of the registration, for the duration of a test.
@@ -46,7 +45,7 @@ func (v *vaultServer) enable(t *testing.T, plugin string, sim *cabletest.Server)
 }
 
 // flushLog returns when all that the plugin has written to standard error so far
-// is in the server's log: the pipe keeps the order, and the last line is known.
+// is in the server's log, because the pipe keeps the order and the last line is known.
 func (m *mount) flushLog(t *testing.T) {
 	t.Helper()
 	role := fmt.Sprintf("flush-%d", flushes.Add(1))
@@ -59,11 +58,13 @@ func (m *mount) flushLog(t *testing.T) {
 // flushes counts, to name the roles.
 var flushes atomic.Int64
 
-// rawServer answers requests as the simulator does, and then misbehaves: write
-// gets the request, its Authorization header included, and the response, and
-// writes to the connection what it likes, in one piece up to each Flush. The
-// returned channel gets a value for each connection that the caller has closed.
-func rawServer(t *testing.T, write func(w *bufio.Writer, r *http.Request, resp *http.Response)) (sim *cabletest.Server, closed <-chan struct{}) {
+// rawServer answers requests as the simulator does, and then misbehaves. The function
+// write gets the request, its Authorization header included, and the response, and
+// writes to the connection, in one piece up to each Flush. The returned channel gets a
+// value for each connection that the caller has closed.
+func rawServer(
+	t *testing.T, write func(w *bufio.Writer, r *http.Request, resp *http.Response),
+) (sim *cabletest.Server, closed <-chan struct{}) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -113,9 +114,9 @@ func writeResponse(w io.Writer, resp *http.Response, body []byte, length int) {
 	_, _ = fmt.Fprintf(w, "Content-Length: %d\r\n\r\n%s", length, body)
 }
 
-// TestOnlyStructuredLog: whatever a server sends on its connections, and
-// whatever the environment asks Go's libraries to print, Vault's log gets
-// nothing but the lines of the engine's logger.
+// TestOnlyStructuredLog checks that Vault's log gets nothing but the lines of the
+// engine's logger, whatever a server sends on its connections, and whatever the
+// environment tells Go's libraries to print. TestStderr does so without a connection.
 func TestOnlyStructuredLog(t *testing.T) {
 	t.Parallel()
 	v := ownServer(t)
@@ -180,7 +181,10 @@ func TestOnlyStructuredLog(t *testing.T) {
 		absent []string // parts of lines
 	}{
 		"HTTP/2": {[]string{"GODEBUG=http2debug=2"}, []string{"http2: Transport", "http2: Framer"}},
-		"gRPC":   {[]string{"GRPC_GO_LOG_SEVERITY_LEVEL=info", "GRPC_GO_LOG_VERBOSITY_LEVEL=99"}, []string{"INFO: ", "[core]", "[transport]"}},
+		"gRPC": {
+			[]string{"GRPC_GO_LOG_SEVERITY_LEVEL=info", "GRPC_GO_LOG_VERBOSITY_LEVEL=99"},
+			[]string{"INFO: ", "[core]", "[transport]"},
+		},
 	}
 	for name, tt := range environments {
 		t.Run(name, func(t *testing.T) {

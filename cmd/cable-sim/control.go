@@ -15,7 +15,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// recent bounds what GET /calls lists: the latest calls and the latest tokens.
+// recent bounds the list of GET /calls, which has the latest calls and the latest tokens.
 const recent = 100
 
 // token is a minted token without the token.
@@ -27,7 +27,7 @@ type token struct {
 	Expiry         time.Time `json:"expiry"`
 }
 
-// controlHelp is what -help says of the control listener.
+// controlHelp is the part of -help about the control listener.
 const controlHelp = `
 The control listener responds with 204 to a change, and with 400 to a wrong one:
   GET    /stats        counts: calls, minted, connections, by_status

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Command cable-sim is a simulator of Cable's token API, for demos and end-to-end tests and for people without a Cable
-// account. It listens on loopback only, and prints one line per call to stderr: never the refresh key or a token. The
-// faults that it can simulate are those of package cabletest; control.go says how to ask for them.
+// account. It listens on loopback only, and prints one line per call to stderr, but never the refresh key or a token.
+// The faults that it can simulate are those of package cabletest; control.go says how to ask for them.
 package main
 
 import (
@@ -36,10 +36,10 @@ func main() {
 	}
 }
 
-// headerTimeout bounds what a caller that sends nothing costs.
+// headerTimeout bounds the cost of a caller that sends nothing.
 const headerTimeout = 10 * time.Second
 
-// config is what the flags say.
+// config has the values of the flags.
 type config struct {
 	urlFile, keyOut         string // where the token endpoint's URL and the refresh key are written to
 	control, controlURLFile string // loopback address, "" for no control listener; where its URL is written to
@@ -52,12 +52,18 @@ func parseFlags(args []string, stderr io.Writer) (*config, error) {
 	c := new(config)
 	fs := flag.NewFlagSet("cable-sim", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.StringVar(&c.keyOut, "refresh-key-out", "", "required: write the refresh key, a new one, to this `file` (mode 0600)")
+	fs.StringVar(
+		&c.keyOut, "refresh-key-out", "", "required: write the refresh key, a new one, to this `file` (mode 0600)",
+	)
 	fs.StringVar(&c.urlFile, "url-file", "", "write the token endpoint's URL to this `file` once listening")
-	fs.StringVar(&c.control, "control", "", "loopback `address` of the control listener, port 0 for a free one; default: none")
+	fs.StringVar(
+		&c.control, "control", "", "loopback `address` of the control listener, port 0 for a free one; default: none",
+	)
 	fs.StringVar(&c.controlURLFile, "control-url-file", "", "write the control listener's URL to this `file`")
 	fs.DurationVar(&c.latency, "latency", 0, "`duration` to wait before each response")
-	fs.BoolVar(&c.markers, "markers", false, "for tests: markers in the key and in tokens, and a path that is not Cable's")
+	fs.BoolVar(
+		&c.markers, "markers", false, "for tests: markers in the key and in tokens, and a path that is not Cable's",
+	)
 	err := fs.Parse(args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -68,7 +74,8 @@ func parseFlags(args []string, stderr io.Writer) (*config, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: run cable-sim -h for the flags", err)
 	case fs.NArg() > 0:
-		return nil, errors.New("arguments without a flag: run cable-sim -h for the flags") // unnamed: one may be a key
+		// They are not named, because one may be a key.
+		return nil, errors.New("arguments without a flag: run cable-sim -h for the flags")
 	case c.keyOut == "":
 		return nil, errors.New("-refresh-key-out is required: it is the only way to learn the refresh key")
 	case c.latency < 0:
@@ -97,7 +104,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		Plain:      !c.markers,
 		Default:    cabletest.Fault{Delay: c.latency},
 		Log: func(call cabletest.Call) {
-			logger.Printf("%s %s %d organization=%q scopes=%q expiry_seconds=%d", call.Time.UTC().Format(time.RFC3339Nano),
+			logger.Printf("%s %s %d organization=%q scopes=%q expiry_seconds=%d",
+				call.Time.UTC().Format(time.RFC3339Nano),
 				call.Method, call.Status, call.OrganizationID, call.Scopes, call.ExpirySeconds)
 		},
 	}
@@ -114,7 +122,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	srv := &http.Server{Handler: sim, ConnState: sim.ConnState, ReadHeaderTimeout: headerTimeout, ErrorLog: logger}
 	defer func() { _ = srv.Close() }()
-	url, err := serve(srv, "127.0.0.1:0", sim.Path(), c.urlFile, failed) // last: its file says that the others are there
+	// This one comes last, because its file says that the others are there.
+	url, err := serve(srv, "127.0.0.1:0", sim.Path(), c.urlFile, failed)
 	if err != nil {
 		return err
 	}
@@ -129,7 +138,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	sim.Close() // a delayed call does not hold up the stop
 	grace, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	_ = srv.Shutdown(grace) // calls that take longer are cut off: that is no failure
+	_ = srv.Shutdown(grace) // calls that take longer are cut off, which is no failure
 	return nil
 }
 
@@ -153,8 +162,8 @@ func (c *config) newRefreshKey() (string, error) {
 	return key, writeFile(c.keyOut, []byte(key+"\n"), 0o600)
 }
 
-// listenLoopback refuses any other address: the control listener authenticates nobody, and a simulator may be sent a
-// real key by mistake.
+// listenLoopback refuses any other address, because the control listener has no authentication, and a simulator may be
+// sent a real key by mistake.
 func listenLoopback(address string) (net.Listener, error) {
 	addr, err := net.ResolveTCPAddr("tcp", address)
 	if err != nil {

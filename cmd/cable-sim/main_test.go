@@ -74,7 +74,7 @@ type program struct {
 	key          string // refresh key
 	stderr       *output
 	client       *http.Client
-	stop         func() error // stops it and returns what run returned; may be called twice
+	stop         func() error // stops it and returns the result of run; may be called twice
 }
 
 // start runs the program with all of its files in the test's own directory.
@@ -162,7 +162,7 @@ func (p *program) mint(t *testing.T, authorization string) minted {
 	return m
 }
 
-// TestPlain pins that without -markers nothing in sight is a test's: not the URL, the key or a token.
+// TestPlain pins that without -markers nothing in sight is a test's, neither the URL nor the key nor a token.
 func TestPlain(t *testing.T) {
 	t.Parallel()
 	p := start(t, "-markers=false")
@@ -189,7 +189,7 @@ func TestRun(t *testing.T) {
 	if m.OrganizationName != "Cable Financial Services" {
 		t.Errorf("organization_name = %q", m.OrganizationName)
 	}
-	// What a confused caller sends in the wrong place is not printed either, nor can it begin a line of its own.
+	// A secret that a confused caller sends in the wrong place is not printed either, nor can it begin a line.
 	confused := strings.Replace(validBody, `"a:b"`, `"`+m.Token+`","line\nbreak"`, 1)
 	p.send(t, "POST", p.url, "wrong", confused)
 	p.send(t, "POST", p.url+"/"+p.key, p.key, strings.Replace(validBody, "org_", p.key, 1))
@@ -233,16 +233,21 @@ func TestRefusals(t *testing.T) {
 		args []string
 		want string
 	}{
-		"no key file":           {nil, "-refresh-key-out is required: it is the only way to learn the refresh key"},
-		"key file's directory":  {[]string{"-refresh-key-out", "/nonexistent/key"}, "no such file or directory"},
-		"control on all":        {with("-control", "0.0.0.0:0"), `address "0.0.0.0:0" is not on loopback: use 127.0.0.1:PORT or [::1]:PORT`},
-		"control on no host":    {with("-control", ":0"), `address ":0" is not on loopback`},
-		"control on all IPv6":   {with("-control", "[::]:0"), `address "[::]:0" is not on loopback`},
-		"control elsewhere":     {with("-control", "192.0.2.1:0"), `address "192.0.2.1:0" is not on loopback`},
-		"control without port":  {with("-control", "127.0.0.1"), "missing port in address"},
-		"URL file's directory":  {with("-url-file", "/nonexistent/url"), "no such file or directory"},
-		"URL file a directory":  {with("-url-file", dir), "file exists"},
-		"unknown flag":          {with("-refresh-key", otherKey), "flag provided but not defined: -refresh-key: run cable-sim -h for the flags"},
+		"no key file":          {nil, "-refresh-key-out is required: it is the only way to learn the refresh key"},
+		"key file's directory": {[]string{"-refresh-key-out", "/nonexistent/key"}, "no such file or directory"},
+		"control on all": {
+			with("-control", "0.0.0.0:0"), `address "0.0.0.0:0" is not on loopback: use 127.0.0.1:PORT or [::1]:PORT`,
+		},
+		"control on no host":   {with("-control", ":0"), `address ":0" is not on loopback`},
+		"control on all IPv6":  {with("-control", "[::]:0"), `address "[::]:0" is not on loopback`},
+		"control elsewhere":    {with("-control", "192.0.2.1:0"), `address "192.0.2.1:0" is not on loopback`},
+		"control without port": {with("-control", "127.0.0.1"), "missing port in address"},
+		"URL file's directory": {with("-url-file", "/nonexistent/url"), "no such file or directory"},
+		"URL file a directory": {with("-url-file", dir), "file exists"},
+		"unknown flag": {
+			with("-refresh-key", otherKey),
+			"flag provided but not defined: -refresh-key: run cable-sim -h for the flags",
+		},
 		"argument":              {with(otherKey), "arguments without a flag: run cable-sim -h for the flags"},
 		"latency":               {with("-latency", "-1s"), "-latency -1s is negative"},
 		"control file, no port": {with("-control-url-file", "control"), "-control-url-file needs -control"},
@@ -252,7 +257,7 @@ func TestRefusals(t *testing.T) {
 			t.Parallel()
 			var stderr bytes.Buffer
 			ctx, cancel := context.WithCancel(t.Context())
-			cancel() // what is not refused ends at once
+			cancel() // a run that is not refused ends at once
 			err := run(ctx, tt.args, &stderr)
 			t.Log(err)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -400,11 +405,13 @@ func TestStopDuringCall(t *testing.T) {
 	}
 }
 
-// TestProcess runs the program as a process: signals, exit codes and stdout.
+// TestProcess runs the program as a process, for signals, exit codes and stdout.
 func TestProcess(t *testing.T) {
 	t.Parallel()
 	command := func(args ...string) (*exec.Cmd, *output, *bytes.Buffer) {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], append(args, "-refresh-key-out", filepath.Join(t.TempDir(), "key"))...)
+		cmd := exec.CommandContext(
+			t.Context(), os.Args[0], append(args, "-refresh-key-out", filepath.Join(t.TempDir(), "key"))...,
+		)
 		cmd.Env = append(os.Environ(), "CABLE_SIM_TEST_MAIN=1")
 		stderr, stdout := &output{listening: make(chan struct{})}, &bytes.Buffer{}
 		cmd.Stderr, cmd.Stdout = stderr, stdout

@@ -2,16 +2,6 @@
 # SPDX-License-Identifier: MPL-2.0
 
 # Writes each new token to app.env, for as long as it runs.
-auto_auth {
-  method "approle" {
-    config = {
-      role_id_file_path   = "role-id"
-      secret_id_file_path = "secret-id"
-
-      remove_secret_id_file_after_reading = false # Agent may be started again
-    }
-  }
-}
 
 template_config {
   exit_on_retry_failure   = true

@@ -2,16 +2,6 @@
 # SPDX-License-Identifier: MPL-2.0
 
 # Starts ./app with the token in its environment, and again for each new token.
-auto_auth {
-  method "approle" {
-    config = {
-      role_id_file_path   = "role-id"
-      secret_id_file_path = "secret-id"
-
-      remove_secret_id_file_after_reading = false # Agent may be started again
-    }
-  }
-}
 
 # No exit_on_retry_failure: Agent would exit, and leave the application behind.
 template_config {

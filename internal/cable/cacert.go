@@ -63,11 +63,13 @@ func parseCACert(text string) ([]*x509.Certificate, error) {
 			block, rest, found = strings.Cut(block, pemEnd)
 		}
 		if !found {
-			return nil, fmt.Errorf("ca_cert is not PEM at block %d: write CERTIFICATE blocks and no other text", n)
+			return nil, fmt.Errorf("ca_cert is not PEM at block %d: "+
+				"write CERTIFICATE blocks only, without other text around them", n)
 		}
 		der, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(block), ""))
 		if err != nil {
-			return nil, fmt.Errorf("ca_cert block %d is not base64: write CERTIFICATE blocks without headers", n)
+			return nil, fmt.Errorf("ca_cert has a block %d that is not base64: "+
+				"write CERTIFICATE blocks only, without headers", n)
 		}
 		cert, err := x509.ParseCertificate(der)
 		if err != nil {

@@ -37,7 +37,11 @@ func TestToken(t *testing.T) {
 	}{
 		{"as requested", cabletest.Fault{}, requested},
 		{"no scopes", cabletest.Fault{Grant: &cabletest.Grant{OmitScopes: true}}, Token{}},
-		{"empty list of scopes", cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{}}}, Token{ScopesOrganizationID: org, Scopes: []string{}}},
+		{
+			"empty list of scopes",
+			cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{}}},
+			Token{ScopesOrganizationID: org, Scopes: []string{}},
+		},
 		{
 			"other scopes of another organization",
 			cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"b:c", "a:b"}, ScopesOrganizationID: &other}},
@@ -65,14 +69,16 @@ func TestToken(t *testing.T) {
 			want.Expiry = minted.Expiry.Unix()
 			want.Date = minted.IssuedAt
 			want.Attempts = attempts
-			if diff := cmp.Diff(want, *got, cmpopts.IgnoreFields(Token{}, "Value", "SentAt", "ReceivedAt")); diff != "" {
+			ignored := cmpopts.IgnoreFields(Token{}, "Value", "SentAt", "ReceivedAt")
+			if diff := cmp.Diff(want, *got, ignored); diff != "" {
 				t.Errorf("token (-want +got):\n%s", diff)
 			}
 			if got.Value.Reveal() != minted.Token {
 				t.Error("the value is not the minted one")
 			}
-			if got.SentAt.Sub(before) < wait || got.ReceivedAt.Sub(got.SentAt) < tt.fault.Delay || after.Before(got.ReceivedAt) {
-				t.Errorf("sent at %s, received at %s; want both in order, from %s to %s", got.SentAt, got.ReceivedAt, before, after)
+			if got.SentAt.Sub(before) < wait || got.ReceivedAt.Sub(got.SentAt) < tt.fault.Delay ||
+				after.Before(got.ReceivedAt) {
+				t.Errorf("sent %s, received %s; want both from %s to %s", got.SentAt, got.ReceivedAt, before, after)
 			}
 			checkCounts(t, srv, attempts, 1)
 		})
@@ -90,7 +96,13 @@ func TestFaults(t *testing.T) {
 		return Error{Kind: InvalidResponse, StatusCode: 200, Detail: detail, MaybeIssued: true, Attempts: 1}
 	}
 	other := func(status int, detail string) Error {
-		return Error{Kind: InvalidResponse, StatusCode: status, Detail: fmt.Sprintf("its status is %d instead of 200%s", status, detail), MaybeIssued: true, Attempts: 1}
+		return Error{
+			Kind:        InvalidResponse,
+			StatusCode:  status,
+			Detail:      fmt.Sprintf("its status is %d instead of 200%s", status, detail),
+			MaybeIssued: true,
+			Attempts:    1,
+		}
 	}
 	encoded := func(coding string) cabletest.Fault {
 		return cabletest.Fault{Header: map[string]string{"Content-Encoding": coding}}
@@ -106,25 +118,84 @@ func TestFaults(t *testing.T) {
 		{"reset before", cabletest.Fault{Reset: cabletest.ResetBefore}, unreachable, 0},
 		{"reset after", cabletest.Fault{Reset: cabletest.ResetAfter}, unreachable, 1},
 		{"half a response", cabletest.Fault{Reset: cabletest.ResetHalf}, unreachable, 1},
-		{"half an error", cabletest.Fault{Status: 401, Reset: cabletest.ResetHalf}, Error{Kind: Responded, StatusCode: 401, Attempts: 1}, 0},
+		{
+			"half an error",
+			cabletest.Fault{Status: 401, Reset: cabletest.ResetHalf},
+			Error{Kind: Responded, StatusCode: 401, Attempts: 1},
+			0,
+		},
 		{"hangs before the response", cabletest.Fault{Delay: time.Hour}, timedOut, 0},
 		{"hangs in the response", cabletest.Fault{Stall: time.Hour}, timedOut, 1},
-		{"hangs in a redirect", cabletest.Fault{Status: 302, Stall: time.Hour}, other(302, ", and redirects are not followed: check token_url"), 0},
+		{
+			"hangs in a redirect",
+			cabletest.Fault{Status: 302, Stall: time.Hour},
+			other(302, ", and redirects are not followed: check token_url"),
+			0,
+		},
 		{"8 MiB", cabletest.Fault{BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
-		{"8 MiB of an error", cabletest.Fault{Status: 400, BodySize: 8 << 20}, Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1}, 0},
-		{"8 MiB of JSON", cabletest.Fault{Body: `{"token":"`, BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
-		{"gzip bomb", cabletest.Fault{BodySize: 2 << 20, Gzip: true}, invalid("its Content-Encoding is gzip, but only identity was accepted"), 1},
-		{"gzip bomb of an error", cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true}, Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1}, 0},
-		{"HTML", cabletest.Fault{Body: "<html>sign in</html>", Header: map[string]string{"Content-Type": "text/html"}}, invalid(noJSON), 1},
-		{"HTML of an error", cabletest.Fault{Status: 403, Body: "<html>blocked</html>", Header: map[string]string{"Content-Type": "text/html"}}, Error{Kind: Responded, StatusCode: 403, Detail: notCables, Attempts: 1}, 0},
+		{
+			"8 MiB of an error",
+			cabletest.Fault{Status: 400, BodySize: 8 << 20},
+			Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1},
+			0,
+		},
+		{
+			"8 MiB of JSON",
+			cabletest.Fault{Body: `{"token":"`, BodySize: 8 << 20},
+			invalid("it is larger than 1048576 bytes"),
+			1,
+		},
+		{
+			"gzip bomb",
+			cabletest.Fault{BodySize: 2 << 20, Gzip: true},
+			invalid("its Content-Encoding is gzip, but only identity was accepted"),
+			1,
+		},
+		{
+			"gzip bomb of an error",
+			cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true},
+			Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1},
+			0,
+		},
+		{
+			"HTML",
+			cabletest.Fault{Body: "<html>sign in</html>", Header: map[string]string{"Content-Type": "text/html"}},
+			invalid(noJSON),
+			1,
+		},
+		{
+			"HTML of an error",
+			cabletest.Fault{
+				Status: 403, Body: "<html>blocked</html>", Header: map[string]string{"Content-Type": "text/html"},
+			},
+			Error{Kind: Responded, StatusCode: 403, Detail: notCables, Attempts: 1},
+			0,
+		},
 		{"empty", cabletest.Fault{Status: 200, Body: " "}, invalid(noJSON), 0},
-		{"from a cache", cabletest.Fault{Header: map[string]string{"Age": "3000"}}, invalid("its Age header exceeds the duration of the call: it comes from a cache"), 1},
-		{"unreadable Age", cabletest.Fault{Header: map[string]string{"Age": "-1"}}, invalid("its Age header is not one whole number of seconds"), 1},
+		{
+			"from a cache",
+			cabletest.Fault{Header: map[string]string{"Age": "3000"}},
+			invalid("its Age header exceeds the duration of the call: it comes from a cache"),
+			1,
+		},
+		{
+			"unreadable Age",
+			cabletest.Fault{Header: map[string]string{"Age": "-1"}},
+			invalid("its Age header is not one whole number of seconds"),
+			1,
+		},
 		{
 			"another coding", encoded("br, é\u202e" + strings.Repeat("x", 100)),
-			invalid(`its Content-Encoding is br, é\u202e` + strings.Repeat("x", 28) + ", but only identity was accepted"), 1,
+			invalid(`its Content-Encoding is br, é\u202e` + strings.Repeat("x", 28) + ", but only " +
+				"identity was accepted"),
+			1,
 		},
-		{"another coding of an error", cabletest.Fault{Status: 401, Header: encoded("br").Header}, Error{Kind: Responded, StatusCode: 401, Detail: "Unauthorized", Attempts: 1}, 0},
+		{
+			"another coding of an error",
+			cabletest.Fault{Status: 401, Header: encoded("br").Header},
+			Error{Kind: Responded, StatusCode: 401, Detail: "Unauthorized", Attempts: 1},
+			0,
+		},
 
 		{"201", cabletest.Fault{Status: 201}, other(201, ""), 0},
 		{"202", cabletest.Fault{Status: 202, Header: now}, other(202, ""), 0},
@@ -132,7 +203,13 @@ func TestFaults(t *testing.T) {
 	}
 	for _, status := range []int{400, 401, 403, 404, 408, 425, 429, 500, 502, 503, 504} {
 		// A gateway that responds with 408 or a 5xx may have forwarded the call.
-		want := Error{Kind: Responded, StatusCode: status, Detail: http.StatusText(status), MaybeIssued: status == 408 || status >= 500, Attempts: 1}
+		want := Error{
+			Kind:        Responded,
+			StatusCode:  status,
+			Detail:      http.StatusText(status),
+			MaybeIssued: status == 408 || status >= 500,
+			Attempts:    1,
+		}
 		fault := cabletest.Fault{Status: status, Header: now}
 		if status == 429 {
 			fault.Header = nil
@@ -184,13 +261,15 @@ func (stalledBody) Close() error { return nil }
 func TestStalledBody(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[int]time.Duration{
-		200: budget, 202: 0, 302: 0, 400: errorBodyTimeout, 401: errorBodyTimeout, 429: errorBodyTimeout, 500: errorBodyTimeout, 503: errorBodyTimeout,
+		200: budget, 202: 0, 302: 0, 400: errorBodyTimeout, 401: errorBodyTimeout, 429: errorBodyTimeout,
+		500: errorBodyTimeout, 503: errorBodyTimeout,
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			c := newClientAt(t, Config{TokenURL: "http://localhost/", Timeout: budget})
 			c.transport.RegisterProtocol("http", roundTripFunc(func(r *http.Request) (*http.Response, error) {
 				httptrace.ContextClientTrace(r.Context()).WroteHeaders()
-				return &http.Response{StatusCode: status, Header: http.Header{"Retry-After": {"60"}}, Body: stalledBody{r.Context()}}, nil
+				header := http.Header{"Retry-After": {"60"}}
+				return &http.Response{StatusCode: status, Header: header, Body: stalledBody{r.Context()}}, nil
 			}))
 			start := time.Now()
 			e := mustFail(t, t.Context(), c)
@@ -229,8 +308,16 @@ func TestHostileServer(t *testing.T) {
 	}{
 		{"silence, then gone", func(net.Conn, string) {}, unreachable(connectionClosed)},
 		{"silence", func(c net.Conn, _ string) { hang(c) }, timedOut},
-		{"no HTTP", func(c net.Conn, _ string) { _, _ = io.WriteString(c, "SSH-2.0-OpenSSH_9.6\r\n\r\n") }, unreachable(notHTTP)},
-		{"endless garbage", func(c net.Conn, _ string) { writeUntilGone(c, strings.Repeat("x", 4096), 0) }, unreachable(notHTTP)},
+		{
+			"no HTTP",
+			func(c net.Conn, _ string) { _, _ = io.WriteString(c, "SSH-2.0-OpenSSH_9.6\r\n\r\n") },
+			unreachable(notHTTP),
+		},
+		{
+			"endless garbage",
+			func(c net.Conn, _ string) { writeUntilGone(c, strings.Repeat("x", 4096), 0) },
+			unreachable(notHTTP),
+		},
 		{"the request itself", func(c net.Conn, sent string) { _, _ = io.WriteString(c, sent) }, unreachable(notHTTP)},
 		{"the request in the status line", func(c net.Conn, sent string) {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 400 %s\r\nContent-Length: 0\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
@@ -239,10 +326,14 @@ func TestHostileServer(t *testing.T) {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n%s\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
 		}, unreachable(notHTTP)},
 		{"the request as a length", func(c net.Conn, sent string) {
-			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
+			_, _ = fmt.Fprintf(
+				c, "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "),
+			)
 		}, unreachable(notHTTP)},
 		{"the request as a chunk's length", func(c net.Conn, sent string) {
-			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n", strings.ReplaceAll(sent, "\r\n", " "))
+			_, _ = fmt.Fprintf(
+				c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n", strings.ReplaceAll(sent, "\r\n", " "),
+			)
 		}, unreachable(notHTTP)},
 		{"status 999", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n")
@@ -258,26 +349,52 @@ func TestHostileServer(t *testing.T) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n")
 			writeUntilGone(c, "X: y\r\n", 10*time.Millisecond)
 		}, timedOut},
-		{"storm of 1xx", func(c net.Conn, _ string) { writeUntilGone(c, "HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n", 0) }, unreachable(notHTTP)},
+		{
+			"storm of 1xx",
+			func(c net.Conn, _ string) { writeUntilGone(c, "HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n", 0) },
+			unreachable(notHTTP),
+		},
 		{"dripping 1xx", func(c net.Conn, _ string) {
 			writeUntilGone(c, "HTTP/1.1 102 Processing\r\n\r\n", 10*time.Millisecond)
 		}, timedOut},
 		{"some 1xx before a refusal", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 50)+"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+			_, _ = io.WriteString(
+				c, strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 50)+"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n",
+			)
 		}, Error{Kind: Responded, StatusCode: 401, Detail: notCables, Attempts: 1}},
-		// The body of a 101 is the bare connection: no context ends a read of it.
+		// The body of a 101 is the bare connection, so no context ends a read of it.
 		{"another protocol", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+			_, _ = io.WriteString(
+				c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+			)
 			hang(c)
-		}, Error{Kind: InvalidResponse, StatusCode: 101, Detail: "its status is 101 instead of 200", MaybeIssued: true, Attempts: 1}},
+		}, Error{
+			Kind:        InvalidResponse,
+			StatusCode:  101,
+			Detail:      "its status is 101 instead of 200",
+			MaybeIssued: true,
+			Attempts:    1,
+		}},
 		{"endless chunks", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
 			writeUntilGone(c, "1000\r\n"+strings.Repeat(" ", 4096)+"\r\n", 0)
-		}, Error{Kind: InvalidResponse, StatusCode: 200, Detail: "it is larger than 1048576 bytes", MaybeIssued: true, Attempts: 1}},
+		}, Error{
+			Kind:        InvalidResponse,
+			StatusCode:  200,
+			Detail:      "it is larger than 1048576 bytes",
+			MaybeIssued: true,
+			Attempts:    1,
+		}},
 		{"endless without a length", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
 			writeUntilGone(c, strings.Repeat(" ", 4096), 0)
-		}, Error{Kind: InvalidResponse, StatusCode: 200, Detail: "it is larger than 1048576 bytes", MaybeIssued: true, Attempts: 1}},
+		}, Error{
+			Kind:        InvalidResponse,
+			StatusCode:  200,
+			Detail:      "it is larger than 1048576 bytes",
+			MaybeIssued: true,
+			Attempts:    1,
+		}},
 		{"dripping body", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
 			writeUntilGone(c, " ", 10*time.Millisecond)
@@ -290,10 +407,14 @@ func TestHostileServer(t *testing.T) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"+`{"token":"t","expiry":1}`)
 		}, unreachable(connectionClosed)},
 		{"two lengths", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 24\r\nContent-Length: 25\r\n\r\n"+`{"token":"t","expiry":1}`)
+			_, _ = io.WriteString(
+				c, "HTTP/1.1 200 OK\r\nContent-Length: 24\r\nContent-Length: 25\r\n\r\n"+`{"token":"t","expiry":1}`,
+			)
 		}, unreachable(notHTTP)},
 		{"storm of trailers", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X\r\n\r\n1\r\n \r\n0\r\n")
+			_, _ = io.WriteString(
+				c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X\r\n\r\n1\r\n \r\n0\r\n",
+			)
 			writeUntilGone(c, "X: y\r\n", 0)
 		}, unreachable(notHTTP)},
 	} {
@@ -316,7 +437,9 @@ func TestHostileServer(t *testing.T) {
 func TestRedirect(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{300, 301, 302, 303, 304, 307, 308} {
-		for _, location := range []string{"other", "self", "/elsewhere", "", "%zz", "ftp://h/", "https://u:p@h/{refresh_key}", "?{refresh_key}", ":"} {
+		for _, location := range []string{
+			"other", "self", "/elsewhere", "", "%zz", "ftp://h/", "https://u:p@h/{refresh_key}", "?{refresh_key}", ":",
+		} {
 			t.Run(fmt.Sprintf("%d to %s", status, location), func(t *testing.T) {
 				t.Parallel()
 				srv, other := cabletest.NewServer(t, nil), cabletest.NewServer(t, nil)
@@ -327,11 +450,17 @@ func TestRedirect(t *testing.T) {
 				case "self":
 					to = srv.URL
 				}
-				srv.SetFault(cabletest.Fault{Status: status, Header: map[string]string{"Location": to, "Refresh": "0; url=" + other.URL}})
+				srv.SetFault(
+					cabletest.Fault{
+						Status: status, Header: map[string]string{"Location": to, "Refresh": "0; url=" + other.URL},
+					},
+				)
 				e := mustFail(t, t.Context(), newClient(t, srv, Config{}))
 				diffError(t, Error{
 					Kind: InvalidResponse, StatusCode: status, MaybeIssued: true, Attempts: 1,
-					Detail: fmt.Sprintf("its status is %d instead of 200, and redirects are not followed: check token_url", status),
+					Detail: fmt.Sprintf(
+						"its status is %d instead of 200, and redirects are not followed: check token_url", status,
+					),
 				}, e)
 				checkCounts(t, srv, 1, 0)
 				if n := other.CallCount() + other.Connections(); n != 0 {
@@ -348,7 +477,7 @@ func TestCallerLeaves(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name     string
-		response string // what the server has sent by then
+		response string // the part that the server has sent by then
 	}{
 		{"before the response", ""},
 		{"in the head", "HTTP/1.1 200 OK\r\nContent-"},
@@ -367,7 +496,16 @@ func TestCallerLeaves(t *testing.T) {
 				close(gone)
 			})
 			c := newClientAt(t, Config{TokenURL: url, Timeout: time.Minute})
-			diffError(t, Error{Kind: Canceled, Detail: "the caller left after the request was sent", MaybeIssued: true, Attempts: 1}, mustFail(t, ctx, c))
+			diffError(
+				t,
+				Error{
+					Kind:        Canceled,
+					Detail:      "the caller left after the request was sent",
+					MaybeIssued: true,
+					Attempts:    1,
+				},
+				mustFail(t, ctx, c),
+			)
 			<-gone // the connection is not left open
 		})
 	}
@@ -377,7 +515,16 @@ func TestCallerLeaves(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), budget)
 		defer cancel()
 		c := newClientAt(t, Config{TokenURL: url, Timeout: time.Minute})
-		diffError(t, Error{Kind: TimedOut, Detail: "the caller's deadline passed after the request was sent, waiting for the response", MaybeIssued: true, Attempts: 1}, mustFail(t, ctx, c))
+		diffError(
+			t,
+			Error{
+				Kind:        TimedOut,
+				Detail:      "the caller's deadline passed after the request was sent, waiting for the response",
+				MaybeIssued: true,
+				Attempts:    1,
+			},
+			mustFail(t, ctx, c),
+		)
 	})
 }
 
@@ -398,10 +545,34 @@ func TestStart(t *testing.T) {
 		{"not set", t.Context(), 0, Error{}},
 		{"in the future", t.Context(), -hour, Error{}},
 		{"in time", t.Context(), hour / 2, Error{}},
-		{"ran out", t.Context(), hour, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out before a request was sent, waiting for a turn or a connection"}},
-		{"ran out long ago", t.Context(), 1000 * hour, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out before a request was sent, waiting for a turn or a connection"}},
+		{
+			"ran out",
+			t.Context(),
+			hour,
+			Error{
+				Kind:   TimedOut,
+				Detail: "the budget of 1h0m0s ran out before a request was sent, waiting for a turn or a connection",
+			},
+		},
+		{
+			"ran out long ago",
+			t.Context(),
+			1000 * hour,
+			Error{
+				Kind:   TimedOut,
+				Detail: "the budget of 1h0m0s ran out before a request was sent, waiting for a turn or a connection",
+			},
+		},
 		{"caller has left", canceled, 0, Error{Kind: Canceled, Detail: "the caller left before a request was sent"}},
-		{"caller's deadline has passed", late, 0, Error{Kind: TimedOut, Detail: "the caller's deadline passed before a request was sent, waiting for a turn or a connection"}},
+		{
+			"caller's deadline has passed",
+			late,
+			0,
+			Error{
+				Kind:   TimedOut,
+				Detail: "the caller's deadline passed before a request was sent, waiting for a turn or a connection",
+			},
+		},
 	} {
 		sim, c := newMemory(t, Config{Timeout: hour})
 		tr := testRequest()
@@ -426,13 +597,22 @@ func TestStart(t *testing.T) {
 			t.Errorf("%s: %d calls", tt.name, n)
 		}
 	}
-	// What is left of the budget bounds the call.
+	// The rest of the budget bounds the call.
 	srv := cabletest.NewServer(t, nil)
 	srv.SetFault(cabletest.Fault{Delay: time.Hour})
 	tr := testRequest()
 	tr.Start = time.Now().Add(-hour + budget)
 	token, err := newClient(t, srv, Config{Timeout: hour}).RequestToken(t.Context(), tr)
-	diffError(t, Error{Kind: TimedOut, Detail: "the budget of 1h0m0s ran out after the request was sent, waiting for the response", MaybeIssued: true, Attempts: 1}, checkError(t, token, err))
+	diffError(
+		t,
+		Error{
+			Kind:        TimedOut,
+			Detail:      "the budget of 1h0m0s ran out after the request was sent, waiting for the response",
+			MaybeIssued: true,
+			Attempts:    1,
+		},
+		checkError(t, token, err),
+	)
 }
 
 // TestCallersAreIndependent pins that a caller that leaves does not end the calls of others on the same connection.
@@ -448,7 +628,16 @@ func TestCallersAreIndependent(t *testing.T) {
 	var left, stayed sync.WaitGroup
 	for range 10 {
 		left.Go(func() {
-			diffError(t, Error{Kind: Canceled, Detail: "the caller left after the request was sent", MaybeIssued: true, Attempts: 1}, mustFail(t, ctx, c))
+			diffError(
+				t,
+				Error{
+					Kind:        Canceled,
+					Detail:      "the caller left after the request was sent",
+					MaybeIssued: true,
+					Attempts:    1,
+				},
+				mustFail(t, ctx, c),
+			)
 		})
 		stayed.Go(func() {
 			if _, err := c.RequestToken(t.Context(), testRequest()); err != nil {
@@ -484,7 +673,7 @@ func TestObserve(t *testing.T) {
 	request()
 	srv.SetFault(rateLimit(1, "90"))
 	request()
-	request() // paused: no call
+	request() // paused, so no call
 	want := []Call{{StatusCode: 429}, {StatusCode: 200, Retry: true}, {}, {StatusCode: 429, PauseBegan: true}}
 	if !slices.Equal(got, want) {
 		t.Errorf("calls %+v, want %+v", got, want)

@@ -18,7 +18,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestRequest pins what is sent, byte by byte where it matters.
+// TestRequest pins the request, byte by byte where it matters.
 func TestRequest(t *testing.T) {
 	t.Parallel()
 	const key = "the-key-of-this-test"
@@ -59,7 +59,8 @@ func TestRequest(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			body := `{"expiry_seconds":3600,"scopes":{"organization_id":"org_\"\u003cé","scopes":["transactions:write","person:read"]}}`
+			body := `{"expiry_seconds":3600,"scopes":{"organization_id":"org_\"\u003cé",` +
+				`"scopes":["transactions:write","person:read"]}}`
 			want := sent{
 				Method: "POST", URI: tt.uri, Host: strings.TrimPrefix(srv.URL, "http://"), Proto: "HTTP/1.1",
 				Body: body, Length: int64(len(body)),
@@ -122,12 +123,13 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// TestCallsAreIndependent pins that a client keeps nothing of a response: no cookie, and no other address.
+// TestCallsAreIndependent pins that a client keeps nothing of a response, no cookie and no other address.
 func TestCallsAreIndependent(t *testing.T) {
 	t.Parallel()
 	headers := make(chan http.Header, 2)
 	sim := cabletest.New(&cabletest.Options{Default: cabletest.Fault{Header: map[string]string{
-		"Set-Cookie": "session=1; Path=/", "Alt-Svc": `h2="elsewhere.example:443"; ma=86400`, "Strict-Transport-Security": "max-age=9999",
+		"Set-Cookie": "session=1; Path=/", "Alt-Svc": `h2="elsewhere.example:443"; ma=86400`,
+		"Strict-Transport-Security": "max-age=9999",
 	}}})
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		headers <- r.Header.Clone()
@@ -154,12 +156,21 @@ func TestNew(t *testing.T) {
 		{"default", Config{RefreshKey: key}, ""},
 		{"no key", Config{}, "the refresh key is missing"},
 		{"empty key", Config{RefreshKey: NewSecret("")}, "the refresh key is missing"},
-		{"bad URL", Config{RefreshKey: key, TokenURL: "ftp://h/"}, "token_url must begin with https:// (http:// for a loopback host only): write the whole endpoint, such as https://api.cable.tech/v2/auth/token"},
+		{
+			"bad URL",
+			Config{RefreshKey: key, TokenURL: "ftp://h/"},
+			"token_url must begin with https:// (http:// for a loopback host only): " + exampleURL,
+		},
 		{"certificate", Config{RefreshKey: key, CACert: newAuthority(t).pem}, ""},
-		{"bad certificate", Config{RefreshKey: key, CACert: "hello"}, "ca_cert is not PEM at block 1: write CERTIFICATE blocks only, without other text around them"},
+		{
+			"bad certificate",
+			Config{RefreshKey: key, CACert: "hello"},
+			"ca_cert is not PEM at block 1: write CERTIFICATE blocks only, without other text around them",
+		},
 	} {
 		c, err := New(tt.cfg)
-		if got := fmt.Sprint(err); err != nil && got != tt.want || err == nil && tt.want != "" || (c == nil) != (err != nil) {
+		if got := fmt.Sprint(err); err != nil && got != tt.want || err == nil && tt.want != "" ||
+			(c == nil) != (err != nil) {
 			t.Errorf("%s: got %v, %q; want %q", tt.name, c, got, tt.want)
 		}
 	}

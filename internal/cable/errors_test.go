@@ -27,10 +27,28 @@ func TestErrorText(t *testing.T) {
 		canceled, timeout bool
 	}{
 		{Error{Kind: Responded, StatusCode: 401}, "responded", "Cable responded 401", false, false},
-		{Error{Kind: Responded, StatusCode: 401, Detail: "unauthorized"}, "responded", "Cable responded 401: unauthorized", false, false},
-		{Error{Kind: Paused, RetryAfter: 4001 * time.Millisecond}, "paused", "paused after Cable's 429: no API call for another 5s", false, false},
+		{
+			Error{Kind: Responded, StatusCode: 401, Detail: "unauthorized"},
+			"responded",
+			"Cable responded 401: unauthorized",
+			false,
+			false,
+		},
+		{
+			Error{Kind: Paused, RetryAfter: 4001 * time.Millisecond},
+			"paused",
+			"paused after Cable's 429: no API call for another 5s",
+			false,
+			false,
+		},
 		{Error{Kind: Unreachable, Detail: "d"}, "unreachable", "Cable could not be reached: d", false, false},
-		{Error{Kind: InvalidResponse, StatusCode: 200, Detail: "d"}, "invalid_response", "Cable's response was refused: d", false, false},
+		{
+			Error{Kind: InvalidResponse, StatusCode: 200, Detail: "d"},
+			"invalid_response",
+			"Cable's response was refused: d",
+			false,
+			false,
+		},
 		{Error{Kind: TimedOut, Detail: "d"}, "timed_out", "Cable did not respond in time: d", false, true},
 		{Error{Kind: Canceled, Detail: "d"}, "canceled", "canceled: d", true, false},
 	} {
@@ -41,7 +59,8 @@ func TestErrorText(t *testing.T) {
 		if got := err.Error(); got != "wrapped: "+tt.text {
 			t.Errorf("got %q, want %q", got, tt.text)
 		}
-		if errors.Is(err, context.Canceled) != tt.canceled || errors.Is(err, context.DeadlineExceeded) != tt.timeout || errors.Is(err, http.ErrServerClosed) {
+		if errors.Is(err, context.Canceled) != tt.canceled || errors.Is(err, context.DeadlineExceeded) != tt.timeout ||
+			errors.Is(err, http.ErrServerClosed) {
 			t.Errorf("%s: errors.Is finds the wrong error", tt.kind)
 		}
 	}
@@ -76,8 +95,14 @@ func TestDescribe(t *testing.T) {
 		{errors.New("anything else"), notHTTP},
 		{&net.DNSError{Name: "api.example.com", IsNotFound: true}, "looking up api.example.com: no such host"},
 		{&net.DNSError{Name: secretHost, IsNotFound: true}, "looking up a host of 24 characters: no such host"},
-		{&net.DNSError{Name: secretHost, IsTimeout: true}, "looking up a host of 24 characters: the name server did not respond"},
-		{verification(x509.HostnameError{Host: secretHost, Certificate: &x509.Certificate{DNSNames: []string{"a"}}}), "its certificate is not valid for a host of 24 characters"},
+		{
+			&net.DNSError{Name: secretHost, IsTimeout: true},
+			"looking up a host of 24 characters: the name server did not respond",
+		},
+		{
+			verification(x509.HostnameError{Host: secretHost, Certificate: &x509.Certificate{DNSNames: []string{"a"}}}),
+			"its certificate is not valid for a host of 24 characters",
+		},
 	} {
 		if got := describe(fmt.Errorf("wrapped: %w", tt.err), atConnect); got != tt.want {
 			t.Errorf("%v: %q, want %q", tt.err, got, tt.want)

@@ -25,7 +25,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// errWithdrawn is what Allow returns in these tests.
+// errWithdrawn is the error of Allow in these tests.
 var errWithdrawn = errors.New("the role was disabled")
 
 // allowTimes returns an Allow that allows n times.
@@ -46,13 +46,14 @@ func checkWithdrawn(t *testing.T, c *Client, allow func() error) {
 	tr.Allow = allow
 	token, err := c.RequestToken(t.Context(), tr)
 	var e *Error
-	if token != nil || !errors.Is(err, errWithdrawn) || err.Error() != "withdrawn: the role was disabled" || errors.As(err, &e) {
+	if token != nil || !errors.Is(err, errWithdrawn) || err.Error() != "withdrawn: the role was disabled" ||
+		errors.As(err, &e) {
 		t.Errorf("got %v, %v; want the error of Allow as it is", token, err)
 	}
 }
 
-// TestAllow pins that nothing is sent once Allow refuses: before a call, between its head and its body, and before and
-// in its retry.
+// TestAllow pins that nothing is sent once Allow refuses, whether before a call, between its head and its body, and
+// before and in its retry.
 func TestAllow(t *testing.T) {
 	t.Parallel()
 	observed := 0
@@ -203,7 +204,7 @@ func (c faultyConn) Write(p []byte) (int, error) {
 }
 
 // TestNothingWritten pins that a connection, kept or new, that turns out to be dead before anything was written counts
-// as none: no token can have been issued, and the call is retried.
+// as none. No token can have been issued, and the call is retried.
 func TestNothingWritten(t *testing.T) {
 	t.Parallel()
 	for _, kept := range []bool{false, true} {
@@ -285,9 +286,9 @@ func respond(sim *cabletest.Simulator, r *http.Request) []byte {
 	return raw.Bytes()
 }
 
-// TestCuts closes the connection at every point of an exchange, and compares with what the server knows: a call that
-// Cable processed is not repeated, and the error says that Cable may have issued a token; and a call that Cable cannot
-// have processed, as on an idle connection that was closed, is repeated on another connection.
+// TestCuts closes the connection at every point of an exchange, and compares with the knowledge of the server. A call
+// that Cable processed is not repeated, and the error says that Cable may have issued a token; and a call that Cable
+// cannot have processed, as on an idle connection that was closed, is repeated on another connection.
 func TestCuts(t *testing.T) {
 	t.Parallel()
 	sim := cabletest.New(nil)

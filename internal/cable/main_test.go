@@ -29,8 +29,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestMain runs more tests at once than there are processors, unless a number is given: most of them wait for a budget
-// to run out.
+// TestMain runs more tests at once than there are processors, unless a number is given, because most of them wait for a
+// budget to run out.
 func TestMain(m *testing.M) {
 	flag.Parse()
 	fuzzing := flag.Lookup("test.fuzz").Value.String() != ""
@@ -44,8 +44,8 @@ const (
 	testKey = "sk/REFRESHKEYCANARY+0123456789abcdef=="
 	org     = cabletest.DefaultOrganizationID
 
-	// budget is that of tests in which a call must run into its end; slack is what a busy machine may add. Other tests
-	// have a minute.
+	// budget is that of tests in which a call must run into its end; slack is the time that a busy machine may add.
+	// Other tests have a minute.
 	budget = time.Second
 	slack  = 15 * time.Second
 
@@ -216,7 +216,7 @@ func readRequest(conn net.Conn) string {
 func hang(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }
 
 // memory is a RoundTripper that calls the simulator without a network, for tests in bubbles, where time is exact and
-// costs nothing: a bubble cannot wait for a network.
+// costs nothing, because a bubble cannot wait for a network.
 type memory struct{ *cabletest.Simulator }
 
 // RoundTrip implements [http.RoundTripper].

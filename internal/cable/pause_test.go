@@ -14,7 +14,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// checkSpread checks that calls are spread over the time within: each tenth of it has at most three times its share.
+// checkSpread checks that calls are spread over the time within, so that each tenth of it has at most three times its
+// share.
 func checkSpread(t *testing.T, calls []cabletest.Call, from time.Time, within time.Duration) {
 	t.Helper()
 	parts := make([]int, 10)
@@ -32,7 +33,7 @@ func checkSpread(t *testing.T, calls []cabletest.Call, from time.Time, within ti
 	}
 }
 
-// TestPause pins the pause after a 429: token requests fail at once with the remaining time, without a call, and are
+// TestPause pins the pause after a 429. Token requests fail at once with the remaining time, without a call, and are
 // spread when it ends.
 func TestPause(t *testing.T) {
 	t.Parallel()
@@ -45,7 +46,8 @@ func TestPause(t *testing.T) {
 		}
 		for _, err := range mintAll(t, c, 200) {
 			var e *Error
-			if !errors.As(err, &e) || e.Kind != Paused || e.RetryAfter != 90*time.Second || e.Attempts != 0 || e.MaybeIssued || e.StatusCode != 0 {
+			if !errors.As(err, &e) || e.Kind != Paused || e.RetryAfter != 90*time.Second || e.Attempts != 0 ||
+				e.MaybeIssued || e.StatusCode != 0 {
 				t.Errorf("in the pause: %+v", err)
 			}
 		}
@@ -84,7 +86,8 @@ func TestPause(t *testing.T) {
 func TestPauseLength(t *testing.T) {
 	t.Parallel()
 	for retryAfter, want := range map[string]time.Duration{
-		"": defaultPause, "soon": defaultPause, "1": time.Second, "300": maxPause, "301": maxPause, "9223372036854775807": maxPause,
+		"": defaultPause, "soon": defaultPause, "1": time.Second, "300": maxPause, "301": maxPause,
+		"9223372036854775807": maxPause,
 	} {
 		t.Run(retryAfter, func(t *testing.T) {
 			t.Parallel()
@@ -105,8 +108,8 @@ func TestPauseLength(t *testing.T) {
 	}
 }
 
-// TestPauseNeverShrinks pins that a pause is extended by a later 429, but never shortened: calls that were under way
-// when it began may return either.
+// TestPauseNeverShrinks pins that a pause is extended by a later 429, but never shortened, because calls that were
+// under way when it began may return either.
 func TestPauseNeverShrinks(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -162,8 +165,8 @@ func TestPauseIsPassedOn(t *testing.T) {
 	})
 }
 
-// TestPauseStopsWaiters pins that a 429 stops the token requests that wait: for a retry, for their share of the spread
-// after a pause, and for a call to end.
+// TestPauseStopsWaiters pins that a 429 stops the token requests that wait, be it for a retry, for their share of the
+// spread after a pause, and for a call to end.
 func TestPauseStopsWaiters(t *testing.T) {
 	t.Parallel()
 	for name, wait := range map[string]func(sim *cabletest.Simulator, c *Client){

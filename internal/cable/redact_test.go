@@ -19,7 +19,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestClean pins what an error shows of a text of Cable's.
+// TestClean pins the form in which an error shows a text of Cable's.
 func TestClean(t *testing.T) {
 	t.Parallel()
 	r := newRedactor(NewSecret(testKey))
@@ -59,8 +59,8 @@ func TestClean(t *testing.T) {
 	}
 }
 
-// TestRedactProperties: whatever surrounds a part of the key of the length of a window, it is redacted, and a text
-// without one is unchanged.
+// TestRedactProperties pins that, whatever surrounds a part of the key of the length of a window, it is redacted, and a
+// text without one is unchanged.
 func TestRedactProperties(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
@@ -78,18 +78,21 @@ func TestRedactProperties(t *testing.T) {
 		if !r.contains(text) {
 			rt.Fatal("contains does not find what redact redacts")
 		}
-		if other := rapid.StringMatching(`[a-f ]{0,60}`).Draw(rt, "other"); !r.contains(other) && r.redact(other) != other {
+		if other := rapid.StringMatching(`[a-f ]{0,60}`).Draw(rt, "other"); !r.contains(other) &&
+			r.redact(other) != other {
 			rt.Fatalf("%q was changed", other)
 		}
 	})
 }
 
-// TestDetailIsBounded: whatever a message contains, the detail is bounded, valid and printable.
+// TestDetailIsBounded pins that, whatever a message contains, the detail is bounded, valid and printable.
 func TestDetailIsBounded(t *testing.T) {
 	t.Parallel()
 	r := newRedactor(NewSecret(testKey))
 	rapid.Check(t, func(rt *rapid.T) {
-		text := string(rapid.SliceOf(rapid.Byte()).Draw(rt, "text")) + strings.Repeat(testKey, rapid.IntRange(0, 30).Draw(rt, "keys"))
+		text := string(rapid.SliceOf(rapid.Byte()).Draw(rt, "text")) + strings.Repeat(
+			testKey, rapid.IntRange(0, 30).Draw(rt, "keys"),
+		)
 		got := r.clean(text)
 		if len(got) > maxText || !utf8.ValidString(got) || strings.ContainsAny(got, "\n\r\x1b\x00") || r.contains(got) {
 			rt.Fatalf("%q", got)
@@ -97,9 +100,10 @@ func TestDetailIsBounded(t *testing.T) {
 	})
 }
 
-// jwtLike returns a token in the shape of Cable's sample: the first part is the same for all tokens of one issuer.
+// jwtLike returns a token in the shape of Cable's sample. The first part is the same for all tokens of one issuer.
 func jwtLike(claims, signature string) string {
-	return "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9." + base64.RawURLEncoding.EncodeToString([]byte(claims)) + "." + signature
+	const header = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9."
+	return header + base64.RawURLEncoding.EncodeToString([]byte(claims)) + "." + signature
 }
 
 // echoKeys returns refresh keys of the shapes that a key may have.
@@ -107,8 +111,11 @@ func echoKeys() map[string]string {
 	return map[string]string{
 		"opaque":           cabletest.NewRefreshKey(),
 		"with punctuation": `REFRESHKEYCANARY+/=%&<>"'\;:?#[]@!$()*,~` + "`{|}^" + `+/=0123456789abcdef`,
-		"JWT":              jwtLike(`{"iss":"cable","sub":"org_9f8b7c6d5e4a3b2c1d0e","typ":"refresh"}`, "REFRESHKEYCANARY-and-some-more-of-a-signature"),
-		"long":             cabletest.RefreshKeyMarker + strings.Repeat("0123456789abcdefghijklmnopqrstuvwxyz", 8),
+		"JWT": jwtLike(
+			`{"iss":"cable","sub":"org_9f8b7c6d5e4a3b2c1d0e","typ":"refresh"}`,
+			"REFRESHKEYCANARY-and-some-more-of-a-signature",
+		),
+		"long": cabletest.RefreshKeyMarker + strings.Repeat("0123456789abcdefghijklmnopqrstuvwxyz", 8),
 	}
 }
 
@@ -167,7 +174,7 @@ func echoes(key string) map[string]string {
 	}
 }
 
-// decoded returns text and what it may decode to, so that a key is found in any form.
+// decoded returns text and its possible decodings, so that a key is found in any form.
 func decoded(text string) []string {
 	list := []string{text, html.UnescapeString(text), strings.ReplaceAll(text, `\`, "")}
 	if s, err := url.QueryUnescape(text); err == nil {
@@ -176,7 +183,8 @@ func decoded(text string) []string {
 	isWord := func(c rune) bool {
 		return c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || strings.ContainsRune("+/-_", c)
 	}
-	for _, word := range strings.FieldsFunc(strings.ReplaceAll(text, redacted, " "), func(c rune) bool { return !isWord(c) }) {
+	words := strings.FieldsFunc(strings.ReplaceAll(text, redacted, " "), func(c rune) bool { return !isWord(c) })
+	for _, word := range words {
 		for from := range min(4, len(word)) {
 			for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
 				for cut := range 4 {
@@ -208,7 +216,8 @@ func TestEchoInAnError(t *testing.T) {
 			} {
 				raw, _ := json.Marshal(body)
 				text, _ := c.envelope(raw)
-				if _, err := c.decode(raw, testRequest()); err == nil || err.Error() != "it contains no token, but a message: "+text {
+				if _, err := c.decode(raw, testRequest()); err == nil ||
+					err.Error() != "it contains no token, but a message: "+text {
 					t.Errorf("%s key, %s in %s of a 200: %v", keyName, name, place, err)
 				}
 				if text == "" || len(text) > maxText || !utf8.ValidString(text) {

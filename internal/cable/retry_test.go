@@ -85,13 +85,17 @@ func TestRetries(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				sim, c := newMemory(t, Config{Timeout: tt.timeout})
 				sim.SetFault(rateLimit(0, tt.retryAfter))
-				diffError(t, Error{Kind: Responded, StatusCode: 429, Detail: "Too Many Requests", Attempts: tt.attempts}, mustFail(t, t.Context(), c))
+				diffError(
+					t, Error{Kind: Responded, StatusCode: 429, Detail: "Too Many Requests", Attempts: tt.attempts},
+					mustFail(t, t.Context(), c),
+				)
 				calls := sim.Calls()
 				if len(calls) != tt.attempts {
 					t.Fatalf("%d calls, want %d", len(calls), tt.attempts)
 				}
 				for i := range calls[1:] {
-					if wait := calls[i+1].Time.Sub(calls[i].Time); wait < tt.wait || wait > tt.wait+2*retryDelay<<i+pauseSpread {
+					if wait := calls[i+1].Time.Sub(calls[i].Time); wait < tt.wait ||
+						wait > tt.wait+2*retryDelay<<i+pauseSpread {
 						t.Errorf("retry %d after %s, want %s and some jitter", i+1, wait, tt.wait)
 					}
 				}
@@ -109,7 +113,8 @@ func TestRetries(t *testing.T) {
 	}
 }
 
-// TestRetryAfter pins how the header is read: seconds, or a date by the clock of the response, which may be years off.
+// TestRetryAfter pins how the header is read, as seconds, or a date by the clock of the response, which may be years
+// off.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	const date = "Sun, 31 Mar 2024 23:00:00 GMT"
@@ -166,7 +171,7 @@ func TestRetriesAreSpread(t *testing.T) {
 }
 
 // TestBudget pins, however long Cable takes for each 429, that nothing takes longer than the budget, and that no wait
-// lasts to its end: that would hide how Cable responded.
+// lasts to its end, which would hide how Cable responded.
 func TestBudget(t *testing.T) {
 	t.Parallel()
 	for _, retryAfter := range []string{"0", "1"} {
@@ -176,7 +181,11 @@ func TestBudget(t *testing.T) {
 				const budget = 2 * time.Second
 				for delay := time.Duration(0); delay < budget; delay += 9 * time.Millisecond {
 					sim, c := newMemory(t, Config{Timeout: budget})
-					sim.SetFault(cabletest.Fault{Status: 429, Delay: delay, Header: map[string]string{"Retry-After": retryAfter}})
+					sim.SetFault(
+						cabletest.Fault{
+							Status: 429, Delay: delay, Header: map[string]string{"Retry-After": retryAfter},
+						},
+					)
 					start := time.Now()
 					_, err := c.RequestToken(t.Context(), testRequest())
 					if took := time.Since(start); took > budget {
@@ -236,8 +245,8 @@ func TestCallerLeavesInAWait(t *testing.T) {
 	}
 }
 
-// A step is what happens to one call, and whether Cable may have issued a token then: written down here independently
-// of the code.
+// A step is the fate of one call, and whether Cable may have issued a token then, written down here independently of
+// the code.
 type step struct {
 	name   string
 	issued bool
@@ -268,8 +277,8 @@ func steps() []step {
 	return list
 }
 
-// TestOneTokenAtMost: whatever the responses to its calls, a token request makes at most three, and no call after one
-// that may have issued a token. If such a call brings no token, the error says so; and no other error does.
+// TestOneTokenAtMost pins that, whatever the responses to its calls, a token request makes at most three, and no call
+// after one that may have issued a token. If such a call brings no token, the error says so; and no other error does.
 func TestOneTokenAtMost(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -295,7 +304,8 @@ func TestOneTokenAtMost(t *testing.T) {
 				if s.err != nil {
 					return nil, s.err
 				}
-				return &http.Response{StatusCode: s.status, Header: http.Header{"Retry-After": {s.header}}, Body: io.NopCloser(strings.NewReader(s.body))}, nil
+				header, body := http.Header{"Retry-After": {s.header}}, io.NopCloser(strings.NewReader(s.body))
+				return &http.Response{StatusCode: s.status, Header: header, Body: body}, nil
 			}))
 			token, err := c.RequestToken(t.Context(), testRequest())
 			var e *Error
@@ -318,7 +328,17 @@ func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { retu
 
 // FuzzRetryAfter pins that no header makes the wait negative, or longer than a day.
 func FuzzRetryAfter(f *testing.F) {
-	for _, s := range [][2]string{{"1", ""}, {"-1", ""}, {"99999999999999999999", ""}, {"9223372036854775807", ""}, {"Fri, 31 Dec 9999 23:59:59 GMT", ""}, {"Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:36 GMT"}, {"Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 GMT"}, {"1.5", ""}, {"", "x"}} {
+	for _, s := range [][2]string{
+		{"1", ""},
+		{"-1", ""},
+		{"99999999999999999999", ""},
+		{"9223372036854775807", ""},
+		{"Fri, 31 Dec 9999 23:59:59 GMT", ""},
+		{"Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:36 GMT"},
+		{"Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 GMT"},
+		{"1.5", ""},
+		{"", "x"},
+	} {
 		f.Add(s[0], s[1])
 	}
 	f.Fuzz(func(t *testing.T, after, date string) {

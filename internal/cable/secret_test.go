@@ -21,19 +21,22 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// printed returns a token, the configuration of the client that got it, and another client of the same: fmt reads all
-// of it, and would race with the connections of one in use.
+// printed returns a token, the configuration of the client that got it, and another client of the same, because fmt
+// reads all of it, and would race with the connections of one in use.
 func printed(t *testing.T) (Config, *Client, *Token) {
 	t.Helper()
 	srv := cabletest.NewServer(t, nil)
-	cfg := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Bearer: false, UserAgent: "test", Pause: new(Pause)}
+	cfg := Config{
+		RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Bearer: false, UserAgent: "test", Pause: new(Pause),
+	}
 	token := mustMint(t, newClientAt(t, cfg))
 	return cfg, newClientAt(t, cfg), token
 }
 
 // shown contains the parts of a secret as formatting verbs print them.
 //
-// NOTE: the parts are windows, not the canary: a map of windows shows the whole secret without the canary in one piece.
+// NOTE: the parts are windows, not the canary, because a map of windows shows the whole secret without the canary in
+// one piece.
 type shown struct{ texts, hexes []string }
 
 func newShown(secret string) shown {
@@ -47,7 +50,10 @@ func newShown(secret string) shown {
 			decimal = append(decimal, fmt.Sprint(c))
 			listed = append(listed, fmt.Sprintf("0x%x", c))
 		}
-		s.texts = append(s.texts, piece, strings.Join(decimal, " "), strings.Join(listed, ", "), base64.StdEncoding.EncodeToString([]byte(piece[:9])))
+		s.texts = append(
+			s.texts, piece, strings.Join(decimal, " "), strings.Join(listed, ", "),
+			base64.StdEncoding.EncodeToString([]byte(piece[:9])),
+		)
 		s.hexes = append(s.hexes, hex.EncodeToString([]byte(piece)))
 	}
 	return s
@@ -71,13 +77,15 @@ func (s shown) in(text string) string {
 	return ""
 }
 
-// TestShown tests what the next test relies on.
+// TestShown tests the helper of the next test.
 func TestShown(t *testing.T) {
 	t.Parallel()
 	secret := cabletest.NewRefreshKey()
 	find := newShown(secret)
 	for _, format := range []string{"%v", "%s", "%q", "%x", "%X", "% x", "%#x", "% #X", "%d", "%#v"} {
-		for _, v := range []any{secret, []byte(secret), struct{ s string }{secret}, &struct{ s []byte }{[]byte(secret)}} {
+		for _, v := range []any{
+			secret, []byte(secret), struct{ s string }{secret}, &struct{ s []byte }{[]byte(secret)},
+		} {
 			text := fmt.Sprintf(format, v)
 			if s, isText := v.(string); isText && format == "%d" {
 				text = fmt.Sprintf("%d", []byte(s))
@@ -92,7 +100,7 @@ func TestShown(t *testing.T) {
 	}
 }
 
-// TestPrintingShowsNoSecret prints each exported type, and types that contain one, in every way: no text shows the
+// TestPrintingShowsNoSecret prints each exported type, and types that contain one, in every way. No text shows the
 // refresh key or the access token.
 func TestPrintingShowsNoSecret(t *testing.T) {
 	t.Parallel()
@@ -117,9 +125,25 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 		i  any
 		d  struct{ deep struct{ deeper Client } }
 	}
-	h := hidden{cfg.RefreshKey, &token.Value, cfg, &cfg, *c, c, *token, token, testRequest(), failure, []Secret{cfg.RefreshKey, token.Value}, map[string]Token{"a": *token}, *asBearer, struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}}}
+	h := hidden{
+		cfg.RefreshKey,
+		&token.Value,
+		cfg,
+		&cfg,
+		*c,
+		c,
+		*token,
+		token,
+		testRequest(),
+		failure,
+		[]Secret{cfg.RefreshKey, token.Value},
+		map[string]Token{"a": *token},
+		*asBearer,
+		struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}},
+	}
 	values := []any{
-		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token, testRequest(), *failure, failure, c.Pause(),
+		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token,
+		testRequest(), *failure, failure, c.Pause(),
 		c.redactor, &c.redactor,
 		h, &h,
 		[]any{h},
@@ -128,12 +152,17 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 		[1]Token{*token},
 		map[string]any{"h": h, "c": *c},
 		map[Secret]int{token.Value: 1},
-		fmt.Errorf("wrapped: %w", failure), errors.Join(failure, fmt.Errorf("%v %v", c, token)), reflect.ValueOf(h), reflect.ValueOf(c),
+		fmt.Errorf("wrapped: %w", failure),
+		errors.Join(failure, fmt.Errorf("%v %v", c, token)),
+		reflect.ValueOf(h),
+		reflect.ValueOf(c),
 	}
 	verbs := "vsqxXdtTpcUobeEfFgGw"
 	flags := []string{"", "+", "#", " ", "0", "-", "+#", "# ", "10", ".3", "10.20", "-0+# 5"}
 	count := 0
-	secrets := map[string]shown{"refresh key": newShown(cfg.RefreshKey.Reveal()), "access token": newShown(token.Value.Reveal())}
+	secrets := map[string]shown{
+		"refresh key": newShown(cfg.RefreshKey.Reveal()), "access token": newShown(token.Value.Reveal()),
+	}
 	check := func(how string, v any, text string) {
 		count++
 		for name, secret := range secrets {
@@ -186,7 +215,7 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 	}
 }
 
-// TestTextFields lists each text in an exported type that is not a Secret. It fails for a new one: if that can contain
+// TestTextFields lists each text in an exported type that is not a Secret. It fails for a new one. If that can contain
 // a secret, make it a Secret, else list it here.
 func TestTextFields(t *testing.T) {
 	t.Parallel()
@@ -237,7 +266,8 @@ func TestTextFields(t *testing.T) {
 	if !slices.Equal(got, known) {
 		t.Errorf("texts %q,\nwant %q", got, known)
 	}
-	if n := reflect.TypeFor[Secret]().NumField(); n != 1 || reflect.TypeFor[Secret]().Field(0).Type.Kind() != reflect.Pointer {
+	if n := reflect.TypeFor[Secret]().NumField(); n != 1 ||
+		reflect.TypeFor[Secret]().Field(0).Type.Kind() != reflect.Pointer {
 		t.Error("a Secret is more than a pointer: fmt prints the rest of it in an unexported field")
 	}
 }

@@ -76,7 +76,9 @@ func TestConnectionsAreBounded(t *testing.T) {
 	srv.StartTLS()
 	t.Cleanup(srv.Close)
 	c := newClientAt(t, Config{
-		RefreshKey: NewSecret(sim.RefreshKey()), TokenURL: srv.URL + sim.Path(), CACert: string(pemOf(srv.Certificate())),
+		RefreshKey: NewSecret(sim.RefreshKey()), TokenURL: srv.URL + sim.Path(), CACert: string(
+			pemOf(srv.Certificate()),
+		),
 	})
 	var calls sync.WaitGroup
 	call := func(ctx context.Context, check func(*Token, error)) {
@@ -124,8 +126,8 @@ func TestConnectionsAreBounded(t *testing.T) {
 	calls.Wait()
 }
 
-// TestDialsAreBounded pins the same for connections that are never made: net/http continues to dial after the caller
-// has left.
+// TestDialsAreBounded pins the same for connections that are never made, because net/http continues to dial after the
+// caller has left.
 func TestDialsAreBounded(t *testing.T) {
 	t.Parallel()
 	url, connections := rawServer(t, hang) // no TLS handshake
@@ -159,7 +161,7 @@ func TestErrorsKeepConnections(t *testing.T) {
 	}
 }
 
-// clientOfHost returns a client whose URL has a host that ParseTokenURL would refuse: the stand-in for a name that
+// clientOfHost returns a client whose URL has a host that ParseTokenURL would refuse, as the stand-in for a name that
 // resolves to something else.
 func clientOfHost(t *testing.T, host string) *Client {
 	t.Helper()
@@ -173,16 +175,22 @@ func clientOfHost(t *testing.T, host string) *Client {
 // TestOnlyLoopback pins that plain http goes nowhere but to this machine, whatever its host's name resolves to.
 func TestOnlyLoopback(t *testing.T) {
 	t.Parallel()
-	want := Error{Kind: Unreachable, Detail: "plain http is for loopback addresses only, and the host resolves to another", Attempts: 1}
+	want := Error{
+		Kind:     Unreachable,
+		Detail:   "plain http is for loopback addresses only, and the host resolves to another",
+		Attempts: 1,
+	}
 	for _, host := range []string{"192.0.2.1:80", "[2001:db8::1]:80", "0.0.0.0:80", "[::]:80", "169.254.169.254:80"} {
 		diffError(t, want, mustFail(t, t.Context(), clientOfHost(t, host)))
 	}
 	c := clientOfHost(t, "rebound.example")
-	c.transport.DialContext = (&net.Dialer{Resolver: nameServer(t, 0, netip.MustParseAddr("192.0.2.1")), Control: onlyLoopback}).DialContext
+	rebound := nameServer(t, 0, netip.MustParseAddr("192.0.2.1"))
+	c.transport.DialContext = (&net.Dialer{Resolver: rebound, Control: onlyLoopback}).DialContext
 	diffError(t, want, mustFail(t, t.Context(), c))
 	for address, ok := range map[string]bool{
 		"127.0.0.1:80": true, "127.255.0.1:80": true, "[::1]:80": true, "[::ffff:127.0.0.1]:80": true,
-		"10.0.0.1:80": false, "[::ffff:10.0.0.1]:80": false, "0.0.0.0:80": false, "[fe80::1%lo]:80": false, "": false, "nonsense": false,
+		"10.0.0.1:80": false, "[::ffff:10.0.0.1]:80": false, "0.0.0.0:80": false, "[fe80::1%lo]:80": false, "": false,
+		"nonsense": false,
 	} {
 		if err := onlyLoopback("tcp", address, nil); (err == nil) != ok {
 			t.Errorf("%s: %v", address, err)
@@ -207,7 +215,9 @@ func nameServer(t *testing.T, code byte, addr netip.Addr) *net.Resolver {
 			}
 			question := buf[12:]
 			end := strings.IndexByte(string(question), 0) + 5
-			reply := append([]byte{buf[0], buf[1], 0x81, 0x80 | code, 0, 1, 0, 0, 0, 0, 0, 0}, question[:min(end, n-12)]...)
+			reply := append(
+				[]byte{buf[0], buf[1], 0x81, 0x80 | code, 0, 1, 0, 0, 0, 0, 0, 0}, question[:min(end, n-12)]...,
+			)
 			if isA := binary.BigEndian.Uint16(question[end-4:]) == 1; code == 0 && isA {
 				reply[7] = 1
 				reply = append(reply, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4)
@@ -291,7 +301,9 @@ func (a *authority) intermediate(t testing.TB) *authority {
 	t.Helper()
 	key, der := sign(t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: "expired authority"}, IsCA: true, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour),
+		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(
+			-time.Hour,
+		),
 	}, a)
 	cert, _ := x509.ParseCertificate(der)
 	return &authority{cert: cert, key: key, isIntermediate: true}
@@ -346,13 +358,18 @@ func newTLSServer(t testing.TB, config *tls.Config) (sim *cabletest.Simulator, u
 	return sim, "https://" + listener.Addr().String() + sim.Path()
 }
 
-// TestTLS pins which servers get the key: those with a valid certificate, over TLS 1.2 or later. No other server sees a
-// request, and a refused certificate is not retried.
+// TestTLS pins which servers get the key, namely those with a valid certificate, over TLS 1.2 or later. No other server
+// sees a request, and a refused certificate is not retried.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
 	good := ca.issue(t, nil)
 	both := []string{"h2", "http/1.1"}
+	issued := func(change func(*x509.Certificate)) *tls.Config {
+		return &tls.Config{Certificates: []tls.Certificate{ca.issue(t, change)}}
+	}
+	const unknownAuthority = "its certificate is signed by an unknown authority: " +
+		"set ca_cert to the authority's certificate"
 	for _, tt := range []struct {
 		name     string
 		config   *tls.Config
@@ -360,68 +377,92 @@ func TestTLS(t *testing.T) {
 		refused  string // the detail; "" if a token is issued
 		attempts int
 	}{
-		{name: "TLS 1.2", config: &tls.Config{Certificates: []tls.Certificate{good}, MaxVersion: tls.VersionTLS12}, attempts: 1},
-		{name: "TLS 1.3", config: &tls.Config{Certificates: []tls.Certificate{good}, MinVersion: tls.VersionTLS13}, attempts: 1},
 		{
-			name: "TLS 1.1", config: &tls.Config{Certificates: []tls.Certificate{good}, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11},
+			name:     "TLS 1.2",
+			config:   &tls.Config{Certificates: []tls.Certificate{good}, MaxVersion: tls.VersionTLS12},
+			attempts: 1,
+		},
+		{
+			name:     "TLS 1.3",
+			config:   &tls.Config{Certificates: []tls.Certificate{good}, MinVersion: tls.VersionTLS13},
+			attempts: 1,
+		},
+		{
+			name: "TLS 1.1", config: &tls.Config{
+				Certificates: []tls.Certificate{good}, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11,
+			},
 			refused: "the TLS handshake failed: protocol version not supported", attempts: 3,
 		},
 		{
 			name: "unknown authority", config: &tls.Config{Certificates: []tls.Certificate{good}}, noCA: true,
-			refused: "its certificate is signed by an unknown authority: set ca_cert to the authority's certificate", attempts: 1,
+			refused: unknownAuthority, attempts: 1,
 		},
 		{
-			name: "another authority", config: &tls.Config{Certificates: []tls.Certificate{newAuthority(t).issue(t, nil)}},
-			refused: "its certificate is signed by an unknown authority: set ca_cert to the authority's certificate", attempts: 1,
+			name: "another authority", config: &tls.Config{
+				Certificates: []tls.Certificate{newAuthority(t).issue(t, nil)},
+			},
+			refused: unknownAuthority, attempts: 1,
 		},
 		{
-			name: "expired", config: &tls.Config{Certificates: []tls.Certificate{ca.issue(t, func(c *x509.Certificate) {
+			name: "expired", config: issued(func(c *x509.Certificate) {
 				c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
-			})}},
+			}),
 			refused: "its certificate has expired or is not yet valid", attempts: 1,
 		},
 		{
-			name: "not yet valid", config: &tls.Config{Certificates: []tls.Certificate{ca.issue(t, func(c *x509.Certificate) {
+			name: "not yet valid", config: issued(func(c *x509.Certificate) {
 				c.NotBefore, c.NotAfter = time.Now().Add(time.Hour), time.Now().Add(2*time.Hour)
-			})}},
+			}),
 			refused: "its certificate has expired or is not yet valid", attempts: 1,
 		},
 		{
-			name: "another host", config: &tls.Config{Certificates: []tls.Certificate{ca.issue(t, func(c *x509.Certificate) {
+			name: "another host", config: issued(func(c *x509.Certificate) {
 				c.IPAddresses, c.DNSNames = nil, []string{"api.cable.tech"}
-			})}},
+			}),
 			refused: "its certificate is not valid for 127.0.0.1", attempts: 1,
 		},
 		{
-			name: "a client's certificate", config: &tls.Config{Certificates: []tls.Certificate{ca.issue(t, func(c *x509.Certificate) {
+			name: "a client's certificate", config: issued(func(c *x509.Certificate) {
 				c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
-			})}},
+			}),
 			refused: "its certificate is not valid for this use", attempts: 1,
 		},
 		{
-			name: "an unknown critical extension", config: &tls.Config{Certificates: []tls.Certificate{ca.issue(t, func(c *x509.Certificate) {
-				c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 3, 6, 1, 4, 1, 99999, 1}, Critical: true, Value: []byte{5, 0}}}
-			})}},
+			name: "an unknown critical extension", config: issued(func(c *x509.Certificate) {
+				c.ExtraExtensions = []pkix.Extension{
+					{Id: []int{1, 3, 6, 1, 4, 1, 99999, 1}, Critical: true, Value: []byte{5, 0}},
+				}
+			}),
 			refused: "its certificate could not be verified", attempts: 1,
 		},
 		{
-			name: "a common name alone", config: &tls.Config{Certificates: []tls.Certificate{ca.issue(t, func(c *x509.Certificate) {
+			name: "a common name alone", config: issued(func(c *x509.Certificate) {
 				c.IPAddresses = nil
-			})}},
+			}),
 			refused:  "its certificate has no subject alternative name for a host: a common name alone is not accepted",
 			attempts: 1,
 		},
 		{
-			name: "an expired intermediate", config: &tls.Config{Certificates: []tls.Certificate{ca.intermediate(t).issue(t, nil)}},
+			name: "an expired intermediate", config: &tls.Config{
+				Certificates: []tls.Certificate{ca.intermediate(t).issue(t, nil)},
+			},
 			refused: "the certificate of an authority in its chain has expired or is not yet valid", attempts: 1,
 		},
 		{
-			name: "a negative serial number", config: &tls.Config{Certificates: []tls.Certificate{negative(ca.issue(t, nil))}},
+			name: "a negative serial number", config: &tls.Config{
+				Certificates: []tls.Certificate{negative(ca.issue(t, nil))},
+			},
 			refused: "its certificate cannot be parsed", attempts: 1,
 		},
-		{name: "HTTP/2 and HTTP/1.1", config: &tls.Config{Certificates: []tls.Certificate{good}, NextProtos: both}, attempts: 1},
 		{
-			name: "HTTP/2 alone", config: &tls.Config{Certificates: []tls.Certificate{good}, NextProtos: []string{"h2-alone"}},
+			name:     "HTTP/2 and HTTP/1.1",
+			config:   &tls.Config{Certificates: []tls.Certificate{good}, NextProtos: both},
+			attempts: 1,
+		},
+		{
+			name: "HTTP/2 alone", config: &tls.Config{
+				Certificates: []tls.Certificate{good}, NextProtos: []string{"h2-alone"},
+			},
 			refused: "it does not speak HTTP/1.1, and HTTP/2 is not supported", attempts: 3,
 		},
 	} {
@@ -439,7 +480,16 @@ func TestTLS(t *testing.T) {
 				}
 				return
 			}
-			diffError(t, Error{Kind: Unreachable, Detail: tt.refused, Attempts: tt.attempts, Certificate: strings.Contains(tt.refused, "certificate")}, mustFail(t, t.Context(), c))
+			diffError(
+				t,
+				Error{
+					Kind:        Unreachable,
+					Detail:      tt.refused,
+					Attempts:    tt.attempts,
+					Certificate: strings.Contains(tt.refused, "certificate"),
+				},
+				mustFail(t, t.Context(), c),
+			)
 			if n := sim.CallCount(); n != 0 {
 				t.Errorf("the server saw %d requests", n)
 			}
@@ -448,15 +498,19 @@ func TestTLS(t *testing.T) {
 }
 
 // TestClientCertificate pins the error if the server requires a certificate of the client, which with TLS 1.3 it
-// reports only after the request: not retried, no token issued. If its alert is lost, because the write fails first, it
-// is a connection that was closed.
+// reports only after the request. It is not retried, and no token was issued. If its alert is lost, because the write
+// fails first, it is a connection that was closed.
 func TestClientCertificate(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
 	for version, alert := range map[uint16]string{
 		tls.VersionTLS12: "handshake failure", tls.VersionTLS13: "certificate required",
 	} {
-		config := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, nil)}, ClientAuth: tls.RequireAnyClientCert, MaxVersion: version}
+		config := &tls.Config{
+			Certificates: []tls.Certificate{ca.issue(t, nil)},
+			ClientAuth:   tls.RequireAnyClientCert,
+			MaxVersion:   version,
+		}
 		sim, url := newTLSServer(t, config)
 		want := Error{Kind: Unreachable, Certificate: true, Attempts: 1}
 		want.Detail = fmt.Sprintf("it refused the TLS handshake (%s): client certificates are not supported", alert)
@@ -470,7 +524,7 @@ func TestClientCertificate(t *testing.T) {
 	}
 }
 
-// TestAlerts pins that an alert about certificates means the handshake on a new connection alone: on a kept one, or
+// TestAlerts pins that an alert about certificates means the handshake on a new connection alone. On a kept one, or
 // after the first byte of a response, Cable may have processed the call.
 func TestAlerts(t *testing.T) {
 	t.Parallel()
@@ -500,7 +554,8 @@ func TestAlerts(t *testing.T) {
 		x.stage, x.fresh, x.answered = atResponse, tt.fresh, tt.answered
 		r := &request{client: newClientAt(t, Config{}), caller: t.Context()}
 		e := r.failure(t.Context(), x, true, tt.err)
-		if e.Certificate != tt.certificate || e.MaybeIssued == tt.certificate || isPermanent(e, tt.err) != tt.certificate {
+		if e.Certificate != tt.certificate || e.MaybeIssued == tt.certificate ||
+			isPermanent(e, tt.err) != tt.certificate {
 			t.Errorf("%v, new %t, answered %t: %+v", tt.err, tt.fresh, tt.answered, e)
 		}
 	}
@@ -517,14 +572,19 @@ func TestStages(t *testing.T) {
 		dial dialFunc
 		want Error
 	}{
-		"in the TLS handshake":     {strings.Replace(silent, "http:", "https:", 1), nil, Error{Kind: TimedOut, Attempts: 1}},
+		"in the TLS handshake": {
+			strings.Replace(silent, "http:", "https:", 1), nil, Error{Kind: TimedOut, Attempts: 1},
+		},
 		"waiting for the response": {silent, nil, Error{Kind: TimedOut, MaybeIssued: true, Attempts: 1}},
 		"looking up the host": {"https://cable.example/", (&net.Dialer{Resolver: &net.Resolver{
 			PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) { return blocked(ctx) },
 		}}).DialContext, Error{Kind: TimedOut, Attempts: 1}},
 		"connecting": {"https://cable.example/", (&net.Dialer{
-			Resolver:       nameServer(t, 0, netip.MustParseAddr("127.0.0.1")),
-			ControlContext: func(ctx context.Context, _, _ string, _ syscall.RawConn) error { <-ctx.Done(); return ctx.Err() },
+			Resolver: nameServer(t, 0, netip.MustParseAddr("127.0.0.1")),
+			ControlContext: func(ctx context.Context, _, _ string, _ syscall.RawConn) error {
+				_, err := blocked(ctx)
+				return err
+			},
 		}).DialContext, Error{Kind: TimedOut, Attempts: 1}},
 		"the connection was closed in the TLS handshake": {
 			strings.Replace(gone, "http:", "https:", 1), nil, Error{Kind: Unreachable, Attempts: 3},
@@ -557,10 +617,17 @@ func TestStages(t *testing.T) {
 func TestHTTP2Alone(t *testing.T) {
 	t.Parallel()
 	url, _ := rawServer(t, func(conn net.Conn) {
-		_, _ = conn.Write([]byte("\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a")) // SETTINGS (RFC 9113, 6.5)
+		_, _ = conn.Write(
+			[]byte("\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a"),
+		) // SETTINGS (RFC 9113, 6.5)
 		hang(conn)
 	})
-	want := Error{Kind: Unreachable, Detail: "it does not speak HTTP/1.1, and HTTP/2 is not supported", MaybeIssued: true, Attempts: 1}
+	want := Error{
+		Kind:        Unreachable,
+		Detail:      "it does not speak HTTP/1.1, and HTTP/2 is not supported",
+		MaybeIssued: true,
+		Attempts:    1,
+	}
 	e := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: url}))
 	want.MaybeIssued, want.Attempts = e.MaybeIssued, e.Attempts // its frame may be read before the request is written
 	diffError(t, want, e)
@@ -570,7 +637,8 @@ func TestHTTP2Alone(t *testing.T) {
 func TestCACert(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewTLSServer(t, nil)
-	if e := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: srv.URL})); !strings.Contains(e.Detail, "set ca_cert") || e.Attempts != 1 {
+	e := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: srv.URL}))
+	if !strings.Contains(e.Detail, "set ca_cert") || e.Attempts != 1 {
 		t.Errorf("without ca_cert: %+v", e)
 	}
 	checkCounts(t, srv, 0, 0)
@@ -586,11 +654,17 @@ func TestSchemeMismatch(t *testing.T) {
 	t.Parallel()
 	notTLS := Error{Kind: Unreachable, Detail: "it does not speak TLS", Attempts: 3}
 	srv := cabletest.NewServer(t, nil)
-	diffError(t, notTLS, mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: strings.Replace(srv.URL, "http:", "https:", 1)})))
+	diffError(
+		t, notTLS,
+		mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: strings.Replace(srv.URL, "http:", "https:", 1)})),
+	)
 	checkCounts(t, srv, 0, 0)
 
 	ssh, _ := rawServer(t, func(c net.Conn) { _, _ = c.Write(bytes.Repeat([]byte("SSH-2.0 "), 10)) })
-	diffError(t, notTLS, mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: strings.Replace(ssh, "http:", "https:", 1)})))
+	diffError(
+		t, notTLS,
+		mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: strings.Replace(ssh, "http:", "https:", 1)})),
+	)
 
 	sim, url := newTLSServer(t, nil)
 	e := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: strings.Replace(url, "https:", "http:", 1)}))
@@ -651,7 +725,9 @@ func newProxy(t *testing.T, to string) *proxy {
 	t.Helper()
 	p := &proxy{to: to}
 	raw, _ := rawServer(t, p.serve)
-	p.url = "http://user:" + proxyPassword + "@" + strings.TrimSuffix(strings.TrimPrefix(raw, "http://"), "/v2/auth/token")
+	p.url = "http://user:" + proxyPassword + "@" + strings.TrimSuffix(
+		strings.TrimPrefix(raw, "http://"), "/v2/auth/token",
+	)
 	return p
 }
 
@@ -669,7 +745,10 @@ func (p *proxy) serve(conn net.Conn) {
 	}
 	p.mu.Unlock()
 	if status := p.refuse.Load(); status > 0 {
-		_, _ = fmt.Fprintf(conn, "HTTP/1.1 %d Said by %s of user:%s\r\nProxy-Authenticate: Basic\r\nContent-Length: 0\r\n\r\n", status, r.Host, proxyPassword)
+		_, _ = fmt.Fprintf(
+			conn, "HTTP/1.1 %d Said by %s of user:%s\r\nProxy-Authenticate: Basic\r\nContent-Length: 0\r\n\r\n", status,
+			r.Host, proxyPassword,
+		)
 		return
 	} else if status < 0 {
 		hang(conn)
@@ -688,7 +767,7 @@ func (p *proxy) serve(conn net.Conn) {
 	_, _ = io.Copy(conn, upstream)
 }
 
-// TestProxy pins that proxies come from the environment: https uses one, in a tunnel that hides the key from it;
+// TestProxy pins that proxies come from the environment. https uses one, in a tunnel that hides the key from it;
 // loopback never does; and no error contains the proxy's password.
 func TestProxy(t *testing.T) { // not parallel, because of the environment
 	const host = "example.com" // the simulator's certificate is valid for it
@@ -733,11 +812,18 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		p.refuse.Store(-1)
 		cfg.Timeout = budget
 		_, got := throughEnvironment(t, cfg, "HTTPS_PROXY="+p.url)
-		want := Error{Kind: TimedOut, Detail: "the budget of 1s ran out before a request was sent, at the proxy", Attempts: 1}
+		want := Error{
+			Kind: TimedOut, Detail: "the budget of 1s ran out before a request was sent, at the proxy", Attempts: 1,
+		}
 		diffError(t, want, got)
 	})
 	t.Run("is not one", func(t *testing.T) {
-		ssh, _ := rawServer(t, func(c net.Conn) { readRequest(c); _, _ = io.WriteString(c, "SSH-2.0-OpenSSH_9.6\r\n\r\n") })
+		ssh, _ := rawServer(t, func(c net.Conn) {
+			readRequest(c)
+			_, _ = io.WriteString(
+				c, "SSH-2.0-OpenSSH_9.6\r\n\r\n",
+			)
+		})
 		gone, _ := rawServer(t, func(net.Conn) {})
 		closed, _ := rawServer(t, func(net.Conn) {})
 		for url, want := range map[string]string{ssh: notHTTP, gone: connectionClosed, closed: "connection refused"} {
@@ -754,10 +840,14 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		direct := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, CACert: srv.CA}
 		user := "user:" + proxyPassword
 		for _, value := range []string{
-			"http://" + user + "@[::1", "http://" + user + "/x@h/", "http://" + user + "#x@h/", "http://" + user + "?x@h/",
-			"http://user:1" + "/x@h:3128", "http://user:1#x@h:3128", "http://" + user + "%zz@h/", "http://" + user + "%@h/",
-			"ftp://" + user + "@127.0.0.1:1/", "http:/proxy:3128", "http:proxy:3128", "http//proxy:3128", "http://", "http",
-			"http://proxy:99999", "http://proxy:", "://proxy", " http://proxy:3128", "http://proxy:3128/path", "-", "p q",
+			"http://" + user + "@[::1", "http://" + user + "/x@h/", "http://" + user + "#x@h/",
+			"http://" + user + "?x@h/",
+			"http://user:1" + "/x@h:3128", "http://user:1#x@h:3128", "http://" + user + "%zz@h/",
+			"http://" + user + "%@h/",
+			"ftp://" + user + "@127.0.0.1:1/", "http:/proxy:3128", "http:proxy:3128", "http//proxy:3128", "http://",
+			"http",
+			"http://proxy:99999", "http://proxy:", "://proxy", " http://proxy:3128", "http://proxy:3128/path", "-",
+			"p q",
 		} {
 			if value == "http" || value == "-" {
 				continue // a host's name
@@ -801,7 +891,9 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		srv := cabletest.NewServer(t, nil)
 		address := strings.TrimSuffix(strings.TrimPrefix(srv.URL, "http://"), srv.Path())
 		for _, url := range []string{
-			srv.URL, strings.Replace(srv.URL, "127.0.0.1", "localhost", 1), strings.Replace(srv.URL, "127.0.0.1", "LOCALHOST", 1),
+			srv.URL, strings.Replace(srv.URL, "127.0.0.1", "localhost", 1), strings.Replace(
+				srv.URL, "127.0.0.1", "LOCALHOST", 1,
+			),
 		} {
 			p := newProxy(t, address)
 			token, err := throughEnvironment(t, Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: url},
@@ -810,7 +902,9 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 				t.Errorf("%s: the proxy saw %q %q: %v", url, p.connects, p.others, err)
 			}
 		}
-		for _, variables := range [][]string{{"HTTPS_PROXY=%s", "NO_PROXY=.invalid"}, {"https_proxy=%s", "no_proxy=*"}, {"ALL_PROXY=%s"}} {
+		for _, variables := range [][]string{
+			{"HTTPS_PROXY=%s", "NO_PROXY=.invalid"}, {"https_proxy=%s", "no_proxy=*"}, {"ALL_PROXY=%s"},
+		} {
 			p := newProxy(t, address)
 			variables[0] = fmt.Sprintf(variables[0], p.url)
 			if token, _ := throughEnvironment(t, nowhere, variables...); token != nil || len(p.connects) > 0 {

@@ -16,10 +16,10 @@ import (
 	"time"
 )
 
-// Values of Fault.Reset: where in a call its TCP connection is reset.
+// Values of Fault.Reset, the point of a call at which its TCP connection is reset.
 const (
-	ResetBefore = "before" // before the request's body is read: nothing is minted
-	ResetAfter  = "after"  // instead of the response: a valid request has minted a token that is not delivered
+	ResetBefore = "before" // before the request's body is read, so that nothing is minted
+	ResetAfter  = "after"  // instead of the response, when a valid request has minted a token that is not delivered
 	ResetHalf   = "half"   // after half of the response's body
 )
 
@@ -29,16 +29,16 @@ const (
 // In Message, Errors, Header and Body the placeholder {refresh_key} is replaced by the call's Authorization header, to
 // simulate a server that echoes the key.
 type Fault struct {
-	Times int `json:"times"` // calls that it applies to; 0: until cleared
-	Every int `json:"every"` // applies to every Nth call only; 0: to each
+	Times int `json:"times"` // calls that it applies to; 0 is until cleared
+	Every int `json:"every"` // applies to every Nth call only; 0 is each
 
 	// Delay is the wait before the response, and before anything is minted. It ends when the caller leaves or the
-	// simulator is closed: then nothing is minted. Stall is the wait after half of the response's body.
+	// simulator is closed, and nothing is minted then. Stall is the wait after half of the response's body.
 	Delay time.Duration `json:"delay"`
 	Stall time.Duration `json:"stall"`
 
 	Status  int          `json:"status"`  // respond with this (200 to 599) and the error envelope, minting nothing
-	Message string       `json:"message"` // of the envelope; default: the status's text
+	Message string       `json:"message"` // of the envelope; by default the status's text
 	Errors  []FieldError `json:"errors"`  // of the envelope
 
 	// Header is set on the response. An empty value removes a header, Date included.
@@ -47,21 +47,21 @@ type Fault struct {
 	BodySize int64             `json:"body_size"` // bytes of filler after Body, instead of the JSON
 	Gzip     bool              `json:"gzip"`      // compress the body, whatever the caller accepts
 
-	Reset     string        `json:"reset"`      // ResetBefore, ResetAfter, ResetHalf; "": no reset
-	ClockSkew time.Duration `json:"clock_skew"` // Cable's clock (Date, expiry) is ahead by this; negative: behind
-	Grant     *Grant        `json:"grant"`      // what a successful response says instead of what was requested
+	Reset     string        `json:"reset"`      // ResetBefore, ResetAfter, ResetHalf, or "" for no reset
+	ClockSkew time.Duration `json:"clock_skew"` // Cable's clock (Date, expiry) is ahead by this, or behind if negative
+	Grant     *Grant        `json:"grant"`      // changes a successful response
 }
 
-// Grant is what a successful response says instead of what was requested. Zero fields say what was requested.
+// Grant is the content of a successful response, as far as it differs from the request. Zero fields are as requested.
 type Grant struct {
-	Lifetime             *time.Duration  `json:"lifetime"` // the token's true lifetime, in whole seconds; may be negative
+	Lifetime             *time.Duration  `json:"lifetime"` // the token's true one, in whole seconds; may be negative
 	OrganizationID       *string         `json:"organization_id"`
 	ScopesOrganizationID *string         `json:"scopes_organization_id"`
 	Scopes               *[]string       `json:"scopes"`
 	OmitScopes           bool            `json:"omit_scopes"`
 	OmitToken            bool            `json:"omit_token"`
 	OmitExpiry           bool            `json:"omit_expiry"`
-	Expiry               json.RawMessage `json:"expiry"` // any JSON value, verbatim: a string, a float, milliseconds
+	Expiry               json.RawMessage `json:"expiry"` // any JSON value, verbatim, such as a string or a float
 	Token                *string         `json:"token"`
 }
 
@@ -195,12 +195,12 @@ func (f *Fault) envelope(r *http.Request) *envelope {
 func (f *Fault) setHeader(r *http.Request, h http.Header) {
 	for name, value := range f.Header {
 		if h.Set(name, f.echo(r, value)); value == "" {
-			h[http.CanonicalHeaderKey(name)] = nil // nil, not absent: or net/http would add a Date of its own
+			h[http.CanonicalHeaderKey(name)] = nil // nil, not absent, or net/http would add a Date of its own
 		}
 	}
 }
 
-// apply changes the response to what g says, and m to the token that the caller therefore gets.
+// apply changes the response as g says, and m to the token that the caller therefore gets.
 func (g *Grant) apply(a *response, m *Minted) {
 	set(&a.OrganizationID, g.OrganizationID)
 	set(&a.Scopes.OrganizationID, g.ScopesOrganizationID)
@@ -226,8 +226,8 @@ func set[T any](to, from *T) {
 	}
 }
 
-// write sends a response's body: start and the filler, compressed or not, with a wait or a reset after half of it.
-// Errors of writing are dropped: the caller has left, or a Content-Length in Header forbids a body.
+// write sends a response's body, start and the filler, compressed or not, with a wait or a reset after half of it.
+// Errors of writing are dropped, because the caller has left, or a Content-Length in Header forbids a body.
 func (f *Fault) write(w http.ResponseWriter, start []byte, wait func() bool) {
 	if f.BodySize == 0 && f.Stall == 0 && f.Reset == "" && !f.Gzip {
 		_, _ = w.Write(start) // the hot path

@@ -65,7 +65,7 @@ func TestFaultStatus(t *testing.T) {
 		t.Errorf("a call contains the key: %s", text)
 	}
 
-	// The placeholder is what the call brought, not what the simulator knows.
+	// The placeholder stands for the call's key, not for the simulator's.
 	r := newRequest(t, sim, sim.Path(), validBody)
 	r.Header.Set("Authorization", "Bearer other")
 	if _, got := serve(t, sim, r); got.Message != "slow down, Bearer other" {
@@ -150,7 +150,7 @@ func TestFaultGrant(t *testing.T) {
 	tests := map[string]struct {
 		fault    cabletest.Fault
 		replace  [2]string     // in the response without faults, to get the expected one
-		lifetime time.Duration // of the token; 0: as requested
+		lifetime time.Duration // of the token; 0 is as requested
 	}{
 		"lifetime": {
 			fault:   cabletest.Fault{Grant: &cabletest.Grant{Lifetime: lifetime(10 * time.Second)}},
@@ -232,7 +232,10 @@ func TestFaultGrant(t *testing.T) {
 			}
 			issued := clock().Add(tt.fault.ClockSkew).Truncate(time.Second)
 			if !minted[0].IssuedAt.Equal(issued) || !minted[0].Expiry.Equal(issued.Add(requested)) {
-				t.Errorf("minted %s to %s, want %s to %s", minted[0].IssuedAt, minted[0].Expiry, issued, issued.Add(requested))
+				t.Errorf(
+					"minted %s to %s, want %s to %s", minted[0].IssuedAt, minted[0].Expiry, issued,
+					issued.Add(requested),
+				)
 			}
 			if got, want := resp.Header.Get("Date"), issued.Format(http.TimeFormat); got != want {
 				t.Errorf("Date = %q, want %q", got, want)
@@ -247,7 +250,7 @@ func TestFaultBodyAndHeader(t *testing.T) {
 		fault  cabletest.Fault
 		body   string
 		status int
-		header map[string]string // "": must be absent
+		header map[string]string // "" must be absent
 	}{
 		"body":         {fault: cabletest.Fault{Body: "<html> {refresh_key}"}, body: "<html> KEY", status: 200},
 		"status, body": {fault: cabletest.Fault{Status: 502, Body: "bad gateway"}, body: "bad gateway", status: 502},
@@ -367,7 +370,7 @@ func TestFaultReset(t *testing.T) {
 					if reset != cabletest.ResetHalf {
 						t.Errorf("response: %d %q", resp.StatusCode, body)
 					}
-					// Elsewhere than on Linux, a reset may overtake what was sent before it.
+					// Elsewhere than on Linux, a reset may overtake the bytes before it.
 					if want := resp.ContentLength / 2; runtime.GOOS == "linux" && int64(len(body)) != want {
 						t.Errorf("%d bytes arrived, want %d", len(body), want)
 					}
@@ -426,7 +429,7 @@ func TestFaultDelay(t *testing.T) {
 	}
 }
 
-// TestFaultShortDelayAndStall waits for both: the response is good, and not early.
+// TestFaultShortDelayAndStall waits for both. The response is good, and not early.
 func TestFaultShortDelayAndStall(t *testing.T) {
 	t.Parallel()
 	srv := cabletest.NewServer(t, nil)

@@ -44,7 +44,7 @@ type Stats struct {
 	ByStatus    map[int]int `json:"by_status"` // calls without a response are under 0
 }
 
-// record is what a Simulator saw since New or Reset. A call writes to the record that it began in.
+// record has the calls and tokens since New or Reset. A call writes to the record that it began in.
 type record struct {
 	calls    ring[*Call]
 	minted   ring[Minted]

@@ -20,7 +20,8 @@ type Server struct {
 }
 
 // NewServer starts a simulator over plain HTTP and closes it when the test ends. A nil opts means the zero Options. A
-// request outside the endpoint's path fails the test: a client that builds a wrong URL is found. Nothing else does.
+// request outside the endpoint's path fails the test, so that a client that builds a wrong URL is found. Nothing else
+// does.
 func NewServer(t testing.TB, opts *Options) *Server {
 	s := newServer(t, opts)
 	s.http.Start()
@@ -50,7 +51,8 @@ func newServer(t testing.TB, opts *Options) *Server {
 	return s
 }
 
-// Close ends delays and stalls, and then the server: its port refuses connections from then on. It may be called twice.
+// Close ends delays and stalls, and then the server, whose port refuses connections from then on. It may be called
+// twice.
 func (s *Server) Close() {
 	s.Simulator.Close()
 	s.http.Close()

@@ -59,7 +59,7 @@ func TestServerFailsTheTestOutsideItsPath(t *testing.T) {
 		resp, _ := post(t, client, r)
 		return resp.StatusCode
 	}
-	// What is wrong inside the path is the caller's business, and so are faults.
+	// An error inside the path is the caller's business, and so are faults.
 	send("POST", srv.URL)
 	send("GET", srv.URL)
 	send("POST", srv.URL+"?query=1")

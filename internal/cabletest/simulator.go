@@ -5,12 +5,12 @@
 //
 // Its rules:
 //
-//   - It refuses what Cable's documents call invalid and nothing else. If they disagree (the form of the Authorization
-//     header), Options decides; if they are silent (an empty list of scopes, a scope or a field that they do not name),
-//     it accepts.
+//   - It refuses a request that Cable's documents call invalid, and no other. If they disagree (the form of the
+//     Authorization header), Options decides; if they are silent (an empty list of scopes, a scope or a field that they
+//     do not name), it accepts.
 //   - It fails only by a Fault.
-//   - What it records of a call never contains the refresh key or an access token. Both contain marker strings, so that
-//     a test can look for them in whatever must not contain them.
+//   - Its record of a call never contains the refresh key or an access token. Both contain marker strings,
+//     unless Options.Plain, so that a test can look for them where they must not be.
 //
 // Source of each rule: Cable's request-token reference (v2.0) and its OpenAPI documents.
 package cabletest
@@ -49,7 +49,7 @@ const (
 	// DefaultOrganizationName is the same organization's name.
 	DefaultOrganizationName = "Cable Financial Services"
 
-	// Recorded is the number of calls, and of minted tokens, that a Simulator keeps: the latest ones. Its counters
+	// Recorded is the number of calls, and of minted tokens, that a Simulator keeps, the latest ones. Its counters
 	// count all.
 	Recorded = 10_000
 
@@ -57,8 +57,8 @@ const (
 	maxRequestBytes = 1 << 20
 )
 
-// Values of Options.Scheme: how the refresh key must be written into the Authorization header. Cable's documents show
-// both forms.
+// Values of Options.Scheme, which says how the refresh key must be written into the Authorization header. Cable's
+// documents show both forms.
 const (
 	SchemeRaw    = "raw"    // the key alone (v2.0 reference)
 	SchemeBearer = "bearer" // "Bearer <key>" (v1.0 reference)
@@ -114,7 +114,7 @@ type Simulator struct {
 	closed      chan struct{}
 	closeOnce   sync.Once
 
-	mu     sync.Mutex // guards what follows; never locked while a call waits or is written
+	mu     sync.Mutex // guards the next fields; never locked while a call waits or is written
 	seen   *record
 	faults []pendingFault
 }
@@ -165,10 +165,10 @@ func (s *Simulator) Path() string { return s.path }
 // RefreshKey returns the one refresh key that is accepted.
 func (s *Simulator) RefreshKey() string { return *s.key.Load() }
 
-// SetRefreshKey replaces the refresh key: the old one is refused from now on.
+// SetRefreshKey replaces the refresh key. The old one is refused from now on.
 func (s *Simulator) SetRefreshKey(key string) { s.key.Store(&key) }
 
-// Close ends every Delay and Stall, now and later: those calls get no further response.
+// Close ends every Delay and Stall, now and later. Those calls get no further response.
 func (s *Simulator) Close() { s.closeOnce.Do(func() { close(s.closed) }) }
 
 // ServeHTTP responds to one call. A call to any other path than the endpoint's gets a 404 and takes no fault.
@@ -207,7 +207,7 @@ func (s *Simulator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		call.Status, call.Minted = http.StatusOK, true
 		token, result = s.mint(&call, now, f.Grant)
 	}
-	body, _ := json.Marshal(result) // cannot fail: check saw to it that Grant.Expiry is JSON
+	body, _ := json.Marshal(result) // cannot fail, because check saw to it that Grant.Expiry is JSON
 	if f.Body != "" || f.BodySize > 0 {
 		body = []byte(f.echo(r, f.Body))
 	}
@@ -242,11 +242,12 @@ func (s *Simulator) authorized(header string) bool {
 	return key != "" && (scheme != SchemeBearer && header == key || scheme != SchemeRaw && header == "Bearer "+key)
 }
 
-// redact keeps a secret that was sent in the wrong place (a key as organization_id) out of what is recorded. A key of
-// less than 8 bytes is a test's own and no secret: too many texts contain it.
+// redact keeps a secret that was sent in the wrong place (a key as organization_id) out of the record. A key of less
+// than 8 bytes is a test's own and no secret, because too many texts contain it.
 func (s *Simulator) redact(text string) string {
 	key := s.RefreshKey()
-	if len(key) >= 8 && strings.Contains(text, key) || strings.Contains(text, TokenMarker) || strings.Contains(text, tokenHeader) {
+	if len(key) >= 8 && strings.Contains(text, key) || strings.Contains(text, TokenMarker) ||
+		strings.Contains(text, tokenHeader) {
 		return "[redacted]"
 	}
 	return text
@@ -275,8 +276,7 @@ func (s *Simulator) read(r *http.Request, call *Call) *envelope {
 	return nil
 }
 
-// readBody reads a request's JSON into call and lists what is wrong with it. Pointers are nil for what is absent or
-// null.
+// readBody reads a request's JSON into call and lists its errors. Pointers are nil for members that are absent or null.
 func (s *Simulator) readBody(body io.Reader, call *Call) (problems []FieldError, malformed bool) {
 	var req struct {
 		ExpirySeconds *int64 `json:"expiry_seconds"`
@@ -360,14 +360,14 @@ func (s *Simulator) mint(call *Call, now time.Time, grant *Grant) (*Minted, *res
 // tokenHeader begins every access token: {"alg":"HS256","typ":"JWT"}.
 const tokenHeader = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9."
 
-// newToken returns a unique access token in the shape of a JWT (Cable's sample is one): header and claims are real. The
+// newToken returns a unique access token in the shape of a JWT (Cable's sample is one). Header and claims are real. The
 // signature has the 32 bytes of HS256, of which the first 12 are TokenMarker, decoded.
 func (s *Simulator) newToken(organizationID string, issuedAt, expiry int64) string {
 	id, _ := json.Marshal(organizationID) // a string always marshals
 	claims := fmt.Appendf(nil, `{"iss":"cabletest","sub":%s,"iat":%d,"exp":%d}`, id, issuedAt, expiry)
 	enc := base64.RawURLEncoding
 	signature := make([]byte, 32)
-	rand.Read(signature) // never fails: it crashes the program instead
+	rand.Read(signature) // never fails, because it crashes the program instead
 	if !s.opts.Plain {
 		_, _ = enc.Decode(signature, []byte(TokenMarker))
 	}

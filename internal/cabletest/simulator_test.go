@@ -162,7 +162,7 @@ func TestRequestRules(t *testing.T) {
 	}
 	tests := map[string]struct {
 		body   string
-		fields []string // named by the 400's errors; nil: the request is good
+		fields []string // named by the 400's errors; nil if the request is good
 		opaque bool     // a 400 that names no field
 	}{
 		"shortest": {body: body("300", good)},
@@ -193,7 +193,9 @@ func TestRequestRules(t *testing.T) {
 		"organization empty":   {body: inner(`""`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
 		"organization number":  {body: inner(`7`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
 
-		"inner scopes absent":     {body: body("300", `{"organization_id":"`+org+`"}`), fields: []string{"scopes.scopes"}},
+		"inner scopes absent": {
+			body: body("300", `{"organization_id":"`+org+`"}`), fields: []string{"scopes.scopes"},
+		},
 		"inner scopes null":       {body: inner(quoted, `null`), fields: []string{"scopes.scopes"}},
 		"inner scopes string":     {body: inner(quoted, `"a:b"`), fields: []string{"scopes.scopes"}},
 		"inner scopes of numbers": {body: inner(quoted, `["a:b",1]`), fields: []string{"scopes.scopes"}},
@@ -244,9 +246,11 @@ func TestHTTPRules(t *testing.T) {
 		status                    int
 		field                     string
 	}{
-		"good":                    {status: 200},
-		"charset":                 {contentType: "application/json; charset=utf-8", status: 200},
-		"form":                    {contentType: "application/x-www-form-urlencoded", status: 400, field: "Content-Type"},
+		"good":    {status: 200},
+		"charset": {contentType: "application/json; charset=utf-8", status: 200},
+		"form": {
+			contentType: "application/x-www-form-urlencoded", status: 400, field: "Content-Type",
+		},
 		"no content type":         {contentType: "-", status: 400, field: "Content-Type"},
 		"GET":                     {method: "GET", status: 405},
 		"PUT":                     {method: "PUT", status: 405},

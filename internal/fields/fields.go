@@ -1,23 +1,20 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package fields decides which fields a request may contain, before the
-// framework sees them, and which values an error may repeat.
+// Package fields decides which fields a request may contain, before the framework sees them, and which values an error
+// may repeat.
 //
-//   - A field that the path does not know is refused, and the error lists the
-//     known ones.
+//   - A field that the path does not know is refused, and the error lists the known ones.
 //   - Input is bounded before the engine splits, converts or sorts it.
-//   - A field has the type that it is documented with. The framework's own
-//     conversion errors print the value, even that of refresh_key.
-//   - A field that is present has a value, neither empty nor null. A write of
-//     config or a role accepts a blank that equals the stored value, so that a
-//     read can be written back; see [Input.Changes].
-//   - An error repeats a value only if it has the shape of the field's valid
-//     values, and that shape cannot be a secret. Anything else is described by
-//     its length or type.
+//   - A field has the type that it is documented with. The framework's own conversion errors print the value, even that
+//     of refresh_key.
+//   - A field that is present has a value, neither empty nor null. A write of config or a role accepts a blank that
+//     equals the stored value, so that a read can be written back; see [Input.Changes].
+//   - An error repeats a value only if it has the shape of the field's valid values, and that shape cannot be a secret.
+//     Anything else is described by its length or type.
 //
-// The values that pass have one Go type per field type, so that handlers and the
-// framework see the same value in whichever form a caller wrote it.
+// The values that pass have one Go type per field type, so that handlers and the framework see the same value in
+// whichever form a caller wrote it.
 package fields
 
 import (
@@ -51,13 +48,11 @@ const (
 	maxRoleName       = 128 // characters
 	maxOrganizationID = 128 // characters; Cable's sample has 24
 
-	// MaxRefreshKey is in bytes. The key travels in a header, and common servers
-	// accept 8 KiB of headers.
+	// MaxRefreshKey is in bytes. The key travels in a header, and common servers accept 8 KiB of headers.
 	MaxRefreshKey = 8 << 10
 )
 
-// fieldBounds are the fields that may be longer than maxFieldBytes, in bytes,
-// white space included.
+// fieldBounds are the fields that may be longer than maxFieldBytes, in bytes, white space included.
 var fieldBounds = map[string]int{
 	"refresh_key": 2 * MaxRefreshKey,
 	"token_url":   2 << 10,
@@ -75,9 +70,8 @@ func Without(all, taken []string) []string {
 	return slices.DeleteFunc(slices.Clone(all), func(s string) bool { return slices.Contains(taken, s) })
 }
 
-// Parse returns the request's fields, each with the one Go type of its field type,
-// or a refusal. For an unknown path or operation it returns nil, and the framework
-// reports that.
+// Parse returns the request's fields, each with the one Go type of its field type, or a refusal. For an unknown path or
+// operation it returns nil, and the framework reports that.
 func Parse(path *framework.Path, req *logical.Request) (map[string]any, error) {
 	if path == nil || path.Operations[req.Operation] == nil {
 		return nil, nil
@@ -104,8 +98,8 @@ func Parse(path *framework.Path, req *logical.Request) (map[string]any, error) {
 	return data, nil
 }
 
-// knownFields lists the fields that an operation on path accepts, sorted: for
-// operations without a body the query fields, for the others all fields but name.
+// knownFields lists the fields that an operation on path accepts, sorted: for operations without a body the query
+// fields, for the others all fields but name.
 func knownFields(path *framework.Path, op logical.Operation) []string {
 	var known []string
 	for name, schema := range path.Fields {
@@ -147,9 +141,8 @@ func blankError(value any) error {
 	return fmt.Errorf("must not be %s: give it a value or leave it out", what)
 }
 
-// parseValue converts value to its field's type: string, bool, int (whole
-// seconds for a duration) or []string; nil if it is null, and "" if it is an
-// empty text for any type.
+// parseValue converts value to its field's type: string, bool, int (whole seconds for a duration) or []string; nil if
+// it is null, and "" if it is an empty text for any type.
 func parseValue(schema *framework.FieldSchema, name string, value any) (any, error) {
 	if value == nil {
 		return nil, nil
@@ -198,8 +191,7 @@ func parseValue(schema *framework.FieldSchema, name string, value any) (any, err
 	}
 }
 
-// parseNumber reads a duration ("90m", "1h30m", "1d", "600", 600) as whole
-// seconds, or a count as an int.
+// parseNumber reads a duration ("90m", "1h30m", "1d", "600", 600) as whole seconds, or a count as an int.
 func parseNumber(kind framework.FieldType, value any) (int, error) {
 	what, example := "a duration in whole seconds", `such as 600, "10m" or "1h"`
 	if kind == framework.TypeInt {
@@ -242,9 +234,8 @@ func parseNumber(kind framework.FieldType, value any) (int, error) {
 	return int(min(d/time.Second, math.MaxInt32)), nil
 }
 
-// parseList reads a list of strings, a comma-separated text or a JSON array. An
-// element may be comma-separated too, as repeated query keys are. The list is
-// bounded before it is split: at most 64 KiB and 1024 elements.
+// parseList reads a list of strings, a comma-separated text or a JSON array. An element may be comma-separated too, as
+// repeated query keys are. The list is bounded before it is split: at most 64 KiB and 1024 elements.
 func parseList(value any) ([]string, error) {
 	var texts []string
 	bytes, elements := 0, 0
@@ -296,11 +287,10 @@ func parseList(value any) ([]string, error) {
 	return list, nil
 }
 
-// ParseScopes sorts scopes, drops duplicates, and refuses more than 64. Its
-// refusal does not quote a text that cannot be a scope.
+// ParseScopes sorts scopes, drops duplicates, and refuses more than 64. Its refusal does not quote a text that cannot
+// be a scope.
 //
-// NOTE: parseList has bounded the list before it was split. 64 is the limit on
-// the scopes that remain.
+// NOTE: parseList has bounded the list before it was split. 64 is the limit on the scopes that remain.
 func ParseScopes(list []string) ([]string, error) {
 	scopes := slices.Clone(list)
 	slices.Sort(scopes)

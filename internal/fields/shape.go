@@ -11,8 +11,7 @@ import (
 	"unicode/utf8"
 )
 
-// Shape matches the values of a field that an error or a log line may repeat.
-// No secret has a shape that matches.
+// Shape matches the values of a field that an error or a log line may repeat. No secret has a shape that matches.
 type Shape struct{ pattern *regexp.Regexp }
 
 // The shapes of the fields whose values are repeated.
@@ -26,8 +25,7 @@ var (
 
 func shape(pattern string) Shape { return Shape{regexp.MustCompile(pattern)} }
 
-// Redact returns text if it has the shape, and its length otherwise. It is for
-// fields of a log line or an event.
+// Redact returns text if it has the shape, and its length otherwise. It is for fields of a log line or an event.
 func (s Shape) Redact(text string) string {
 	if text == "" || s.pattern.MatchString(text) {
 		return text
@@ -35,8 +33,7 @@ func (s Shape) Redact(text string) string {
 	return fmt.Sprintf("(not shown: length %d)", utf8.RuneCountInString(text))
 }
 
-// Quote returns text in quotes if it has the shape, and its length otherwise. It
-// is for sentences.
+// Quote returns text in quotes if it has the shape, and its length otherwise. It is for sentences.
 func (s Shape) Quote(text string) string {
 	if redacted := s.Redact(text); redacted != text {
 		return redacted

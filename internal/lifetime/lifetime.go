@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package lifetime is the arithmetic of lifetimes: pure functions over plain
-// values, so that they can be read against the rules and tested for all inputs.
+// Package lifetime is the arithmetic of lifetimes: pure functions over plain values, so that they can be read against
+// the rules and tested for all inputs.
 //
 //	ceiling   = min(role's max_ttl or 24h, mount's max_lease_ttl, 24h)
 //	requested = min(first set of: request's ttl, role's ttl, min(1h, mount's default_lease_ttl); ceiling)
@@ -10,8 +10,7 @@
 //	raise       a default below 300s to 300s
 //	lease     = floor(min(requested, granted lifetime) - time since the call was sent)
 //
-// Lifetimes and leases are whole seconds, because Cable's expiry_seconds and
-// Vault's lease durations are.
+// Lifetimes and leases are whole seconds, because Cable's expiry_seconds and Vault's lease durations are.
 package lifetime
 
 import (
@@ -30,14 +29,13 @@ const (
 	// standard is the lifetime if neither the request nor the role sets one.
 	standard = time.Hour
 
-	// longerGrant is by how much a granted lifetime may exceed the requested one
-	// without a warning. Clocks and rounding account for that much.
+	// longerGrant is by how much a granted lifetime may exceed the requested one without a warning. Clocks and rounding
+	// account for that much.
 	longerGrant = time.Minute
 )
 
-// Bounds are the settings that decide a lifetime. Zero means "not set" for Role
-// and RoleMax, and "Vault could not be asked" for those of the mount. Request
-// counts only if HasRequest is true.
+// Bounds are the settings that decide a lifetime. Zero means "not set" for Role and RoleMax, and "Vault could not be
+// asked" for those of the mount. Request counts only if HasRequest is true.
 type Bounds struct {
 	HasRequest   bool
 	Request      time.Duration // the request's ttl
@@ -47,12 +45,10 @@ type Bounds struct {
 	MountMax     time.Duration // the mount's max_lease_ttl
 }
 
-// errNoMountTTL means that Vault did not report the mount's lease settings. The
-// SDK returns zero then.
+// errNoMountTTL means that Vault did not report the mount's lease settings. The SDK returns zero then.
 var errNoMountTTL = errors.New("reading the mount's lease settings: Vault did not respond")
 
-// Ceiling returns the longest lifetime that may be requested now, and the name of
-// the setting that it comes from.
+// Ceiling returns the longest lifetime that may be requested now, and the name of the setting that it comes from.
 func (b Bounds) Ceiling() (ceiling time.Duration, from string) {
 	ceiling, from = Max, "Cable's maximum"
 	if b.RoleMax > 0 && b.RoleMax < ceiling {
@@ -64,9 +60,8 @@ func (b Bounds) Ceiling() (ceiling time.Duration, from string) {
 	return ceiling, from
 }
 
-// Decide returns the lifetime to request from Cable, Min to Max, and a warning
-// for each bound that changed it. The error is a refusal, or says that Vault did
-// not report the mount's settings.
+// Decide returns the lifetime to request from Cable, Min to Max, and a warning for each bound that changed it. The
+// error is a refusal, or says that Vault did not report the mount's settings.
 func (b Bounds) Decide() (requested time.Duration, warnings []string, err error) {
 	if b.MountMax <= 0 {
 		return 0, nil, errNoMountTTL
@@ -106,16 +101,13 @@ func (b Bounds) Decide() (requested time.Duration, warnings []string, err error)
 	return requested, warnings, nil
 }
 
-// Lease returns the lease of a token for which the lifetime requested was
-// requested, and the lifetime that Cable granted. The lease never outlives its
-// token: it ends no later, whatever the local clock says, and however long the
-// response took. It is at least a second and at most requested. An error means
-// that no lifetime is left to lease.
+// Lease returns the lease of a token for which the lifetime requested was requested, and the lifetime that Cable
+// granted. The lease never outlives its token: it ends no later, whatever the local clock says, and however long the
+// response took. It is at least a second and at most requested. An error means that no lifetime is left to lease.
 //
-// NOTE: a Date header is up to a second behind Cable's clock, because it is in
-// whole seconds. That second is subtracted, as is all the time since the call was
-// sent, although Cable's clock was read some time after that. Vault starts to
-// count when it stores the lease, a little later than now.
+// NOTE: a Date header is up to a second behind Cable's clock, because it is in whole seconds. That second is
+// subtracted, as is all the time since the call was sent, although Cable's clock was read some time after that. Vault
+// starts to count when it stores the lease, a little later than now.
 func Lease(t *cable.Token, requested time.Duration, now time.Time) (lease, granted time.Duration, err error) {
 	elapsed := min(max(0, cable.Elapsed(t.SentAt, now)), Max+time.Second) // no request takes longer
 	var certain time.Duration                                             // least lifetime when the call was sent
@@ -137,19 +129,17 @@ func Lease(t *cable.Token, requested time.Duration, now time.Time) (lease, grant
 	return left.Truncate(time.Second), granted, nil
 }
 
-// IsLonger reports whether Cable granted so much more than requested that the
-// caller is told.
+// IsLonger reports whether Cable granted so much more than requested that the caller is told.
 func IsLonger(granted, requested time.Duration) bool { return granted > requested+longerGrant }
 
-// seconds converts Cable's seconds without overflow. It keeps what a warning
-// shows of a longer grant, up to 100 years.
+// seconds converts Cable's seconds without overflow. It keeps what a warning shows of a longer grant, up to 100 years.
 func seconds(n int64) time.Duration {
 	const most = 100 * 366 * 24 * 60 * 60
 	return time.Duration(min(max(n, -most), most)) * time.Second
 }
 
-// Format formats a duration in whole seconds, such as "300s". A number beyond any
-// allowed duration is not repeated, because it may be a secret in the wrong field.
+// Format formats a duration in whole seconds, such as "300s". A number beyond any allowed duration is not repeated,
+// because it may be a secret in the wrong field.
 func Format(d time.Duration) string {
 	const most = 9_999_999
 	if n := int64(d / time.Second); n <= most && n >= -most {

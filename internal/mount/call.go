@@ -1,13 +1,12 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package mount asks Vault: for the mount's lease settings, for the node's
-// replication state, and for stored entries.
+// Package mount asks Vault: for the mount's lease settings, for the node's replication state, and for stored entries.
 //
-//   - A caller waits no longer than its context lasts, even for a call of the SDK
-//     that ignores contexts. Such a call is abandoned and its result dropped.
-//   - Lease settings are read for each token request, because tuning a mount takes
-//     effect at the next one. Concurrent requests share a call.
+//   - A caller waits no longer than its context lasts, even for a call of the SDK that ignores contexts. Such a call is
+//     abandoned and its result dropped.
+//   - Lease settings are read for each token request, because tuning a mount takes effect at the next one. Concurrent
+//     requests share a call.
 //   - The replication state is cached for a second.
 package mount
 
@@ -16,11 +15,10 @@ import (
 	"runtime/debug"
 )
 
-// Call calls f and waits for its result until ctx ends. A panic in f is re-raised
-// in the caller, as a *Panic.
+// Call calls f and waits for its result until ctx ends. A panic in f is re-raised in the caller, as a *Panic.
 //
-// NOTE: the SDK's storage respects its context; its system view has methods that
-// do not (v0.25.1: MaxLeaseTTL, DefaultLeaseTTL, ReplicationState).
+// NOTE: the SDK's storage respects its context; its system view has methods that do not (v0.25.1: MaxLeaseTTL,
+// DefaultLeaseTTL, ReplicationState).
 func Call[T any](ctx context.Context, f func() (T, error)) (T, error) {
 	type result struct {
 		value T

@@ -6,7 +6,6 @@ package mount
 import (
 	"context"
 	"errors"
-	"strings"
 	"sync"
 	"time"
 
@@ -14,13 +13,11 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// replicationStateMaxAge is how long the replication state is cached, and the
-// timeout for reading it.
+// replicationStateMaxAge is how long the replication state is cached, and the timeout for reading it.
 const replicationStateMaxAge = time.Second
 
-// view caches the replication state. The framework reads it at each request,
-// which is a call to Vault. A mount is set up again when a node becomes or ceases
-// to be a performance standby, and the storage of a node that has just become a
+// view caches the replication state. The framework reads it at each request, which is a call to Vault. A mount is set
+// up again when a node becomes or ceases to be a performance standby, and the storage of a node that has just become a
 // secondary refuses writes, so a value up to a second old does no harm.
 type view struct {
 	logical.SystemView
@@ -30,16 +27,14 @@ type view struct {
 	readAt time.Time
 }
 
-// View wraps the system view of a mount, so that reading the replication state is
-// cheap and cannot hang.
+// View wraps the system view of a mount, so that reading the replication state is cheap and cannot hang.
 func View(system logical.SystemView) logical.SystemView { return &view{SystemView: system} }
 
 // errNoState stands for a state that Vault did not report.
 var errNoState = errors.New("no replication state")
 
-// ReplicationState implements [logical.SystemView]. If Vault does not report it,
-// which the SDK returns as ReplicationUnknown, or not in time, it is the last
-// known one.
+// ReplicationState implements [logical.SystemView]. If Vault does not report it, which the SDK returns as
+// ReplicationUnknown, or not in time, it is the last known one.
 func (s *view) ReplicationState() consts.ReplicationState {
 	s.mu.Lock()
 	last, readAt := s.state, s.readAt
@@ -63,10 +58,4 @@ func (s *view) ReplicationState() consts.ReplicationState {
 	s.state, s.readAt = state, now
 	s.mu.Unlock()
 	return state
-}
-
-// IsEnterprise reports whether the server says that it is Vault Enterprise.
-func IsEnterprise(ctx context.Context, system logical.SystemView) bool {
-	env, err := system.PluginEnv(ctx)
-	return err == nil && strings.Contains(env.GetVaultVersionMetadata(), "ent")
 }

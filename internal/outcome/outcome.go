@@ -3,14 +3,12 @@
 
 // Package outcome says how a token request ended, and what follows from that.
 //
-// Each request ends with one [Outcome], a word that is the same in the log, the
-// metrics, status and events. One table gives each word its HTTP status, its log
-// level, and whether it counts as a failure. [Classify] is the one place that
-// tells errors apart, and [Failure.Respond] the one that gives them a status.
+// Each request ends with one [Outcome], a word that is the same in the log, the metrics and status. One table gives
+// each word its HTTP status, its log level, and whether it counts as a failure. [Classify] is the one place that tells
+// errors apart, and [Failure.Respond] the one that gives them a status.
 //
-// Vault's own clients repeat a request that got 429 or 5xx, so an error that
-// lasts until an operator fixes its cause must be a 400. A 403 would read as a
-// denial by policy.
+// Vault's own clients repeat a request that got 429 or 5xx, so an error that lasts until an operator fixes its cause
+// must be a 400. A 403 would read as a denial by policy.
 package outcome
 
 import (
@@ -56,11 +54,9 @@ type handling struct {
 	failure bool        // an operator may have to fix it, so status shows the last one
 }
 
-// handlings has the handling of each outcome. Outcomes that a healthy, busy node
-// produces are logged at debug level.
+// handlings has the handling of each outcome. Outcomes that a healthy, busy node produces are logged at debug level.
 //
-// Another organization, or a scope that was not requested, is a GrantMismatch,
-// and so a 502.
+// Another organization, or a scope that was not requested, is a GrantMismatch, and so a 502.
 var handlings = map[Outcome]handling{
 	Minted:          {http.StatusOK, hclog.Debug, false},
 	Reused:          {http.StatusOK, hclog.Debug, false},
@@ -109,8 +105,7 @@ type Token struct {
 // ExpiresAt is the token's expiry in RFC 3339, UTC.
 func (t *Token) ExpiresAt() string { return UnixTime(t.Expiry) }
 
-// Refusal is an error that the caller or the operator has to fix. It becomes a
-// 400 with this text.
+// Refusal is an error that the caller or the operator has to fix. It becomes a 400 with this text.
 type Refusal string
 
 // Error implements error.
@@ -137,13 +132,12 @@ func (e Timeout) Is(target error) bool { return target == context.DeadlineExceed
 // ErrBudget is the cause of a context that ends with request_timeout.
 const ErrBudget = Timeout("request_timeout ran out while Vault's storage or settings were read")
 
-// ErrChanged stops a token request whose settings have changed, before an API call
-// is made with them. The request starts over.
+// ErrChanged stops a token request whose settings have changed, before an API call is made with them. The request
+// starts over.
 var ErrChanged = errors.New("the settings have changed")
 
-// Failure is a token request that ended without a token. It is classified once,
-// and has everything that the response, the log, the metrics and the events say
-// of it. As an error its text is safe to show.
+// Failure is a token request that ended without a token. It is classified once, and has everything that the response,
+// the log and the metrics say of it. As an error its text is safe to show.
 type Failure struct {
 	Outcome Outcome
 	Message string // for the caller
@@ -156,8 +150,8 @@ type Failure struct {
 	Certificate bool          // Cable's certificate was refused
 	Granted     *cable.Token  // the token that was refused, or nil
 
-	// UndeliveredUntil is the Unix time until which a token may be valid that
-	// Cable issued and no reader received; 0 if there is none.
+	// UndeliveredUntil is the Unix time until which a token may be valid that Cable issued and no reader received; 0 if
+	// there is none.
 	UndeliveredUntil int64
 }
 
@@ -233,8 +227,8 @@ func ofCall(e *cable.Error) Outcome {
 	}
 }
 
-// MeansDown reports whether the failure says that Cable, or the network, is down.
-// A fault of the configuration does not, because it must not be hidden.
+// MeansDown reports whether the failure says that Cable, or the network, is down. A fault of the configuration does
+// not, because it must not be hidden.
 func (f *Failure) MeansDown() bool {
 	switch f.Outcome {
 	case CableError, RateLimited, Paused:
@@ -248,16 +242,14 @@ func (f *Failure) MeansDown() bool {
 	}
 }
 
-// Undelivered notes that Cable may have issued a token that was not delivered,
-// valid until the given Unix time.
+// Undelivered notes that Cable may have issued a token that was not delivered, valid until the given Unix time.
 func (f *Failure) Undelivered(until int64) {
 	f.UndeliveredUntil = until
 	f.Message += "; Cable may have issued a token that was not delivered, valid until " + UnixTime(until)
 }
 
-// Drop returns the failure for a token that Cable granted and the engine does not
-// return because of err. The token counts as undelivered if the local clock or
-// Cable's says that it is still valid.
+// Drop returns the failure for a token that Cable granted and the engine does not return because of err. The token
+// counts as undelivered if the local clock or Cable's says that it is still valid.
 func Drop(err error, token *cable.Token) *Failure {
 	f := *Classify(err)
 	if f.Outcome == GrantMismatch || f.Outcome == InvalidResponse {
@@ -272,9 +264,8 @@ func Drop(err error, token *cable.Token) *Failure {
 
 // Respond gives the failure its HTTP status.
 //
-// NOTE: a status other than 400 and 500 survives the plugin boundary only in an
-// unwrapped coded error. Vault inspects the text of storage errors, so those are
-// returned unchanged.
+// NOTE: a status other than 400 and 500 survives the plugin boundary only in an unwrapped coded error. Vault inspects
+// the text of storage errors, so those are returned unchanged.
 func (f *Failure) Respond() (*logical.Response, error) {
 	switch code := f.Outcome.Status(); code {
 	case http.StatusBadRequest:

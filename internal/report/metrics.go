@@ -20,20 +20,18 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
-// Metric labels are bounded. Role names are only those of roles that exist, and at
-// most maxMeteredRoles of them; code, outcome, cause and result are closed lists.
+// Metric labels are bounded. Role names are only those of roles that exist, and at most maxMeteredRoles of them; code,
+// outcome and cause are closed lists.
 
 const (
 	// metricsNamespace begins the name of each metric of the engine's own.
 	metricsNamespace = "vault_cable"
 
-	// maxMeteredRoles bounds the series. Each role has one per outcome that it has
-	// seen.
+	// maxMeteredRoles bounds the series. Each role has one per outcome that it has seen.
 	maxMeteredRoles = 1000
 
-	// unknownRole and otherRoles stand in the role label for a name that is no
-	// role's or could not be read, and for roles beyond maxMeteredRoles. No role
-	// can have such a name.
+	// unknownRole and otherRoles stand in the role label for a name that is no role's or could not be read, and for
+	// roles beyond maxMeteredRoles. No role can have such a name.
 	unknownRole = "(unknown)"
 	otherRoles  = "(other)"
 
@@ -41,9 +39,8 @@ const (
 	noResponse = "none"
 )
 
-// meteredCodes are the HTTP statuses with their own series, created at zero so that
-// increase() sees the first one. Others are counted by their class, such as "4xx",
-// and an impossible status as "other".
+// meteredCodes are the HTTP statuses with their own series, created at zero so that increase() sees the first one.
+// Others are counted by their class, such as "4xx", and an impossible status as "other".
 var meteredCodes = []int{200, 400, 401, 403, 404, 408, 429, 500, 502, 503, 504}
 
 // metrics are the figures of a mount in its own registry.
@@ -66,7 +63,6 @@ type metrics struct {
 	reuseFallbacks        *prometheus.CounterVec // cause
 	reusedTokenAge        prometheus.Histogram
 	reusedTokenReaders    prometheus.Histogram
-	events                *prometheus.CounterVec // result
 	panics                prometheus.Counter
 
 	rolesMu sync.Mutex
@@ -97,8 +93,7 @@ func newMetrics() *metrics {
 			Namespace: metricsNamespace, Name: name, Help: help, Buckets: buckets,
 		})
 	}
-	// Up to the longest request_timeout; a healthy Cable responds in tens of
-	// milliseconds.
+	// Up to the longest request_timeout; a healthy Cable responds in tens of milliseconds.
 	durations := []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20, 30, 60}
 	lifetimes := []float64{300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400}
 
@@ -136,8 +131,6 @@ func newMetrics() *metrics {
 	m.reusedTokenReaders = histogram("reused_token_readers",
 		"Reads that a shared token was returned to, observed when it is dropped.",
 		1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000)
-	m.events = counters("events_total",
-		"Events for Vault's event system: sent, failed, or dropped because Vault accepted them too slowly.", "result")
 	m.panics = counter("panics_total",
 		"Requests that failed because of an internal error in the engine.")
 	gauge("build_info", "The build of the engine, as labels; always 1.",
@@ -155,9 +148,6 @@ func newMetrics() *metrics {
 		if (&outcome.Failure{Outcome: o, Attempts: 1}).MeansDown() {
 			m.reuseFallbacks.WithLabelValues(string(o))
 		}
-	}
-	for _, result := range []string{eventSent, eventFailed, eventDropped} {
-		m.events.WithLabelValues(result)
 	}
 	return m
 }
@@ -212,12 +202,8 @@ func (m *metrics) callEnded(r *TokenRequest, o outcome.Outcome) {
 	}
 }
 
-// eventEnded counts an event.
-func (m *metrics) eventEnded(result string) { m.events.WithLabelValues(result).Inc() }
-
-// roleLabel is the label for the role of a token request. A role gets a series only
-// if its settings are still current, because a request that ends after its role was
-// deleted must not take up the place again.
+// roleLabel is the label for the role of a token request. A role gets a series only if its settings are still current,
+// because a request that ends after its role was deleted must not take up the place again.
 func (m *metrics) roleLabel(r *TokenRequest) string {
 	if !r.RoleExists {
 		return unknownRole
@@ -246,8 +232,8 @@ func (m *metrics) roleGone(name string) {
 // Metrics returns the metrics of the mount.
 func (p *Reporter) Metrics() prometheus.Gatherer { return p.metrics.registry }
 
-// ConfigMetrics returns the gauges of the configuration in use, which is nil if none
-// is stored. They are made for each scrape.
+// ConfigMetrics returns the gauges of the configuration in use, which is nil if none is stored. They are made for each
+// scrape.
 func ConfigMetrics(c *state.Config, pausedUntil time.Time) prometheus.Gatherer {
 	registry := prometheus.NewRegistry()
 	send := func(name, help string, value float64) {

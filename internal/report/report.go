@@ -1,21 +1,18 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package report says what a mount did: in Vault's log, in the metrics, in status,
-// and in Vault's events. It receives values and asks nothing, so that it can
-// neither delay nor change a request.
+// Package report reports the work of a mount in Vault's log, in the metrics and in status. It receives values and asks
+// nothing, so that it can neither delay nor change a request.
 //
-//   - Each token request has one [TokenRequest], assembled at its end, from which
-//     all four are derived, in the same words.
-//   - A line is a fixed phrase, then fields. No line, label or event contains a
-//     token, a key, a header or a raw body, at any level.
+//   - Each token request has one [TokenRequest], assembled at its end, from which all three are derived, in the same
+//     words.
+//   - A line is a fixed phrase, then fields. No line or label contains a token, a key, a header or a raw body, at any
+//     level.
 //   - Metric labels are bounded; see metrics.
 package report
 
 import (
-	"context"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
@@ -38,27 +35,15 @@ type Reporter struct {
 	logger  func() hclog.Logger
 	metrics *metrics
 	tally   *tally
-	events  *events
 
 	mu     sync.Mutex
 	longer map[string]time.Time // when a longer grant was last logged, by role
 }
 
-// New returns the reporter of a new mount. Events are sent by sender, if
-// isEnterprise returns true; it is called once, before the first event.
-func New(logger func() hclog.Logger, sender logical.EventSender, isEnterprise func(context.Context) bool) *Reporter {
-	m := newMetrics()
-	return &Reporter{
-		logger:  logger,
-		metrics: m,
-		tally:   newTally(),
-		events:  newEvents(sender, isEnterprise, m.eventEnded),
-		longer:  make(map[string]time.Time),
-	}
+// New returns the reporter of a new mount.
+func New(logger func() hclog.Logger) *Reporter {
+	return &Reporter{logger: logger, metrics: newMetrics(), tally: newTally(), longer: make(map[string]time.Time)}
 }
-
-// Close flushes the events, as far as Vault accepts them at once.
-func (p *Reporter) Close() { p.events.close() }
 
 // Source names the request that a report is about.
 type Source struct {
@@ -66,16 +51,15 @@ type Source struct {
 	Operation       logical.Operation
 }
 
-// SourceOf returns the names of a request. It keeps nothing else of it, because a
-// report may outlive the request, whose storage must not be kept.
+// SourceOf returns the names of a request. It keeps nothing else of it, because a report may outlive the request, whose
+// storage must not be kept.
 func SourceOf(req *logical.Request) Source {
 	return Source{ID: req.ID, Mount: req.MountPoint, Path: req.Path, Operation: req.Operation}
 }
 
 // log is for lines about a request.
 //
-// NOTE: one process serves all mounts of the engine, and Vault's log has its lines
-// under the name of the first of them.
+// NOTE: one process serves all mounts of the engine, and Vault's log has its lines under the name of the first of them.
 func (p *Reporter) log(s Source) hclog.Logger {
 	log := p.logger().With("mount", s.Mount)
 	if s.ID != "" { // leases end without a request
@@ -100,8 +84,8 @@ type TokenRequest struct {
 	Kind Kind
 	Took time.Duration
 
-	// Role is the name, even of a role that does not exist. RoleExists says that
-	// the role was read, RoleIsCurrent that it has not changed since.
+	// Role is the name, even of a role that does not exist. RoleExists says that the role was read, RoleIsCurrent that
+	// it has not changed since.
 	Role                      string
 	RoleExists, RoleIsCurrent bool
 
@@ -139,8 +123,8 @@ func (r *TokenRequest) roleName() string {
 	return r.Role
 }
 
-// TokenRequestEnded reports how a token request ended. A shared call is reported
-// once; each of its readers has its outcome counted and a line at debug level.
+// TokenRequestEnded reports how a token request ended. A shared call is reported once; each of its readers has its
+// outcome counted and a line at debug level.
 func (p *Reporter) TokenRequestEnded(r TokenRequest) {
 	o := r.Outcome()
 	if r.Kind == Reader && (r.Failure == nil || r.Shared.CallFailed) {
@@ -157,7 +141,6 @@ func (p *Reporter) TokenRequestEnded(r TokenRequest) {
 	}
 	if r.Kind != Reader {
 		p.metrics.callEnded(&r, o)
-		p.events.tokenRequestEnded(&r, o)
 	}
 	p.tally.keepLast(&r, o)
 }
@@ -231,9 +214,8 @@ func (p *Reporter) logTokenRequest(r *TokenRequest, o outcome.Outcome) {
 	p.log(r.Source).Log(level, phrase, line...)
 }
 
-// isNewLongerGrant reports whether a longer grant to this role is logged. It is
-// once a minute, because a Cable that ignores the requested lifetime does so each
-// time.
+// isNewLongerGrant reports whether a longer grant to this role is logged. It is once a minute, because a Cable that
+// ignores the requested lifetime does so each time.
 func (p *Reporter) isNewLongerGrant(role string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -268,31 +250,27 @@ func (p *Reporter) RoleGone(name string) { p.metrics.roleGone(name) }
 // ConfigWritten reports a write of config.
 func (p *Reporter) ConfigWritten(s Source, c *state.Config) {
 	p.log(s).Info("config written", "refresh_key_version", c.RefreshKeyVersion, "disabled", c.Disabled)
-	p.events.send(eventConfigWrite, s.Operation, "config", "refresh_key_version", fmt.Sprint(c.RefreshKeyVersion))
 }
 
 // ConfigDeleted reports the deletion of config.
 func (p *Reporter) ConfigDeleted(s Source) {
 	p.log(s).Info("config deleted")
-	p.events.send(eventConfigDelete, s.Operation, "config")
 }
 
 // RoleWritten reports a write of a role.
 func (p *Reporter) RoleWritten(s Source, name string, r *state.Role) {
-	organization := fields.Organization.Redact(r.OrganizationID)
-	p.log(s).Info("role written", "role", name, "organization", organization, "disabled", r.Disabled)
-	p.events.send(eventRoleWrite, s.Operation, "roles/"+name, "role", name, "organization_id", organization)
+	p.log(s).Info("role written",
+		"role", name, "organization", fields.Organization.Redact(r.OrganizationID), "disabled", r.Disabled)
 }
 
 // RoleDeleted reports the deletion of a role.
 func (p *Reporter) RoleDeleted(s Source, name string) {
 	p.log(s).Info("role deleted", "role", name)
 	p.metrics.roleGone(name)
-	p.events.send(eventRoleDelete, s.Operation, "roles/"+name, "role", name)
 }
 
-// WriteFailed reports a write that failed in Vault's storage. trial is the token
-// that verify_role minted in vain, "" if there is none.
+// WriteFailed reports a write that failed in Vault's storage. trial is the token that verify_role minted in vain, "" if
+// there is none.
 func (p *Reporter) WriteFailed(s Source, err error, trial string) {
 	p.log(s).Warn("write failed in Vault's storage; whether it was stored is not known", "detail", err.Error())
 	if trial != "" {
@@ -306,43 +284,33 @@ func (p *Reporter) NoConfigGauges(s Source, err error) {
 		"detail", err.Error())
 }
 
-// Panicked reports an internal error. The value of the panic is not shown, because
-// it may contain anything.
+// Panicked reports an internal error. The value of the panic is not shown, because it may contain anything.
 func (p *Reporter) Panicked(s Source, value any, stack []byte) {
 	p.metrics.panics.Inc()
 	p.log(s).Error("panic in a handler; the request failed and the engine continues",
 		"operation", s.Operation, "path", s.Path, "panic_type", fmt.Sprintf("%T", value), "stack", string(stack))
 }
 
-// LeaseEnded reports the end of a lease, revoked or expired. expiry is that of the
-// token in Unix seconds, and 0 if it is not known.
+// LeaseEnded reports the end of a lease, revoked or expired. expiry is that of the token in Unix seconds, and 0 if it
+// is not known.
 func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64, expired bool) {
-	organization = fields.Organization.Redact(organization)
-	log := p.log(s).With("role", role, "organization", organization)
-	metadata := []string{"role", role, "organization_id", organization}
+	log := p.log(s).With("role", role, "organization", fields.Organization.Redact(organization))
 	p.metrics.leasesEnded.Inc()
 	p.tally.leaseEnded()
 	if expiry == 0 {
 		log.Info("lease ended; token expiry unknown")
-	} else {
-		left := max(0, time.Until(time.Unix(expiry, 0)))
-		expiresAt, remaining := outcome.UnixTime(expiry), seconds(left)
-		if left > 0 && !expired {
-			log.Info("lease ended before its token; Cable cannot revoke tokens, so it stays valid",
-				"expires_at", expiresAt, "remaining_seconds", remaining)
-		} else {
-			log.Debug("lease ended", "expires_at", expiresAt)
-		}
-		p.metrics.leaseEndedRemaining.Observe(left.Seconds())
-		metadata = append(metadata,
-			"expiry", fmt.Sprint(expiry), "expires_at", expiresAt, "remaining_seconds", fmt.Sprint(remaining))
+		return
 	}
-	p.events.send(eventLeaseRevoke, logical.RevokeOperation, "creds/"+role, metadata...)
+	left := max(0, time.Until(time.Unix(expiry, 0)))
+	p.metrics.leaseEndedRemaining.Observe(left.Seconds())
+	if left > 0 && !expired {
+		log.Info("lease ended before its token; Cable cannot revoke tokens, so it stays valid",
+			"expires_at", outcome.UnixTime(expiry), "remaining_seconds", seconds(left))
+	} else {
+		log.Debug("lease ended", "expires_at", outcome.UnixTime(expiry))
+	}
 }
 
 func seconds(d time.Duration) int64 { return int64(d / time.Second) }
 
 func microseconds(d time.Duration) string { return d.Round(time.Microsecond).String() }
-
-// join lists scopes for an event.
-func join(scopes []string) string { return strings.Join(fields.Scope.RedactAll(scopes), ",") }

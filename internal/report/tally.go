@@ -11,8 +11,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
 )
 
-// tally has what status reports of the past: the last mint, the last failure, and
-// counts, for this node since the mount was set up.
+// tally has what status reports of the past: the last mint, the last failure, and counts, for this node since the mount
+// was set up.
 type tally struct {
 	since time.Time
 	node  string
@@ -48,8 +48,8 @@ func (c *tally) count(o outcome.Outcome) {
 	c.counts[o]++
 }
 
-// keepLast keeps a token request as the last mint or the last failure, if it is
-// one. A shared call is kept even if its readers have left.
+// keepLast keeps a token request as the last mint or the last failure, if it is one. A shared call is kept even if its
+// readers have left.
 func (c *tally) keepLast(r *TokenRequest, o outcome.Outcome) {
 	last := ended{at: time.Now(), role: r.roleName(), outcome: o}
 	c.mu.Lock()
@@ -92,8 +92,7 @@ func (p *Reporter) Status() map[string]any {
 	}
 }
 
-// milliseconds formats a time in RFC 3339 with millisecond precision, so that times
-// can be ordered.
+// milliseconds formats a time in RFC 3339 with millisecond precision, so that times can be ordered.
 func milliseconds(t time.Time) string {
 	if t.IsZero() {
 		return ""

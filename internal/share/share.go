@@ -1,23 +1,18 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package share lets the readers of a role share a token, so that a fleet does
-// not use up Cable's rate limit, and fewer tokens exist that cannot be revoked.
+// Package share lets the readers of a role share a token, so that a fleet does not use up Cable's rate limit, and fewer
+// tokens exist that cannot be revoked.
 //
-//   - A read without parameters returns the role's current token if its call was
-//     sent at most reuse_for ago and at least half of its lifetime remains. Else it
-//     mints, once for all readers that wait.
-//   - Each reader gets a lease of its own, which ends no later than the lease of
-//     the read that minted. A token is reused only if the lifetime requested for
-//     it is at most the present ceiling.
-//   - A role has one shared call at a time, per [state.Version]. The call does not
-//     end when its readers leave.
-//   - If Cable is down, readers get the previous token while it is valid for
-//     another minute, with a warning. After such a failure the role makes no
-//     shared call for 5 s, doubling up to 60 s.
-//   - Every change of the role or of the configuration drops the token. A token
-//     that is dropped while it is valid, and that no reader had received, counts as
-//     undelivered, once.
+//   - A read without parameters returns the role's current token if its call was sent at most reuse_for ago and at
+//     least half of its lifetime remains. Else it mints, once for all readers that wait.
+//   - Each reader gets a lease of its own, which ends no later than the lease of the read that minted. A token is
+//     reused only if the lifetime requested for it is at most the present ceiling.
+//   - A role has one shared call at a time, per [state.Version]. The call does not end when its readers leave.
+//   - If Cable is down, readers get the previous token while it is valid for another minute, with a warning. After such
+//     a failure the role makes no shared call for 5 s, doubling up to 60 s.
+//   - Every change of the role or of the configuration drops the token. A token that is dropped while it is valid, and
+//     that no reader had received, counts as undelivered, once.
 //
 // Nothing is stored.
 package share
@@ -40,17 +35,15 @@ const (
 	// maxRoles bounds the roles of a mount that share at a time.
 	maxRoles = 4096
 
-	// fallbackLifetime is the least remaining lifetime of a previous token that is
-	// returned while Cable is down.
+	// fallbackLifetime is the least remaining lifetime of a previous token that is returned while Cable is down.
 	fallbackLifetime = time.Minute
 
-	// patience is how long a shared call may run before readers with a usable
-	// previous token stop waiting for it, except the first after a success.
+	// patience is how long a shared call may run before readers with a usable previous token stop waiting for it,
+	// except the first after a success.
 	patience = time.Second
 
-	// leaseMargin is how much sooner the lease of a reused token ends than that of
-	// the read that minted. That one may have lost a second by rounding, and Vault
-	// starts to count when it stores a lease, a little later than the engine.
+	// leaseMargin is how much sooner the lease of a reused token ends than that of the read that minted. That one may
+	// have lost a second by rounding, and Vault starts to count when it stores a lease, a little later than the engine.
 	leaseMargin = 2 * time.Second
 
 	minBackoff = 5 * time.Second
@@ -66,8 +59,7 @@ type Roles struct {
 	checked time.Time // when idle roles were last looked for
 }
 
-// NewRoles returns no roles. dropped is called with the number of its readers when
-// a shared token is dropped.
+// NewRoles returns no roles. dropped is called with the number of its readers when a shared token is dropped.
 func NewRoles(dropped func(readers int)) *Roles {
 	return &Roles{dropped: dropped, roles: make(map[string]*role)}
 }
@@ -115,9 +107,8 @@ type Reader struct {
 	// Check returns an error if the reader may not get a token any more.
 	Check func() error
 
-	// Call mints the token for all readers that wait. It starts its budget when it
-	// is called, does not end with the reader, and contains its own panics. An
-	// error that is [outcome.ErrChanged] says that it made no API call.
+	// Call mints the token for all readers that wait. It starts its budget when it is called, does not end with the
+	// reader, and contains its own panics. An error that is [outcome.ErrChanged] says that it made no API call.
 	Call func(started time.Time) (*outcome.Token, error)
 
 	// Undelivered is called for a token of Call that no reader received.
@@ -134,9 +125,8 @@ type Result struct {
 	CallFailed bool            // the shared call failed; it has its own report
 }
 
-// Read returns the role's shared token to a reader, minting one if needed. ctx ends
-// with the reader or with its budget. The error is outcome.ErrChanged if the
-// reader's settings are outdated. ok is false if too many roles share.
+// Read returns the role's shared token to a reader, minting one if needed. ctx ends with the reader or with its budget.
+// The error is outcome.ErrChanged if the reader's settings are outdated. ok is false if too many roles share.
 func (rs *Roles) Read(ctx context.Context, r Reader) (result Result, ok bool, err error) {
 	s, err := rs.get(r.Role, r.Settings)
 	if s == nil || err != nil {
@@ -146,8 +136,7 @@ func (rs *Roles) Read(ctx context.Context, r Reader) (result Result, ok bool, er
 	return result, true, err
 }
 
-// get returns the shared state for readers that hold these settings, or nil if too
-// many roles share.
+// get returns the shared state for readers that hold these settings, or nil if too many roles share.
 func (rs *Roles) get(name string, set state.Settings) (*role, error) {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
@@ -167,9 +156,8 @@ func (rs *Roles) get(name string, set state.Settings) (*role, error) {
 	return s, nil
 }
 
-// makeRoomLocked removes the roles whose token has expired, with no call under way
-// and no back-off, and reports whether there is room. It looks once a second,
-// because every reader of a role that does not share would look.
+// makeRoomLocked removes the roles whose token has expired, with no call under way and no back-off, and reports whether
+// there is room. It looks once a second, because every reader of a role that does not share would look.
 func (rs *Roles) makeRoomLocked() bool {
 	now := time.Now()
 	if now.Sub(rs.checked) >= time.Second {
@@ -199,8 +187,8 @@ func (rs *Roles) Retire(name string) {
 	}
 }
 
-// Down returns the roles whose readers get the previous token because Cable is
-// down, with the outcome of their last call.
+// Down returns the roles whose readers get the previous token because Cable is down, with the outcome of their last
+// call.
 func (rs *Roles) Down() map[string]any {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
@@ -256,8 +244,7 @@ func (s *role) read(ctx context.Context, r Reader) (Result, error) {
 	}
 }
 
-// wait waits for a shared call on behalf of one reader. again says that the reader
-// must start over.
+// wait waits for a shared call on behalf of one reader. again says that the reader must start over.
 func (s *role) wait(ctx context.Context, t *token, r Reader, outOfPatience <-chan time.Time) (_ Result, err error, again bool) {
 	select {
 	case <-t.done:
@@ -322,8 +309,7 @@ func (s *role) deliver(t *token, r Reader, result Result) (Result, error) {
 	return result, nil
 }
 
-// fallBack returns the previous token if f means that Cable is down, and f
-// otherwise.
+// fallBack returns the previous token if f means that Cable is down, and f otherwise.
 func (s *role) fallBack(f *outcome.Failure, r Reader, waited bool) (Result, error) {
 	failed := Result{Waited: waited, CallFailed: true}
 	s.mu.Lock()
@@ -344,8 +330,7 @@ func (s *role) fallBack(f *outcome.Failure, r Reader, waited bool) (Result, erro
 	return result, nil
 }
 
-// backingOff returns the failure for readers while the role makes no call after a
-// failure, else nil. s.mu is held.
+// backingOff returns the failure for readers while the role makes no call after a failure, else nil. s.mu is held.
 func (s *role) backingOff(now time.Time) *outcome.Failure {
 	wait := s.backoffEnds().Sub(now)
 	if s.call != nil || s.failures == 0 || wait <= 0 {
@@ -379,8 +364,8 @@ func (s *role) run(t *token, call func(started time.Time) (*outcome.Token, error
 	}
 }
 
-// recordLocked records the result of a call, and keeps a token that another reader
-// could still get. The caller holds mu.
+// recordLocked records the result of a call, and keeps a token that another reader could still get. The caller holds
+// mu.
 func (s *role) recordLocked(t *token, f *outcome.Failure, now time.Time) {
 	s.failure, s.failedAt = f, now
 	switch {
@@ -404,8 +389,8 @@ func (s *role) dropLocked() {
 	}
 }
 
-// retire drops the token and keeps no other, because the role or the configuration
-// was changed. No later reader gets a token of an older call.
+// retire drops the token and keeps no other, because the role or the configuration was changed. No later reader gets a
+// token of an older call.
 func (s *role) retire() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -413,8 +398,7 @@ func (s *role) retire() {
 	s.dropLocked()
 }
 
-// retireIfIdle retires a role that has nothing to share, and reports whether it
-// did.
+// retireIfIdle retires a role that has nothing to share, and reports whether it did.
 func (s *role) retireIfIdle(now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -426,8 +410,7 @@ func (s *role) retireIfIdle(now time.Time) bool {
 	return true
 }
 
-// down returns the outcome of the last call if readers get the previous token
-// because of it, or "".
+// down returns the outcome of the last call if readers get the previous token because of it, or "".
 func (s *role) down() outcome.Outcome {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -450,8 +433,8 @@ func (s *role) releaseLocked(t *token) {
 	s.settleLocked(t)
 }
 
-// settleLocked counts a token as undelivered, once, if it is gone and no reader
-// received it or can still receive it. The caller holds mu.
+// settleLocked counts a token as undelivered, once, if it is gone and no reader received it or can still receive it.
+// The caller holds mu.
 func (s *role) settleLocked(t *token) {
 	if t.isGone && t.minted != nil && t.readers == 0 && t.holders == 0 && !t.counted {
 		t.counted = true
@@ -459,9 +442,8 @@ func (s *role) settleLocked(t *token) {
 	}
 }
 
-// isFresh reports whether the token may be returned: its call was sent at most
-// reuseFor ago, at least half of its lifetime remains, and no more than most was
-// requested for it.
+// isFresh reports whether the token may be returned: its call was sent at most reuseFor ago, at least half of its
+// lifetime remains, and no more than most was requested for it.
 func (t *token) isFresh(now time.Time, reuseFor, most time.Duration) bool {
 	return t != nil && t.requested <= most && cable.Elapsed(t.minted.SentAt, now) <= reuseFor &&
 		t.remaining(now) >= t.usable()/2 // at least half of its lifetime remains
@@ -472,8 +454,7 @@ func (t *token) isFallback(now time.Time, most time.Duration) bool {
 	return t != nil && t.requested <= most && t.remaining(now) >= fallbackLifetime
 }
 
-// lease returns the lease of a reader, in whole seconds. It ends no later than the
-// lease of the read that minted.
+// lease returns the lease of a reader, in whole seconds. It ends no later than the lease of the read that minted.
 func (t *token) lease(now time.Time, isReused bool) time.Duration {
 	left := t.minted.Lease - cable.Elapsed(t.leasedAt, now)
 	if isReused {

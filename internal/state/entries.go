@@ -25,8 +25,7 @@ import (
 )
 
 const (
-	// ConfigKey is the storage key of the configuration. The entry contains the
-	// refresh key, and is seal-wrapped.
+	// ConfigKey is the storage key of the configuration. The entry contains the refresh key, and is seal-wrapped.
 	ConfigKey = "config"
 
 	// rolesPrefix begins the storage key of a role; its name follows.
@@ -65,8 +64,7 @@ type Config struct {
 	unknown unknown
 }
 
-// storedConfig is a Config as it is stored. Only Encode and decodeConfig handle
-// the refresh key in printable form.
+// storedConfig is a Config as it is stored. Only Encode and decodeConfig handle the refresh key in printable form.
 type storedConfig struct {
 	RefreshKey          string    `json:"refresh_key"`
 	RefreshKeyVersion   int       `json:"refresh_key_version"`
@@ -140,15 +138,13 @@ func (c *Config) client() cable.Config {
 	}
 }
 
-// NarrowedBy reports whether next, written in place of the configuration, takes
-// something away from readers: it disables the mount, or changes the organization
-// or the destination.
+// NarrowedBy reports whether next, written in place of the configuration, takes something away from readers: it
+// disables the mount, or changes the organization or the destination.
 func (c *Config) NarrowedBy(next *Config) bool {
 	return c != nil && (next.Disabled || c.OrganizationID != next.OrganizationID || !c.SameDestination(next))
 }
 
-// SameDestination reports whether both send the refresh key to the same host,
-// under the same certificates.
+// SameDestination reports whether both send the refresh key to the same host, under the same certificates.
 func (c *Config) SameDestination(other *Config) bool {
 	return c.TokenURL == other.TokenURL && c.CACert == other.CACert
 }
@@ -162,8 +158,8 @@ type Role struct {
 	ReuseFor       time.Duration
 	Disabled       bool
 
-	// EarlierUntil is the Unix time until which tokens may be valid that were
-	// minted under an earlier, higher max_ttl; 0 if there was none.
+	// EarlierUntil is the Unix time until which tokens may be valid that were minted under an earlier, higher max_ttl;
+	// 0 if there was none.
 	EarlierUntil int64
 
 	unknown unknown
@@ -224,16 +220,14 @@ func (r *Role) MaxLifetime() time.Duration {
 	return lifetime.Max
 }
 
-// NarrowedBy reports whether next, written in place of the role, takes something
-// away from its readers.
+// NarrowedBy reports whether next, written in place of the role, takes something away from its readers.
 func (r *Role) NarrowedBy(next *Role) bool {
 	return r != nil && (next.Disabled || r.OrganizationID != next.OrganizationID ||
 		next.MaxLifetime() < r.MaxLifetime() || len(fields.Without(r.Scopes, next.Scopes)) > 0)
 }
 
-// unknown has the keys of a stored entry that this version does not know. Fields
-// that this version does not know are kept when an entry is rewritten, because an
-// older version must not drop what a newer one stored.
+// unknown has the keys of a stored entry that this version does not know. Fields that this version does not know are
+// kept when an entry is rewritten, because an older version must not drop what a newer one stored.
 type unknown map[string]json.RawMessage
 
 // encode marshals a stored type together with the unknown keys.
@@ -249,8 +243,8 @@ func encode(stored any, extra unknown) ([]byte, error) {
 	return json.Marshal(all)
 }
 
-// decode unmarshals a stored type, and returns the unknown keys. Absent keys mean
-// the defaults, because another version of the engine may have written the entry.
+// decode unmarshals a stored type, and returns the unknown keys. Absent keys mean the defaults, because another version
+// of the engine may have written the entry.
 func decode(raw []byte, stored any) (unknown, error) {
 	if err := json.Unmarshal(raw, stored); err != nil {
 		return nil, err
@@ -296,8 +290,8 @@ func RoleNames(ctx context.Context, s logical.Storage) ([]string, error) {
 	return names, err
 }
 
-// Read returns the bytes of an entry, nil if there is none. Errors of storage are
-// returned unchanged, because Vault inspects their text.
+// Read returns the bytes of an entry, nil if there is none. Errors of storage are returned unchanged, because Vault
+// inspects their text.
 func Read(ctx context.Context, s logical.Storage, key string) ([]byte, error) {
 	entry, err := mount.Call(ctx, func() (*logical.StorageEntry, error) { return s.Get(ctx, key) })
 	if entry == nil || err != nil {

@@ -1,23 +1,19 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package state has the stored entries of a mount, the configuration and the
-// roles, and keeps them in memory. It promises that a token request is resolved
-// with entries that are current, and can tell whether they still are.
+// Package state has the stored entries of a mount, the configuration and the roles, and keeps them in memory. It
+// promises that a token request is resolved with entries that are current, and can tell whether they still are.
 //
-//   - An entry is kept from its first use until it is written, deleted or
-//     invalidated. A read that began before a change is never kept after it.
-//   - Each change gives its entry a new number, from one counter that only rises.
-//     [Settings] remember the numbers of both entries, and [Store.IsCurrent]
-//     compares them as a pair under one lock. So a write of a role disturbs the
+//   - An entry is kept from its first use until it is written, deleted or invalidated. A read that began before a
+//     change is never kept after it.
+//   - Each change gives its entry a new number, from one counter that only rises. [Settings] remember the numbers of
+//     both entries, and [Store.IsCurrent] compares them as a pair under one lock. So a write of a role disturbs the
 //     requests of that role alone.
-//   - Once it has begun to store, a write no longer depends on its caller; see
-//     [Entry.Write].
-//   - A write that failed in Vault's storage may be committed all the same, at
-//     once or later. Until a later write, an invalidation or a new set-up settles
-//     that, the entry is uncertain: it is read from storage for each request, and
-//     if its bytes are those in memory, it is the entry in memory. If the write
-//     would have disabled, deleted or narrowed the entry, its token requests fail.
+//   - Once it has begun to store, a write no longer depends on its caller; see [Entry.Write].
+//   - A write that failed in Vault's storage may be committed all the same, at once or later. Until a later write, an
+//     invalidation or a new set-up settles that, the entry is uncertain: it is read from storage for each request, and
+//     if its bytes are those in memory, it is the entry in memory. If the write would have disabled, deleted or
+//     narrowed the entry, its token requests fail.
 package state
 
 import (
@@ -39,19 +35,18 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
 )
 
-// maxRoles bounds the roles that are kept in memory, and the names of those whose
-// last write failed. That takes some MiB if a role names a handful of scopes.
+// maxRoles bounds the roles that are kept in memory, and the names of those whose last write failed. That takes some
+// MiB if a role names a handful of scopes.
 const maxRoles = 4096
 
-// Live is a stored configuration with the client made from it. It is never
-// changed, only replaced.
+// Live is a stored configuration with the client made from it. It is never changed, only replaced.
 type Live struct {
 	*Config
 	Client *cable.Client
 }
 
-// Settings are what a token request is resolved with: the configuration and the
-// role, or nil for an entry that is not stored. They are never changed.
+// Settings are what a token request is resolved with: the configuration and the role, or nil for an entry that is not
+// stored. They are never changed.
 type Settings struct {
 	Config *Live
 	Role   *Role
@@ -72,44 +67,39 @@ type Store struct {
 	ctx    context.Context // ends with the mount
 	cancel context.CancelFunc
 
-	// observe is called after each API call. changed is called with the name of a
-	// role after each change of it, and with "" after a change of the
-	// configuration; it must not call the Store.
+	// observe is called after each API call. changed is called with the name of a role after each change of it, and
+	// with "" after a change of the configuration; it must not call the Store.
 	observe func(cable.Call)
 	changed func(role string)
 
 	locks keyedMutex // serializes read, merge and store, by storage key
 
-	// mu guards the fields below. It is never held over a call to Vault or to
-	// Cable.
+	// mu guards the fields below. It is never held over a call to Vault or to Cable.
 	mu sync.Mutex
 
 	counter uint64 // the number of the last change of any entry
 
-	// floor is the number of a role that has no record. Evicting a record raises
-	// it, so that a role created again is never taken for the old one.
+	// floor is the number of a role that has no record. Evicting a record raises it, so that a role created again is
+	// never taken for the old one.
 	floor uint64
 
 	config record
 	roles  *simplelru.LRU[string, *record] // by storage key
 
-	// narrowed has the storage keys of entries whose last write failed and would
-	// have disabled, deleted or narrowed them. It is never cut short; such a write
-	// needs an entry that exists.
+	// narrowed has the storage keys of entries whose last write failed and would have disabled, deleted or narrowed
+	// them. It is never cut short; such a write needs an entry that exists.
 	narrowed map[string]bool
 
-	// uncertain has the storage keys of the other entries whose last write failed.
-	// If these are too many, it is nil, and only an entry whose record is certain
-	// is not read for each request.
+	// uncertain has the storage keys of the other entries whose last write failed. If these are too many, it is nil,
+	// and only an entry whose record is certain is not read for each request.
 	uncertain map[string]bool
 
-	// pause is the last client's pause, and pauseFor a hash of its key and URL. A
-	// new client with the same key and URL inherits it.
+	// pause is the last client's pause, and pauseFor a hash of its key and URL. A new client with the same key and URL
+	// inherits it.
 	pause    *cable.Pause
 	pauseFor [sha256.Size]byte
 
-	// timeout is the last known request_timeout, used until the configuration has
-	// been read.
+	// timeout is the last known request_timeout, used until the configuration has been read.
 	timeout time.Duration
 }
 
@@ -139,8 +129,8 @@ func New(observe func(cable.Call), changed func(role string)) *Store {
 	return s
 }
 
-// Close ends the mount on this node: it cancels writes under way and waits for
-// none of them, and it drops the refresh key.
+// Close ends the mount on this node: it cancels writes under way and waits for none of them, and it drops the refresh
+// key.
 func (s *Store) Close() {
 	s.cancel()
 	s.mu.Lock()
@@ -148,8 +138,8 @@ func (s *Store) Close() {
 	s.changeLocked(ConfigKey, true)
 }
 
-// Settings returns the entries that a request of the role, received at that time,
-// is resolved with. It returns by the end of the request's budget.
+// Settings returns the entries that a request of the role, received at that time, is resolved with. It returns by the
+// end of the request's budget.
 func (s *Store) Settings(ctx context.Context, storage logical.Storage, role string, received time.Time) (Settings, error) {
 	s.mu.Lock()
 	timeout := s.timeout
@@ -224,8 +214,7 @@ func NewLive(c *Config, pause *cable.Pause, observe func(cable.Call)) (*Live, er
 	return &Live{Config: c, Client: client}, nil
 }
 
-// InheritedPause returns the pause of the last client, or nil if that client was
-// for another key or URL.
+// InheritedPause returns the pause of the last client, or nil if that client was for another key or URL.
 func (s *Store) InheritedPause(c *Config) *cable.Pause {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -235,8 +224,7 @@ func (s *Store) InheritedPause(c *Config) *cable.Pause {
 	return s.pause
 }
 
-// pauseTarget hashes the key and URL that a pause applies to, because the refresh
-// key must not stay in memory for it.
+// pauseTarget hashes the key and URL that a pause applies to, because the refresh key must not stay in memory for it.
 func pauseTarget(c *Config) [sha256.Size]byte {
 	return sha256.Sum256([]byte(c.TokenURL + "\x00" + c.RefreshKey.Reveal()))
 }
@@ -255,9 +243,8 @@ func (s *Store) readRole(ctx context.Context, storage logical.Storage, name stri
 	return role, number, err
 }
 
-// load returns an entry and its number. It reads storage unless a certain value is
-// in memory. A value whose bytes are those in memory is the value in memory; any
-// other replaces that, unless the entry was changed since the read began.
+// load returns an entry and its number. It reads storage unless a certain value is in memory. A value whose bytes are
+// those in memory is the value in memory; any other replaces that, unless the entry was changed since the read began.
 func (s *Store) load(ctx context.Context, storage logical.Storage, key string) (any, uint64, error) {
 	s.mu.Lock()
 	before, known := s.knownLocked(key)
@@ -302,8 +289,7 @@ func (s *Store) load(ctx context.Context, storage logical.Storage, key string) (
 	return value, before.number, nil
 }
 
-// decode makes the value of an entry from its bytes: of the configuration with a
-// client.
+// decode makes the value of an entry from its bytes: of the configuration with a client.
 func (s *Store) decode(key string, raw []byte) (any, error) {
 	if name, ok := RoleName(key); ok {
 		return DecodeRole(name, raw)
@@ -326,8 +312,8 @@ func discard(value any) {
 	}
 }
 
-// findLocked returns the record of an entry. A new one is not kept yet, because names
-// of roles that do not exist must not displace others. The caller holds mu.
+// findLocked returns the record of an entry. A new one is not kept yet, because names of roles that do not exist must
+// not displace others. The caller holds mu.
 func (s *Store) findLocked(key string) *record {
 	if key == ConfigKey {
 		return &s.config
@@ -347,15 +333,13 @@ func (s *Store) keepLocked(key string, r *record) {
 	}
 }
 
-// knownLocked returns the record of an entry, and whether it is current without a
-// read of storage. The caller holds mu.
+// knownLocked returns the record of an entry, and whether it is current without a read of storage. The caller holds mu.
 func (s *Store) knownLocked(key string) (r record, known bool) {
 	r = *s.findLocked(key)
 	return r, r.value != nil && s.isCertainLocked(key)
 }
 
-// isCertainLocked reports whether the last write of an entry did not fail. The
-// caller holds mu.
+// isCertainLocked reports whether the last write of an entry did not fail. The caller holds mu.
 func (s *Store) isCertainLocked(key string) bool {
 	if s.narrowed[key] {
 		return false
@@ -366,9 +350,8 @@ func (s *Store) isCertainLocked(key string) bool {
 	return s.findLocked(key).certain
 }
 
-// narrowedLocked returns the error for token requests of an entry if its last
-// write failed and would have taken something away from readers. The caller holds
-// mu.
+// narrowedLocked returns the error for token requests of an entry if its last write failed and would have taken
+// something away from readers. The caller holds mu.
 func (s *Store) narrowedLocked(key string) error {
 	if !s.narrowed[key] {
 		return nil
@@ -385,8 +368,8 @@ func describe(key string) string {
 	return key
 }
 
-// Uncertain returns the storage keys of the entries whose last write failed, as
-// far as they are known, sorted. The names of roles are redacted if needed.
+// Uncertain returns the storage keys of the entries whose last write failed, as far as they are known, sorted. The
+// names of roles are redacted if needed.
 func (s *Store) Uncertain() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -411,8 +394,7 @@ func (s *Store) Invalidate(key string) {
 	s.settleLocked(key)
 }
 
-// wrote notes how a write of an entry ended. The shared token of the entry is
-// dropped in any case.
+// wrote notes how a write of an entry ended. The shared token of the entry is dropped in any case.
 func (s *Store) wrote(key string, narrows, stored bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -431,16 +413,14 @@ func (s *Store) wrote(key string, narrows, stored bool) {
 	}
 }
 
-// settleLocked notes that an entry has changed and is certain. The caller holds
-// mu.
+// settleLocked notes that an entry has changed and is certain. The caller holds mu.
 func (s *Store) settleLocked(key string) {
 	delete(s.narrowed, key)
 	delete(s.uncertain, key)
 	s.changeLocked(key, true).certain = true
 }
 
-// changeLocked gives an entry a new number, and drops its value from memory if drop is
-// true. The caller holds mu.
+// changeLocked gives an entry a new number, and drops its value from memory if drop is true. The caller holds mu.
 func (s *Store) changeLocked(key string, drop bool) *record {
 	s.counter++
 	r := s.findLocked(key)
@@ -502,8 +482,7 @@ func (m *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err e
 	}
 }
 
-// Entry is a stored entry under its lock, which makes read, merge and store one
-// step.
+// Entry is a stored entry under its lock, which makes read, merge and store one step.
 type Entry struct {
 	store   *Store
 	storage logical.Storage
@@ -512,8 +491,7 @@ type Entry struct {
 	written chan struct{} // closed unless a storage call is under way
 }
 
-// Lock locks an entry by its storage key. It fails after 10 s, or when the caller
-// leaves.
+// Lock locks an entry by its storage key. It fails after 10 s, or when the caller leaves.
 func (s *Store) Lock(ctx context.Context, storage logical.Storage, key string) (*Entry, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, lockTimeout, errLockTimeout)
 	defer cancel()
@@ -549,12 +527,10 @@ func (e *Entry) IsCertain() bool {
 	return e.store.isCertainLocked(e.key)
 }
 
-// Write stores raw, or deletes the entry if raw is nil. narrows says that the
-// change takes something away from readers.
+// Write stores raw, or deletes the entry if raw is nil. narrows says that the change takes something away from readers.
 //
-// The write no longer depends on its caller: it has a context of its own, which
-// ends after 10 s or with the mount. If storage has not responded by then, the
-// write has failed, until a late success of the same call settles it.
+// The write no longer depends on its caller: it has a context of its own, which ends after 10 s or with the mount. If
+// storage has not responded by then, the write has failed, until a late success of the same call settles it.
 func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)

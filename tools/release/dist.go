@@ -18,7 +18,7 @@ import (
 	cdx "github.com/CycloneDX/cyclonedx-go"
 )
 
-// A release is a commit, and what GoReleaser has left in dist/ for it.
+// A release is a commit, and the files that GoReleaser has left in dist/ for it.
 type release struct {
 	commit   string
 	date     time.Time // of the commit
@@ -32,13 +32,13 @@ type binary struct {
 	goos, goarch, path, sha256 string
 }
 
-// file returns the name of a file of the release: of the platform's archive
-// with ".zip", of its SBOM with ".cdx.json".
+// file returns the name of a file of the release, with ".zip" for the platform's
+// archive and ".cdx.json" for its SBOM.
 func (b binary) file(version, suffix string) string {
 	return fmt.Sprintf("%s_%s_%s_%s%s", project, version, b.goos, b.goarch, suffix)
 }
 
-// readDist reads what GoReleaser says that it has built.
+// readDist reads the names of the binaries that GoReleaser has built.
 func (r *release) readDist() error {
 	var metadata struct{ Version string }
 	var artifacts []struct{ Type, Path, Goos, Goarch string }
@@ -62,14 +62,15 @@ func (r *release) readDist() error {
 		}
 		r.binaries = append(r.binaries, binary{a.Goos, a.Goarch, a.Path, sum})
 	}
-	slices.SortFunc(r.binaries, func(a, b binary) int { return strings.Compare(a.goos+"_"+a.goarch, b.goos+"_"+b.goarch) })
+	slices.SortFunc(r.binaries, func(a, b binary) int {
+		return strings.Compare(a.goos+"_"+a.goarch, b.goos+"_"+b.goarch)
+	})
 	return nil
 }
 
-// completeSBOMs adds what cyclonedx-gomod cannot know: the license of this
-// module, of the standard library, and of the few modules whose license it does
-// not recognize; and removes what it says of itself, the sum of its own binary,
-// which differs from host to host.
+// completeSBOMs adds the licenses that cyclonedx-gomod cannot know, of this module, of
+// the standard library, and of the few modules whose license it does not recognize. It
+// removes the sum of cyclonedx-gomod's own binary, which differs from host to host.
 func (r *release) completeSBOMs(licenses collection) error {
 	for _, b := range r.binaries {
 		path := filepath.Join("dist", b.file(r.version, ".cdx.json"))
@@ -120,9 +121,9 @@ func completeSBOM(path, sha256 string, licenses collection) error {
 	return os.WriteFile(path, out.Bytes(), 0o644)
 }
 
-// writeSums writes the sums of the binaries, one for each platform, which is
-// what `vault plugin register -sha256` takes; then those of all files. A line's
-// name is the path of the file after `unzip -d ARCHIVE ARCHIVE.zip`.
+// writeSums writes the sums of the binaries, one for each platform, which `vault plugin
+// register -sha256` takes, and then those of all files. A line's name is the path of the
+// file after `unzip -d ARCHIVE ARCHIVE.zip`.
 func (r *release) writeSums() error {
 	base := fmt.Sprintf("dist/%s_%s_", project, r.version)
 	var b strings.Builder
@@ -152,8 +153,7 @@ func (r *release) writeSums() error {
 	return os.WriteFile(base+"SHA256SUMS", []byte(b.String()), 0o644)
 }
 
-// removeOthers removes what GoReleaser keeps in dist/ for itself, which is
-// different each time.
+// removeOthers removes GoReleaser's own files from dist/, which differ each time.
 func (r *release) removeOthers() error {
 	files, err := os.ReadDir("dist")
 	if err != nil {

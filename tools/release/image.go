@@ -22,13 +22,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// sumLabel states the sum of the binary inside an image: the sha256sum of
+// sumLabel states the sum of the binary inside an image, which is the sha256sum of
 // OpenBao's plugin stanza. The image's config, its manifest and its entry in the
 // index have it.
 const sumLabel = "io.github.cablesecrets.plugin.sha256"
 
 // writeImage writes one image for each of Linux's architectures, and an index
-// of them, as an OCI layout: a folder, and the same as one file.
+// of them, as an OCI layout, which is a folder, and as one file.
 //
 // OpenBao extracts the binary from the root of an image by its name; Vault's
 // plugin runtime runs the entry point. Nothing else is in it but licenses.
@@ -72,7 +72,8 @@ func (r *release) writeImage() error {
 	if err != nil {
 		return err
 	}
-	if err := path.AppendIndex(index, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "v" + r.version})); err != nil {
+	name := map[string]string{"org.opencontainers.image.ref.name": "v" + r.version}
+	if err := path.AppendIndex(index, layout.WithAnnotations(name)); err != nil {
 		return err
 	}
 	return r.tarFolder(folder, folder+".tar")
@@ -101,8 +102,8 @@ func (r *release) image(b binary, platform v1.Platform, annotations map[string]s
 	if err := w.Close(); err != nil {
 		return nil, err
 	}
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil },
-		tarball.WithMediaType(types.OCILayer), tarball.WithCompressedCaching)
+	open := func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil }
+	l, err := tarball.LayerFromOpener(open, tarball.WithMediaType(types.OCILayer), tarball.WithCompressedCaching)
 	if err != nil {
 		return nil, err
 	}
@@ -153,7 +154,8 @@ func (r *release) tarFolder(folder, path string) error {
 }
 
 func (r *release) tarFile(w *tar.Writer, name string, mode int64, data []byte) error {
-	if err := w.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: int64(len(data)), ModTime: r.date, Format: tar.FormatUSTAR}); err != nil {
+	header := &tar.Header{Name: name, Mode: mode, Size: int64(len(data)), ModTime: r.date, Format: tar.FormatUSTAR}
+	if err := w.WriteHeader(header); err != nil {
 		return err
 	}
 	_, err := w.Write(data)

@@ -22,7 +22,7 @@ import (
 const licensesFile = "THIRD_PARTY_LICENSES.txt"
 
 // allowed lists the licenses, by SPDX, under which code may be linked into a
-// binary under MPL-2.0. A license that is not listed stops the release: read it,
+// binary under MPL-2.0. If a license is not listed, the release stops. Read it,
 // then extend the list or drop the module.
 var allowed = []string{"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MPL-2.0"}
 
@@ -37,7 +37,7 @@ type collection []linked
 
 // collectLicenses finds the license of each package that is linked on one of
 // the operating systems, and refuses one that is not allowed, or that cannot be
-// told. It does not look at architectures: completeSBOMs finds a module that one
+// told. It does not look at architectures, because completeSBOMs finds a module that one
 // of them alone links.
 func collectLicenses(ctx context.Context, systems []string) (collection, error) {
 	out, err := exec.CommandContext(ctx, "go", "env", "GOROOT", "GOVERSION").Output()
@@ -45,7 +45,7 @@ func collectLicenses(ctx context.Context, systems []string) (collection, error) 
 		return nil, fmt.Errorf("go env: %w", err)
 	}
 	goroot, goversion, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-	// NOTE: go-licenses skips what is in GOROOT. With none set that is everything.
+	// NOTE: go-licenses skips the packages in GOROOT, and all packages if none is set.
 	build.Default.GOROOT = goroot
 	klog.LogToStderr(false)
 	klog.SetOutput(io.Discard) // a warning for each file in assembly
@@ -75,7 +75,8 @@ func collectLicenses(ctx context.Context, systems []string) (collection, error) 
 			l := linked{path: lib.Name(), version: lib.Version()}
 			for _, license := range lib.Licenses {
 				if l.ids = append(l.ids, license.Name); !slices.Contains(allowed, license.Name) {
-					return nil, fmt.Errorf("%s %s is under %s, which tools/release/licenses.go does not allow", l.path, l.version, license.Name)
+					return nil, fmt.Errorf("%s %s is under %s, which tools/release/licenses.go does not allow",
+						l.path, l.version, license.Name)
 				}
 			}
 			if len(l.ids) == 0 {
@@ -96,11 +97,13 @@ func collectLicenses(ctx context.Context, systems []string) (collection, error) 
 	if err := os.Unsetenv("GOOS"); err != nil {
 		return nil, err
 	}
-	slices.SortFunc(all[1:], func(a, b linked) int { return cmp.Or(cmp.Compare(a.path, b.path), cmp.Compare(a.version, b.version)) })
+	slices.SortFunc(all[1:], func(a, b linked) int {
+		return cmp.Or(cmp.Compare(a.path, b.path), cmp.Compare(a.version, b.version))
+	})
 	return all, nil
 }
 
-// of returns the licenses of a module: of its root and of its folders.
+// of returns the licenses of a module, those of its folders included.
 func (c collection) of(path, version string) (ids []string) {
 	version = strings.TrimSuffix(version, "+incompatible") // go-licenses drops it
 	for _, l := range c {
@@ -115,9 +118,13 @@ func (c collection) of(path, version string) (ids []string) {
 // write writes one file with all texts.
 func (c collection) write(path string) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s is licensed under the Mozilla Public License 2.0. On one platform or\nanother its binary contains the following modules. The source of each is at\nits path and version, as the Go module proxy and its repository serve it.\n", project)
+	b.WriteString(project + ` is licensed under the Mozilla Public License 2.0. On one platform or
+another its binary contains the following modules. The source of each is at
+its path and version, as the Go module proxy and its repository serve it.
+`)
 	for _, l := range c {
-		fmt.Fprintf(&b, "\n%s\n%s %s: %s\n%[1]s\n\n%[5]s", strings.Repeat("-", 78), l.path, l.version, strings.Join(l.ids, ", "), l.text)
+		fmt.Fprintf(&b, "\n%s\n%s %s: %s\n%[1]s\n\n%[5]s",
+			strings.Repeat("-", 78), l.path, l.version, strings.Join(l.ids, ", "), l.text)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err

@@ -5,9 +5,9 @@
 // and has the SBOMs written; this program collects the licenses before that,
 // and adds the OCI image and the sums after it.
 //
-// The same tag gives the same bytes in every folder, for every user, at every
-// time: nothing here reads a clock, a user or a host, and docs/releasing.md
-// says what else that rests on.
+// The same tag gives the same bytes in every folder, for every user, at every time,
+// because nothing here reads a clock, a user or a host. docs/releasing.md has the other
+// conditions.
 package main
 
 import (
@@ -77,7 +77,7 @@ func run(ctx context.Context, args []string) error {
 }
 
 // notes returns the section of CHANGELOG.md on a version. The workflow releases
-// nothing without one: operators read it before they upgrade.
+// nothing without one, because operators read it before they upgrade.
 func notes(version string) (string, error) {
 	data, err := os.ReadFile("CHANGELOG.md")
 	if err != nil {
@@ -178,7 +178,7 @@ func snapshotVersion(ctx context.Context, r *release) (string, error) {
 // the file of `go env -w`, and their language and time zone, because each could change
 // a byte of the result. It sets the variables that .goreleaser.yaml reads.
 func cleanEnvironment(ctx context.Context, r *release) error {
-	// Where modules come from and go to is the user's: go.sum says what they are.
+	// The user's settings of module proxies and caches stay, because go.sum pins the modules.
 	out, err := exec.CommandContext(ctx, "go", "env", "-json", "GOAUTH", "GOCACHE", "GOINSECURE", "GOMODCACHE",
 		"GONOPROXY", "GONOSUMDB", "GOPRIVATE", "GOPROXY", "GOSUMDB", "GOTOOLCHAIN").Output()
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -39,8 +40,8 @@ const (
 	testCommit  = "2020-02-02T02:02:02Z"
 )
 
-// platforms are built by the tests: this machine's, or all with
-// RELEASE_TEST=all, each then compiled twice from nothing.
+// everything has the tests build all platforms, each compiled twice from nothing, instead
+// of this machine's alone.
 var everything = os.Getenv("RELEASE_TEST") == "all"
 
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
@@ -104,10 +105,11 @@ var built = sync.OnceValues(func() (string, error) {
 			return "", err
 		}
 	}
-	if _, err := output(testDir, nil, "go", "build", "-C", filepath.Join(root, "tools/release"), "-o", filepath.Join(testDir, "release"), "."); err != nil {
+	program := filepath.Join(testDir, "release")
+	if _, err := output(filepath.Join(root, "tools/release"), nil, "go", "build", "-o", program, "."); err != nil {
 		return "", err
 	}
-	_, err = output(dir, nil, filepath.Join(testDir, "release"), buildArgs()...)
+	_, err = output(dir, nil, program, buildArgs()...)
 	return dir, err
 })
 
@@ -162,7 +164,7 @@ func read(t *testing.T, path string) string {
 	return string(data)
 }
 
-// TestReproducible builds the same tag a second time: in a folder of another
+// TestReproducible builds the same tag a second time, in a folder of another
 // name, from files of another age, for a user with another home, mask, language,
 // time zone and flags.
 func TestReproducible(t *testing.T) {
@@ -195,11 +197,13 @@ func TestReproducible(t *testing.T) {
 		t.Fatal(err)
 	}
 	env := []string{
-		"GOENV=" + goenv, "HOME=" + t.TempDir(), "TMPDIR=" + t.TempDir(), "USER=somebody", "LC_ALL=de_DE.UTF-8", "TZ=Asia/Tokyo",
-		"GOMODCACHE=" + mod, "GOCACHE=" + cache, "CGO_ENABLED=1", "GOAMD64=v3", "GOARM=7", "GOOS=plan9", "GODEBUG=asyncpreemptoff=1",
+		"HOME=" + t.TempDir(), "TMPDIR=" + t.TempDir(), "USER=somebody", "LC_ALL=de_DE.UTF-8", "TZ=Asia/Tokyo",
+		"GOENV=" + goenv, "GOMODCACHE=" + mod, "GOCACHE=" + cache, "GODEBUG=asyncpreemptoff=1",
+		"CGO_ENABLED=1", "GOAMD64=v3", "GOARM=7", "GOOS=plan9",
 		"GOFLAGS=-tags=other -buildvcs=true -ldflags=-X=main.a=b", "GORELEASER_CURRENT_TAG=v1.1.1",
 	}
-	if _, err := output(second, env, "bash", append([]string{"-c", `umask 077 && exec "$0" "$@"`, filepath.Join(testDir, "release")}, buildArgs()...)...); err != nil {
+	args := append([]string{"-c", `umask 077 && exec "$0" "$@"`, filepath.Join(testDir, "release")}, buildArgs()...)
+	if _, err := output(second, env, "bash", args...); err != nil {
 		t.Fatal(err)
 	}
 	files := sums(t, sumsFile)
@@ -216,8 +220,8 @@ func TestReproducible(t *testing.T) {
 	t.Logf("%d files are the same", len(files))
 }
 
-// TestFiles reads what a downloader gets: each archive, its binary, its SBOM,
-// the sums, and the version in all of them.
+// TestFiles reads the files that a release has for download, each archive, its binary, its
+// SBOM, the sums, and the version in all of them.
 func TestFiles(t *testing.T) {
 	t.Parallel()
 	all := sums(t, dist(t, "SHA256SUMS"))
@@ -244,8 +248,10 @@ func TestFiles(t *testing.T) {
 				t.Errorf("%s: %s has time %s, want that of the commit, %s", stem, f.Name, got, testCommit)
 			}
 		}
-		if got, want := fmt.Sprint(modes), fmt.Sprint(map[string]string{binary: "-rwxr-xr-x", "LICENSE": "-rw-r--r--", "README.md": "-rw-r--r--", licensesFile: "-rw-r--r--"}); got != want {
-			t.Errorf("%s contains %s, want %s", stem, got, want)
+		const text = "-rw-r--r--"
+		want := map[string]string{binary: "-rwxr-xr-x", "LICENSE": text, "README.md": text, licensesFile: text}
+		if !maps.Equal(modes, want) {
+			t.Errorf("%s contains %s, want %s", stem, modes, want)
 		}
 		f, err := archive.Open(binary)
 		if err != nil {
@@ -307,7 +313,8 @@ func checkBinary(t *testing.T, path, platform string) {
 			t.Errorf("%s: build setting %s=%s", platform, s.Key, s.Value)
 		}
 	}
-	if settings["GOOS"]+"_"+settings["GOARCH"] != platform || settings["CGO_ENABLED"] != "0" || settings["-trimpath"] != "true" || settings["-tags"] != "" {
+	if settings["GOOS"]+"_"+settings["GOARCH"] != platform || settings["CGO_ENABLED"] != "0" ||
+		settings["-trimpath"] != "true" || settings["-tags"] != "" {
 		t.Errorf("%s: build settings %v", platform, settings)
 	}
 	if strings.Contains(read(t, path), testDir) || strings.Contains(read(t, path), root) {
@@ -321,14 +328,15 @@ func checkBinary(t *testing.T, path, platform string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// RunningVersion and the User-Agent are this version: e2e tests that.
+	// RunningVersion and the User-Agent are this version, as e2e tests.
 	got, err := output("", nil, path, "-version")
-	if want := fmt.Sprintf("%s %s, commit %s, %s\n", project, testTag, commit[:12], info.GoVersion); err != nil || got != want {
+	want := fmt.Sprintf("%s %s, commit %s, %s\n", project, testTag, commit[:12], info.GoVersion)
+	if err != nil || got != want {
 		t.Errorf("-version: %q (%v), want %q", got, err, want)
 	}
 }
 
-// checkSBOM compares an SBOM with the binary: the same modules, each with its
+// checkSBOM compares an SBOM with the binary, which has the same modules, each with its
 // version and an allowed license, and nothing that differs from build to build.
 func checkSBOM(t *testing.T, path, binary, sum string) {
 	t.Helper()
@@ -337,7 +345,8 @@ func checkSBOM(t *testing.T, path, binary, sum string) {
 		t.Fatal(err)
 	}
 	main := bom.Metadata.Component
-	if main.Name != module || main.Version != testTag || (*main.Hashes)[0].Value != sum || (*main.Licenses)[0].License.ID != "MPL-2.0" {
+	if main.Name != module || main.Version != testTag ||
+		(*main.Hashes)[0].Value != sum || (*main.Licenses)[0].License.ID != "MPL-2.0" {
 		t.Errorf("%s: main component %+v", path, main)
 	}
 	if bom.SerialNumber != "" || bom.Metadata.Timestamp != "" {
@@ -371,8 +380,8 @@ func checkSBOM(t *testing.T, path, binary, sum string) {
 	}
 }
 
-// TestLicenses: each text is in the file, and a license that is not allowed
-// stops the release.
+// TestLicenses checks that each text is in the file, and that a license that is not
+// allowed stops the release.
 func TestLicenses(t *testing.T) {
 	dir, err := built()
 	if err != nil {
@@ -380,7 +389,8 @@ func TestLicenses(t *testing.T) {
 	}
 	text := read(t, filepath.Join(dir, ".cache/release", licensesFile))
 	for _, want := range []string{
-		"Go standard library go1.", "github.com/hashicorp/vault/sdk v", ": MPL-2.0", "github.com/hashicorp/go-hclog v", ": MIT",
+		"Go standard library go1.", "github.com/hashicorp/vault/sdk v", ": MPL-2.0",
+		"github.com/hashicorp/go-hclog v", ": MIT",
 		"Mozilla Public License", "Apache License", "The Prometheus Authors", // the last is from a NOTICE
 	} {
 		if !strings.Contains(text, want) {
@@ -399,18 +409,27 @@ func TestLicenses(t *testing.T) {
 }
 
 // TestImage builds the image from binaries of a few bytes, serves it from a
-// registry on loopback, and takes the binaries out again as OpenBao does: from
-// the image for a platform, the file of the plugin's name in its root.
+// registry on loopback, and takes the binaries out again as OpenBao does, which reads the
+// file of the plugin's name in the root of the image for a platform.
 func TestImage(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
-	for _, file := range []string{"LICENSE", ".cache/release/" + licensesFile, "dist/amd64", "dist/arm", "dist/windows"} {
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte("content of "+file), 0o640)); err != nil {
+	licenses := ".cache/release/" + licensesFile
+	for _, file := range []string{"LICENSE", licenses, "dist/amd64", "dist/arm", "dist/windows"} {
+		err := os.MkdirAll(filepath.Dir(file), 0o755)
+		if err == nil {
+			err = os.WriteFile(file, []byte("content of "+file), 0o640)
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
 	r := &release{commit: strings.Repeat("c0ffee", 7)[:40], version: testVersion, date: time.Unix(1600000000, 0).UTC()}
-	for _, b := range []binary{{"linux", "amd64", "dist/amd64", ""}, {"linux", "arm", "dist/arm", ""}, {"windows", "amd64", "dist/windows", ""}} {
+	for _, b := range []binary{
+		{"linux", "amd64", "dist/amd64", ""},
+		{"linux", "arm", "dist/arm", ""},
+		{"windows", "amd64", "dist/windows", ""},
+	} {
 		var err error
 		if b.sha256, err = sha256File(b.path); err != nil {
 			t.Fatal(err)
@@ -435,7 +454,8 @@ func TestImage(t *testing.T) {
 			t.Fatal(err)
 		}
 		files := extract(t, image)
-		if got, want := files[project], read(t, b.path); got != want || len(files) != 3 || files["LICENSE"] == "" || files[licensesFile] == "" {
+		if got, want := files[project], read(t, b.path); got != want || len(files) != 3 ||
+			files["LICENSE"] == "" || files[licensesFile] == "" {
 			t.Errorf("%s: files %q", b.goarch, files)
 		}
 		config, err := image.ConfigFile()
@@ -446,7 +466,8 @@ func TestImage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if config.Config.User != "65532:65532" || !slices.Equal(config.Config.Entrypoint, []string{"/" + project}) || !config.Created.Equal(r.date) || config.Architecture != b.goarch {
+		if config.Config.User != "65532:65532" || !slices.Equal(config.Config.Entrypoint, []string{"/" + project}) ||
+			!config.Created.Equal(r.date) || config.Architecture != b.goarch {
 			t.Errorf("%s: config %+v", b.goarch, config)
 		}
 		digest, err := image.Digest()
@@ -463,14 +484,15 @@ func TestImage(t *testing.T) {
 			t.Errorf("%s: sums %q in config, manifest and index, want %s", b.goarch, stated, b.sha256)
 		}
 	}
-	// The file is the folder: what a registry serves can be compared with either.
+	// The file contains the folder, so that a registry can be compared with either.
 	f, err := os.Open("dist/" + project + "_" + testVersion + "_oci.tar")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
 	files := untar(t, f)
-	if got, want := files["index.json"], read(t, "dist/"+project+"_"+testVersion+"_oci/index.json"); got != want || files["oci-layout"] == "" || len(files) != 2+1+2*3 {
+	want := read(t, "dist/"+project+"_"+testVersion+"_oci/index.json")
+	if got := files["index.json"]; got != want || files["oci-layout"] == "" || len(files) != 2+1+2*3 {
 		t.Errorf("the tar has %d files, index %q, want %q", len(files), got, want)
 	}
 }
@@ -481,7 +503,8 @@ func TestReleasedImage(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("the image is for Linux")
 	}
-	image, err := remote.Image(push(t, dist(t, "oci")), remote.WithPlatform(v1.Platform{OS: "linux", Architecture: runtime.GOARCH}))
+	platform := v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
+	image, err := remote.Image(push(t, dist(t, "oci")), remote.WithPlatform(platform))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -489,7 +512,8 @@ func TestReleasedImage(t *testing.T) {
 	if err := os.WriteFile(path, []byte(extract(t, image)[project]), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	want := sums(t, dist(t, "PLUGIN_SHA256SUMS"))[fmt.Sprintf("%s_%s_linux_%s/%[1]s", project, testVersion, runtime.GOARCH)]
+	binary := fmt.Sprintf("%s_%s_linux_%s/%[1]s", project, testVersion, runtime.GOARCH)
+	want := sums(t, dist(t, "PLUGIN_SHA256SUMS"))[binary]
 	if got, err := sha256File(path); err != nil || got != want {
 		t.Errorf("the binary in the image has sum %s (%v), want %s", got, err, want)
 	}
@@ -548,7 +572,7 @@ func untar(t *testing.T, r io.Reader) map[string]string {
 	}
 }
 
-// TestSnapshotVersion: two snapshots of different commits have different versions.
+// TestSnapshotVersion checks that snapshots of different commits differ in their versions.
 func TestSnapshotVersion(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -572,7 +596,7 @@ func TestSnapshotVersion(t *testing.T) {
 	}
 }
 
-// TestNotes: a version without a section in CHANGELOG.md is not released.
+// TestNotes checks that a version without a section in CHANGELOG.md is not released.
 func TestNotes(t *testing.T) {
 	dir, err := built()
 	if err != nil {

@@ -25,14 +25,15 @@ type block struct{ kind, text string }
 func blocks(t *testing.T, page string) []block {
 	t.Helper()
 	var all []block
-	for _, m := range regexp.MustCompile("(?ms)^```(\\S+ ?\\S*)\n(.*?)^```$").FindAllStringSubmatch(read(t, filepath.Join(root, page)), -1) {
+	fence := regexp.MustCompile("(?ms)^```(\\S+ ?\\S*)\n(.*?)^```$")
+	for _, m := range fence.FindAllStringSubmatch(read(t, filepath.Join(root, page)), -1) {
 		all = append(all, block{m[1], strings.ReplaceAll(m[2], "0.1.0", testVersion)})
 	}
 	return all
 }
 
 // TestVerify runs the commands of docs/verify.md on this release, with a throw-away key
-// and a registry on loopback: all but those that need a network. Then each must refuse
+// and a registry on loopback, but for those that need a network. Then each must refuse
 // each of the files that it reads with one byte changed. It does so in bash, and in
 // Alpine's shell with Alpine's tools.
 func TestVerify(t *testing.T) {
@@ -56,7 +57,7 @@ func TestVerify(t *testing.T) {
 			t.Skip(err)
 		}
 		bin := t.TempDir()
-		for _, applet := range []string{"base64", "cp", "cut", "grep", "mkdir", "sed", "sh", "sha256sum", "tar", "unzip"} {
+		for _, applet := range strings.Fields("base64 cp cut grep mkdir sed sh sha256sum tar unzip") {
 			if err := os.Symlink(busybox, filepath.Join(bin, applet)); err != nil {
 				t.Fatal(err)
 			}
@@ -94,7 +95,7 @@ func verify(t *testing.T, shell []string, path string) {
 	}
 	const sumsFile, plugins, archive = "${name}_SHA256SUMS", "${name}_PLUGIN_SHA256SUMS", "${name}_linux_amd64.zip"
 	const own = "${name}_SHA256SUMS.own.sigstore.json"
-	// By a part of a block: the files that it must refuse.
+	// The files that a block must refuse, by a part of it.
 	refused := map[string][]string{
 		"while read":                          {archive, "${name}_linux_amd64.cdx.json", "${name}_oci.tar", plugins},
 		"unzip -qo":                           {archive, plugins},
@@ -148,8 +149,8 @@ crane push --index other "$IMAGE:other"
 	}
 }
 
-// TestInstall: with the files of a release, the first block of the README's section on
-// installing leaves a binary that installs itself. A changed byte ends it.
+// TestInstall runs the first block of the README's section on installing with the files of
+// a release. It leaves a binary that installs itself, and fails if a byte was changed.
 func TestInstall(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS+"/"+runtime.GOARCH != "linux/amd64" {
@@ -170,13 +171,14 @@ func TestInstall(t *testing.T) {
 			}
 		}
 		out, err := output(dir, nil, "bash", "-euo", "pipefail", "-c", text)
-		if said := strings.HasSuffix(out, "  "+project+"-v"+testVersion+"\n"); said != (i == 0) || (err == nil) != said {
+		installed := strings.HasSuffix(out, "  "+project+"-v"+testVersion+"\n")
+		if installed != (i == 0) || (err == nil) != installed {
 			t.Errorf("with a byte changed in %q: %v\n%s", filepath.Base(changed), err, out)
 		}
 	}
 }
 
-// TestVerifyFlags: cosign has each flag of the commands that need a network and
+// TestVerifyFlags checks that cosign has each flag of the commands that need a network and
 // cannot be run here.
 func TestVerifyFlags(t *testing.T) {
 	t.Parallel()
@@ -187,7 +189,8 @@ func TestVerifyFlags(t *testing.T) {
 	}
 	for _, text := range texts {
 		text = strings.ReplaceAll(text, "\\\n", " ")
-		for _, m := range regexp.MustCompile(`(?m)\b(cosign|crane) ((?:trusted-root |auth )?[a-z-]+) (.*)$`).FindAllStringSubmatch(text, -1) {
+		command := regexp.MustCompile(`(?m)\b(cosign|crane) ((?:trusted-root |auth )?[a-z-]+) (.*)$`)
+		for _, m := range command.FindAllStringSubmatch(text, -1) {
 			help, err := exec.Command(m[1], append(strings.Fields(m[2]), "--help")...).CombinedOutput()
 			if err != nil {
 				t.Errorf("%s: %v", m[0], err)

@@ -8,17 +8,21 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 
 	"gopkg.in/yaml.v3"
 )
 
-// TestWorkflows holds .github/workflows to what actionlint does not look at: the
-// make targets and paths that they name exist, actions are pinned by digest with
-// their version beside it, and a job has a time limit and no more rights than it
-// states.
+// makeTarget and pathOfTree are the names of this tree that a step of a workflow uses.
+var (
+	makeTarget = regexp.MustCompile(`(?m)\bmake (?:-\S+ (?:[a-z]+ )?)*([a-z][a-z-]*)`)
+	pathOfTree = regexp.MustCompile(`\b(?:scripts|tools|docs|internal|cmd)/[\w./-]+`)
+)
+
+// TestWorkflows checks that the make targets and paths in .github/workflows exist, that
+// actions are pinned by digest with their version beside it, and that a job has a time
+// limit and no more rights than it states. actionlint checks the rest.
 func TestWorkflows(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob(filepath.Join(root, ".github/workflows/*"))
@@ -44,7 +48,8 @@ func TestWorkflows(t *testing.T) {
 		if err := yaml.Unmarshal([]byte(text), &workflow); err != nil {
 			t.Fatalf("%s: %v", file, err)
 		}
-		if fmt.Sprint(workflow.Permissions) != "map[contents:read]" || workflow.Concurrency == nil || strings.Contains(text, "pull_request_target") {
+		if fmt.Sprint(workflow.Permissions) != "map[contents:read]" || workflow.Concurrency == nil ||
+			strings.Contains(text, "pull_request_target") {
 			t.Errorf("%s: permissions %v, concurrency %v", file, workflow.Permissions, workflow.Concurrency)
 		}
 		for name, job := range workflow.Jobs {
@@ -53,7 +58,8 @@ func TestWorkflows(t *testing.T) {
 			}
 			for _, step := range job.Steps {
 				if action, digest, ok := strings.Cut(step.Uses, "@"); ok {
-					m := regexp.MustCompile(regexp.QuoteMeta(step.Uses) + ` # (v\d+\.\d+\.\d+)\n`).FindStringSubmatch(text)
+					pinned := regexp.MustCompile(regexp.QuoteMeta(step.Uses) + ` # (v\d+\.\d+\.\d+)\n`)
+					m := pinned.FindStringSubmatch(text)
 					if m == nil || !regexp.MustCompile(`^[0-9a-f]{40}$`).MatchString(digest) {
 						t.Errorf("%s: %s is not pinned by a digest, with the version as a comment", file, step.Uses)
 					} else if pin := digest + m[1]; pins[action] != "" && pins[action] != pin {
@@ -65,14 +71,14 @@ func TestWorkflows(t *testing.T) {
 						t.Errorf("%s: %s leaves credentials in the clone", file, name)
 					}
 				}
-				for _, m := range regexp.MustCompile(`(?m)\bmake (?:-\S+ (?:[a-z]+ )?)*([a-z][a-z-]*)`).FindAllStringSubmatch(step.Run, -1) {
+				for _, m := range makeTarget.FindAllStringSubmatch(step.Run, -1) {
 					targets++
 					if !strings.Contains(makefile, "\n"+m[1]+":") {
 						t.Errorf("%s: the Makefile has no target %s", file, m[1])
 					}
 				}
-				paths := append(regexp.MustCompile(`\b(?:scripts|tools|docs|internal|cmd)/[\w./-]+`).FindAllString(step.Run, -1), step.Dir, step.With["go-version-file"])
-				for _, p := range paths {
+				paths := pathOfTree.FindAllString(step.Run, -1)
+				for _, p := range append(paths, step.Dir, step.With["go-version-file"]) {
 					p = strings.TrimPrefix(p, "elsewhere/") // where release.yml has a second clone
 					if p == "" || p == "dist" {
 						continue // made by the workflow
@@ -89,38 +95,18 @@ func TestWorkflows(t *testing.T) {
 	}
 }
 
-// TestDependabot: no Go module is forgotten.
-func TestDependabot(t *testing.T) {
-	t.Parallel()
-	var config struct {
-		Updates []struct{ Directories []string }
-	}
-	if err := yaml.Unmarshal([]byte(read(t, filepath.Join(root, ".github/dependabot.yml"))), &config); err != nil {
-		t.Fatal(err)
-	}
-	out, err := output(root, nil, "git", "ls-files", "-co", "--exclude-standard", "go.mod", "*/go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var want []string
-	for file := range strings.Lines(out) {
-		want = append(want, strings.TrimSuffix("/"+strings.TrimSuffix(strings.TrimSpace(file), "/go.mod"), "go.mod"))
-	}
-	slices.Sort(want)
-	if got := slices.Sorted(slices.Values(config.Updates[0].Directories)); !slices.Equal(got, want) {
-		t.Errorf("dependabot.yml lists %q, the modules are %q", got, want)
-	}
-}
-
-// TestChangelog: the newest section is of the version to come, or of HEAD's tag.
+// TestChangelog checks that the newest section is of the version to come, or of HEAD's tag.
 func TestChangelog(t *testing.T) {
 	t.Parallel()
 	heading := regexp.MustCompile(`(?m)^## (.*)$`).FindStringSubmatch(read(t, filepath.Join(root, "CHANGELOG.md")))
-	if heading == nil || !regexp.MustCompile(`^(\[?Unreleased\]?( .*)?|\[?v?\d+\.\d+\.\d+(-[0-9a-z.]+)?\]?( .*)?)$`).MatchString(heading[1]) {
+	want := regexp.MustCompile(`^\[?(Unreleased|v?\d+\.\d+\.\d+(-[0-9a-z.]+)?)\]?( .*)?$`)
+	if heading == nil || !want.MatchString(heading[1]) {
 		t.Fatalf("CHANGELOG.md: newest section %q", heading)
 	}
 	tag, err := output(root, nil, "git", "describe", "--tags", "--exact-match", "--match", "v*")
-	if name, _, _ := strings.Cut(heading[1], " "); err == nil && "v"+strings.TrimPrefix(strings.Trim(name, "[]"), "v") != strings.TrimSpace(tag) {
-		t.Errorf("HEAD is %s, the newest section of CHANGELOG.md is %q", strings.TrimSpace(tag), heading[1])
+	name, _, _ := strings.Cut(heading[1], " ")
+	tag = strings.TrimSpace(tag)
+	if err == nil && "v"+strings.TrimPrefix(strings.Trim(name, "[]"), "v") != tag {
+		t.Errorf("HEAD is %s, the newest section of CHANGELOG.md is %q", tag, heading[1])
 	}
 }

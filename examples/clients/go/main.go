@@ -25,7 +25,7 @@ func main() {
 	}
 }
 
-// work stands for what the application does, once a second.
+// work stands for the work of the application, once a second.
 func work(ctx context.Context) error {
 	client, err := api.NewClient(nil) // reads VAULT_ADDR, VAULT_TOKEN, …
 	if err != nil {

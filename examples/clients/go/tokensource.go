@@ -4,10 +4,16 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"strconv"
 	"sync"
@@ -16,20 +22,25 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// The wait after a failed read, unless the response has Retry-After: retryWait, or
-// refusedWait if it is not an error that passes, such as 403.
+// After a failed read, the wait is that of the response's Retry-After, up to
+// longestWait; else retryWait, or refusedWait if a retry cannot help, such as after
+// a 403.
 const (
 	retryWait   = 5 * time.Second
 	refusedWait = time.Minute
+	longestWait = 10 * time.Minute
 )
 
+var errNoToken = errors.New("the response has no token with a lease")
+
 // TokenSource keeps a valid access token of Cable for all goroutines of a
-// program. One goroutine reads from Vault, one request at a time: the next token
-// when two thirds of the lease have passed. If that fails, the current token is
-// used until its lease ends.
+// program. One goroutine reads from Vault, one request at a time. It reads the next
+// token when two thirds of the lease have passed. If that fails, the current token
+// is used until its lease ends.
 type TokenSource struct {
 	client *api.Client
 	path   string
+	done   <-chan struct{} // closed when reading ends
 
 	mu         sync.Mutex
 	token      string
@@ -39,11 +50,11 @@ type TokenSource struct {
 }
 
 // NewTokenSource reads tokens from a path such as "cable/creds/reports" until
-// ctx ends. It switches off the client's retries, because each may mint: give it
-// a client of its own.
+// ctx ends. It switches off the client's retries, because each may mint, so give
+// it a client of its own.
 func NewTokenSource(ctx context.Context, client *api.Client, path string) *TokenSource {
 	client.SetMaxRetries(0)
-	s := &TokenSource{client: client, path: path, changed: make(chan struct{})}
+	s := &TokenSource{client: client, path: path, done: ctx.Done(), changed: make(chan struct{})}
 	go s.run(ctx)
 	return s
 }
@@ -56,7 +67,7 @@ func (s *TokenSource) Token(ctx context.Context) (string, time.Time, error) {
 		s.mu.Lock()
 		token, validUntil, err, changed := s.token, s.validUntil, s.err, s.changed
 		s.mu.Unlock()
-		if time.Now().Before(validUntil) {
+		if !passed(validUntil) {
 			return token, validUntil, nil
 		}
 		if err != nil && !temporary(err) {
@@ -64,36 +75,42 @@ func (s *TokenSource) Token(ctx context.Context) (string, time.Time, error) {
 		}
 		select {
 		case <-changed:
+		case <-s.done:
+			return "", time.Time{}, errors.Join(errors.New("reading tokens has ended"), err)
 		case <-ctx.Done():
 			return "", time.Time{}, errors.Join(ctx.Err(), err)
 		}
 	}
 }
 
-// run reads until ctx ends.
+// run reads until ctx ends. It waits in short steps, because timers stand still
+// while the machine is suspended.
 func (s *TokenSource) run(ctx context.Context) {
-	for {
-		wait := s.read(ctx)
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done():
-			return
+	for ctx.Err() == nil {
+		for next := s.read(ctx); !passed(next); {
+			select {
+			case <-time.After(min(time.Until(next), time.Second)):
+			case <-ctx.Done():
+				return
+			}
 		}
 	}
 }
 
-// read sends one request, and returns the wait before the next.
-func (s *TokenSource) read(ctx context.Context) (wait time.Duration) {
+// read sends one request, notes its result, and returns the time of the next one.
+func (s *TokenSource) read(ctx context.Context) (next time.Time) {
 	start := time.Now()
 	token, lease, wait, err := s.request(ctx)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err = err; err == nil {
 		s.token, s.validUntil = token, start.Add(lease)
+	} else if ctx.Err() == nil {
+		slog.Warn("no Cable token", "error", err, "next_try", wait.Round(time.Second))
 	}
 	close(s.changed)
 	s.changed = make(chan struct{})
-	return wait
+	return time.Now().Add(wait)
 }
 
 // request returns a token, its lease, and the wait before the next request. All
@@ -101,41 +118,94 @@ func (s *TokenSource) read(ctx context.Context) (wait time.Duration) {
 func (s *TokenSource) request(ctx context.Context) (token string, lease, wait time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(ctx, s.client.ClientTimeout())
 	defer cancel()
-	tenth := func(d time.Duration) time.Duration { return time.Duration(rand.Float64() * float64(d) / 10) } //nolint:gosec // no secret
+	var body []byte
 	resp, err := s.client.Logical().ReadRawWithContext(ctx, s.path)
 	if resp != nil {
 		defer resp.Body.Close() //nolint:errcheck // read to its end, or given up
 	}
-	if err != nil {
-		wait = retryWait + tenth(retryWait)
-		if !temporary(err) {
-			wait = refusedWait
-		}
-		if resp != nil {
-			if seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After")); seconds > 0 {
-				wait = time.Duration(seconds) * time.Second
-				wait += tenth(wait) // later, never earlier
-			}
-		}
-		return "", 0, wait, fmt.Errorf("reading %s: %w", s.path, err)
+	if err == nil {
+		body, err = io.ReadAll(resp.Body)
 	}
-	secret, err := api.ParseSecret(resp.Body)
-	if err != nil {
-		return "", 0, retryWait, fmt.Errorf("reading %s: %w", s.path, err)
+	if err == nil {
+		token, lease, wait, err = parse(body)
 	}
-	token, _ = secret.Data["token"].(string)
-	if token == "" || secret.LeaseDuration <= 0 {
-		return "", 0, retryWait, fmt.Errorf("reading %s: the response has no token with a lease", s.path)
+	if err == nil {
+		return token, lease, wait, nil
 	}
-	lease = time.Duration(secret.LeaseDuration) * time.Second
-	return token, lease, lease*2/3 - tenth(lease), nil
+	wait = retryWait
+	if !temporary(err) {
+		wait = refusedWait
+	}
+	if resp != nil {
+		wait = retryAfter(resp.Header.Get("Retry-After"), wait)
+	}
+	return "", 0, wait + tenth(wait), fmt.Errorf("reading %s: %w", s.path, err)
 }
 
-// temporary reports whether the same request may succeed later.
+// parse returns the token in a response, its lease, and the wait before the next
+// request. Without a lease, that is the ttl in the response, and the token may be
+// used for another third of it.
+func parse(body []byte) (token string, lease, wait time.Duration, err error) {
+	secret, err := api.ParseSecret(bytes.NewReader(body))
+	if err != nil || secret == nil {
+		return "", 0, 0, errNoToken // err could show a part of the body
+	}
+	token, _ = secret.Data["token"].(string)
+	lease = time.Duration(secret.LeaseDuration) * time.Second
+	wait = lease*2/3 - tenth(lease)
+	if ttl, ok := secret.Data["ttl"].(json.Number); ok && lease == 0 {
+		seconds, _ := ttl.Int64()
+		wait = time.Duration(seconds) * time.Second
+		lease = wait * 4 / 3
+	}
+	if token == "" || lease <= 0 {
+		return "", 0, 0, errNoToken
+	}
+	return token, lease, wait, nil
+}
+
+// tenth returns up to a tenth of d at random.
+func tenth(d time.Duration) time.Duration {
+	return time.Duration(rand.Float64() * float64(d) / 10) //nolint:gosec // no secret
+}
+
+// passed reports whether t has passed by one of two clocks, because the monotonic
+// clock stands still while the machine is suspended, and the wall clock can be set
+// back.
+func passed(t time.Time) bool {
+	now := time.Now()
+	return !now.Before(t) || !now.Round(0).Before(t.Round(0))
+}
+
+// retryAfter returns the wait that a Retry-After header asks for, in seconds or as a
+// date, else wait.
+func retryAfter(header string, wait time.Duration) time.Duration {
+	var asked time.Duration
+	if seconds, err := strconv.Atoi(header); err == nil {
+		asked = time.Duration(max(0, min(seconds, int(longestWait/time.Second)))) * time.Second
+	} else if date, err := http.ParseTime(header); err == nil {
+		asked = min(time.Until(date), longestWait)
+	}
+	if asked <= 0 {
+		return wait
+	}
+	return asked
+}
+
+// temporary reports whether the same request may succeed later: Vault responded
+// with 429 or 5xx, or could not be reached, but not because of a certificate or
+// another error of TLS.
 func temporary(err error) bool {
 	var response *api.ResponseError
-	if !errors.As(err, &response) {
-		return true // Vault cannot be reached
+	var certificate *tls.CertificateVerificationError
+	var alert *net.OpError
+	switch {
+	case errors.As(err, &response):
+		return response.StatusCode == http.StatusTooManyRequests || response.StatusCode >= 500
+	case errors.As(err, &certificate), errors.Is(err, http.ErrSchemeMismatch), errors.Is(err, errNoToken):
+		return false
+	case errors.As(err, &alert):
+		return alert.Op != "remote error" && alert.Op != "local error"
 	}
-	return response.StatusCode == http.StatusTooManyRequests || response.StatusCode >= 500
+	return true
 }

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: MPL-2.0
 """Keeps a valid access token of Cable for all threads of a program."""
 
+import email.utils
+import logging
 import os
 import random
 import threading
@@ -10,27 +12,38 @@ import time
 import hvac
 import requests
 
-# Seconds to wait after a failed read, unless the response has Retry-After; and
-# after an error that a retry cannot help, such as 403.
+# Seconds to wait after a failed read, unless the response has Retry-After; after
+# an error that a retry cannot help, such as 403; and at most.
 RETRY_WAIT = 5
 REFUSED_WAIT = 60
+LONGEST_WAIT = 600
+
+log = logging.getLogger(__name__)
 
 
 class TokenSource:
     """Reads tokens from a path of Vault, at VAULT_ADDR with VAULT_TOKEN.
 
-    It reads in the background, one request at a time: the next token when two
-    thirds of the lease have passed. If that fails, the current token is used
-    until its lease ends.
+    VAULT_NAMESPACE and VAULT_CACERT are used, too. It reads in the background,
+    one request at a time: the next token when two thirds of the lease have
+    passed. If that fails, the current token is used until its lease ends. A
+    process that is forked reads for itself.
     """
 
     def __init__(self, path="cable/creds/reports"):
-        session = requests.Session()  # sends each request once
-        session.hooks["response"].append(self._note)
-        self._client = hvac.Client(os.environ["VAULT_ADDR"], os.environ["VAULT_TOKEN"], session=session)
         self._path = path
+        self._secret, self._valid_until, self._next_read = None, now(), now()
+        self._start()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._start)
+
+    def _start(self):
+        """Makes the parts that a forked process does not share with its parent."""
+        self._client = hvac.Client(  # sends each request once, and reads VAULT_CACERT
+            os.environ["VAULT_ADDR"], os.environ["VAULT_TOKEN"], namespace=os.environ.get("VAULT_NAMESPACE")
+        )
+        self._client.session.hooks["response"].append(self._note)
         self._changed = threading.Condition()
-        self._secret, self._valid_until, self._next_read = None, 0.0, 0.0
         self._reading, self._error = False, None
 
     def token(self):
@@ -41,39 +54,79 @@ class TokenSource:
         """
         with self._changed:
             while True:
-                now = time.monotonic()
-                if now >= self._next_read and not self._reading:
-                    self._reading, self._error = True, None
+                if not self._reading and passed(self._next_read):
                     threading.Thread(target=self._read, daemon=True).start()
-                if now < self._valid_until:
+                    self._reading, self._error = True, None
+                if not passed(self._valid_until):
                     return self._secret["token"], self._secret["expires_at"]
                 if self._error:
                     raise self._error
-                self._changed.wait(None if self._reading else max(0.0, self._next_read - now))
+                self._changed.wait(1)  # a longer wait would stand still while the machine is suspended
 
     def _read(self):
-        start = time.monotonic()
-        secret, error = None, None
+        """Sends one request, and notes its result."""
+        start, secret, lease, error, wait = now(), None, 0, None, REFUSED_WAIT
         self._status, self._retry_after = None, None
         try:
-            secret = self._client.read(self._path)
-            if secret is None:
-                raise LookupError(f"Vault has nothing at {self._path}")
+            response = self._client.read(self._path) or {"data": {}}
+            lease = response.get("lease_duration", 0)
+            wait = lease * random.uniform(0.57, 0.67)
+            if not lease:  # then ttl says when to read again, and the token may be used for another third of it
+                wait = response["data"].get("ttl", 0)
+                lease = wait * 4 / 3
+            if not response["data"].get("token") or lease <= 0:
+                raise LookupError(f"{self._path} has no token with a lease")
+            secret = response["data"]
         except Exception as e:
-            error = e
-        with self._changed:
-            if error is None:
-                lease = secret["lease_duration"]
-                self._secret, self._valid_until = secret["data"], start + lease
-                self._next_read = start + lease * random.uniform(0.57, 0.67)
-            else:
-                passes = self._status is None or self._status == 429 or self._status >= 500
-                if not passes:
-                    self._error = error
-                wait = float(self._retry_after or (RETRY_WAIT if passes else REFUSED_WAIT))
-                self._next_read = time.monotonic() + wait * random.uniform(1, 1.1)
-            self._reading = False
-            self._changed.notify_all()
+            passes = self._passes(e)
+            wait = retry_after(self._retry_after, RETRY_WAIT if passes else REFUSED_WAIT) * random.uniform(1, 1.1)
+            log.warning("reading %s failed, next try in %.0f s: %s", self._path, wait, e)
+            error = None if passes else e
+        finally:  # whatever happened, the callers of token() look again
+            with self._changed:
+                if secret:
+                    self._secret, self._valid_until = secret, later(start, lease)
+                    self._next_read = later(start, wait)
+                else:
+                    self._error, self._next_read = error, later(now(), wait)
+                self._reading = False
+                self._changed.notify_all()
 
     def _note(self, response, *_args, **_kwargs):
         self._status, self._retry_after = response.status_code, response.headers.get("Retry-After")
+
+    def _passes(self, error):
+        """Reports whether the same request may succeed later."""
+        if isinstance(error, requests.RequestException):  # there is no response, or a part of one
+            refused = isinstance(error, requests.exceptions.SSLError) and "EOF" not in str(error)
+            return not refused and not isinstance(error, ValueError)  # such as a malformed VAULT_ADDR
+        return self._status is not None and (self._status == 429 or self._status >= 500)
+
+
+def now():
+    """A moment by two clocks.
+
+    The monotonic clock stands still while the machine is suspended, and the
+    wall clock can be set back. So a moment has passed if it has by one of them.
+    """
+    return time.monotonic(), time.time()
+
+
+def later(moment, seconds):
+    return tuple(clock + seconds for clock in moment)
+
+
+def passed(moment):
+    return any(clock >= then for clock, then in zip(now(), moment))
+
+
+def retry_after(header, default):
+    """Returns the seconds that a Retry-After header asks for: a number or a date, which may stand there twice."""
+    try:
+        seconds = float(header.partition(",")[0])
+    except Exception:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header[:29]).timestamp() - time.time()
+        except Exception:
+            seconds = 0
+    return min(seconds, LONGEST_WAIT) if seconds > 0 else default

@@ -17,7 +17,7 @@ provider "vault" {} # VAULT_ADDR, VAULT_TOKEN, VAULT_MAX_RETRIES=0
 locals {
   plugin = "vault-plugin-secrets-cable"
 
-  # Without the key, and without what is not set.
+  # Without the key, and without fields that are not set.
   config = { for field, value in {
     token_url       = var.token_url
     ca_cert         = var.ca_cert
@@ -28,7 +28,7 @@ locals {
   } : field => value if value != null }
 }
 
-# One entry for each version: the previous one stays, to roll back to.
+# One entry for each version. The previous one stays, to roll back to.
 resource "vault_plugin" "cable" {
   for_each = var.plugin_versions
 

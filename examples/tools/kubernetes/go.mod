@@ -1,6 +1,6 @@
-// What a cluster without nodes is made of: Kubernetes' API server, kubectl and
-// etcd; and Vault's auth method for Kubernetes.
-module github.com/cablesecrets/vault-plugin-secrets-cable/tools/kubernetes
+// A cluster without nodes: Kubernetes' API server, kubectl and etcd; and Vault's
+// auth method for Kubernetes.
+module github.com/cablesecrets/vault-plugin-secrets-cable/examples/tools/kubernetes
 
 go 1.26.0
 
