@@ -56,36 +56,38 @@ func declared(t *testing.T, ofTests bool) map[string]int {
 	return found
 }
 
-// TestSecurityPage checks that each function that docs/security.md names exists, and
-// is the only one of that name, that each test exists, and that its command works.
-func TestSecurityPage(t *testing.T) {
+// TestKeptBy checks the tables of the documents that say where each promise is kept
+// and shown: each function exists, and is the only one of that name; each test exists.
+func TestKeptBy(t *testing.T) {
 	t.Parallel()
 	functions, tests := declared(t, false), declared(t, true)
-	_, table, _ := strings.Cut(readFile(t, "../docs/security.md"), "\n## Threats, controls, proof\n")
-	table, _, _ = strings.Cut(table, "\n## ")
-	rows := 0
-	for line := range strings.Lines(table) {
-		cells := strings.Split(line, "|")
-		if len(cells) < 6 || strings.Contains(line, "---") || strings.Contains(line, "| threat |") {
-			continue
+	for page, want := range map[string]int{"docs/security.md": 15, "docs/design.md": 15} {
+		_, table, _ := strings.Cut(readFile(t, "../"+page), " | kept by | shown by |\n")
+		table, _, _ = strings.Cut(table, "\n\n")
+		rows := strings.Split(table, "\n")[1:]
+		if len(rows) < want {
+			t.Errorf("%s: the table has %d rows", page, len(rows))
 		}
-		rows++
-		for column, of := range map[int]map[string]int{3: functions, 4: tests} {
-			names := regexp.MustCompile("`([\\w.]+)`").FindAllStringSubmatch(cells[column], -1)
-			if len(names) == 0 {
-				t.Errorf("column %d is empty: %s", column, cells[1])
-			}
-			for _, m := range names {
-				if n := of[m[1]]; n == 0 || column == 3 && n > 1 {
-					t.Errorf("%s is declared %d times: %s", m[1], n, cells[1])
+		for _, row := range rows {
+			cells := strings.Split(row, " | ")
+			for i, of := range []map[string]int{functions, tests} {
+				names := regexp.MustCompile("`([\\w.]+)`").FindAllStringSubmatch(cells[len(cells)-2+i], -1)
+				if len(names) == 0 {
+					t.Errorf("%s: no function, or no test: %s", page, row)
+				}
+				for _, m := range names {
+					if n := of[m[1]]; n == 0 || i == 0 && n > 1 {
+						t.Errorf("%s: %s is declared %d times: %s", page, m[1], n, cells[0])
+					}
 				}
 			}
 		}
 	}
-	if rows < 15 {
-		t.Errorf("the table has %d rows", rows)
-	}
+}
 
+// TestSecurityPage runs the commands of docs/security.md.
+func TestSecurityPage(t *testing.T) {
+	t.Parallel()
 	s, m := newApplication(t)
 	s.runPage("docs/security.md", map[string]step{
 		"max-lease-ttl": {
