@@ -106,6 +106,10 @@ func (p Product) ReloadsOneNode(version string) bool {
 	return p == OpenBao && !regexp.MustCompile(`^2\.[0-4]\.`).MatchString(version)
 }
 
+// DropsRequests reports whether a server that is told to end closes the connections
+// of the requests under way, for which Vault waits.
+func (p Product) DropsRequests() bool { return p == OpenBao }
+
 // Unaware reports whether a response comes from a standby that serves requests
 // itself and is about to learn of a new or changed mount. Standbys of OpenBao
 // 2.5 and later do so.
