@@ -282,7 +282,7 @@ func TestStorm(t *testing.T) {
 	}
 	promised := map[int][]string{
 		400: {`role \"app\" is disabled`},
-		502: {"cable responded 500", "the connection was closed before the response was complete"},
+		502: {"Cable responded 500", "the connection was closed before the response was complete"},
 		504: {"the budget of 1s ran out"},
 	}
 	for _, s := range read {
