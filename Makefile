@@ -27,6 +27,16 @@ build: ## Build the plugin into bin/, which Vault takes as -dev-plugin-dir
 	@rm -rf bin
 	CGO_ENABLED=0 go build -buildvcs=auto -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/vault-plugin-secrets-cable
 
+.PHONY: fips
+fips: export GOFIPS140 = v1.0.0
+fips: build ## Build the plugin with Go's FIPS 140-3 module v1.0.0
+
+.PHONY: fips-test
+fips-test: export GOFIPS140 = v1.0.0
+fips-test: export GODEBUG = fips140=only
+fips-test: ## Test the process and Cable's client with that module alone
+	go test -count=1 ./cmd/vault-plugin-secrets-cable ./internal/cable
+
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
 	@scripts/demo

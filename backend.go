@@ -123,16 +123,19 @@ type request struct {
 // source names the request in a report.
 func (r *request) source() report.Source { return report.SourceOf(r.Request) }
 
+// handler handles one operation of a path.
+type handler func(context.Context, *request) (*logical.Response, error)
+
 // receivedKey is the context key of the time of receipt.
 type receivedKey struct{}
 
-// handle makes an operation of a handler. It is the one place where an error becomes a response.
-func (b *backend) handle(f func(context.Context, *request) (*logical.Response, error)) framework.OperationFunc {
+// handle lets the framework call a handler. It is the one place where an error becomes a response.
+func (b *backend) handle(h handler) framework.OperationFunc {
 	return func(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 		r := &request{Request: req, in: d.Raw}
 		r.received, _ = ctx.Value(receivedKey{}).(time.Time)
 		r.role, _ = d.Raw["name"].(string)
-		resp, err := f(ctx, r)
+		resp, err := h(ctx, r)
 		if err != nil {
 			return outcome.Classify(err).Respond()
 		}
@@ -188,10 +191,50 @@ func (b *backend) panicked(source report.Source, value any) error {
 		"internal error in the Cable secrets engine: search Vault's log for request_id "+source.ID)
 }
 
-// forwarded declares an operation that writes storage. It belongs on the active node of the primary cluster.
-func forwarded(p *framework.PathOperation) *framework.PathOperation {
-	p.ForwardPerformanceStandby = true
-	p.ForwardPerformanceSecondary = true
+// field describes a field of a request or a response.
+func field(kind framework.FieldType, description string) *framework.FieldSchema {
+	return &framework.FieldSchema{Type: kind, Description: description}
+}
+
+// always marks a field that a path, or each response, contains.
+func always(f *framework.FieldSchema) *framework.FieldSchema {
+	f.Required = true
+	return f
+}
+
+// inQuery marks a parameter of an operation that has no body.
+func inQuery(f *framework.FieldSchema) *framework.FieldSchema {
+	f.Query = true
+	return f
+}
+
+// reads declares an operation whose response, so described, contains these fields.
+func (b *backend) reads(
+	h handler, summary, description string, fields map[string]*framework.FieldSchema,
+) *framework.PathOperation {
+	return &framework.PathOperation{
+		Callback:  b.handle(h),
+		Summary:   summary,
+		Responses: map[int][]framework.Response{http.StatusOK: {{Description: description, Fields: fields}}},
+	}
+}
+
+// writes declares an operation that stores an entry.
+func (b *backend) writes(h handler, summary string) *framework.PathOperation {
+	return b.changes(h, summary, "Stored", "Stored, with warnings")
+}
+
+// deletes declares an operation that deletes an entry.
+func (b *backend) deletes(h handler, summary string) *framework.PathOperation {
+	return b.changes(h, summary, "There was none", "Deleted, with a warning")
+}
+
+// changes declares an operation that writes storage, and describes its responses without and with warnings. It belongs
+// on the active node of the primary cluster.
+func (b *backend) changes(h handler, summary, empty, warned string) *framework.PathOperation {
+	p := b.reads(h, summary, warned, nil)
+	p.Responses[http.StatusNoContent] = []framework.Response{{Description: empty}}
+	p.ForwardPerformanceStandby, p.ForwardPerformanceSecondary = true, true
 	return p
 }
 

@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"runtime"
 	"strings"
 	"sync"
@@ -28,6 +27,27 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
+)
+
+// kv are the fields of a request or a response.
+type kv = map[string]any
+
+// Fault and Grant say how the simulated Cable misbehaves.
+type (
+	Fault = cabletest.Fault
+	Grant = cabletest.Grant
+)
+
+const (
+	opRead   = logical.ReadOperation
+	opUpdate = logical.UpdateOperation
+	opPatch  = logical.PatchOperation
+	opDelete = logical.DeleteOperation
+	opCreate = logical.CreateOperation
+	opList   = logical.ListOperation
+	opHelp   = logical.HelpOperation
+	opRevoke = logical.RevokeOperation
+	opRenew  = logical.RenewOperation
 )
 
 // testMount is a mount of the engine over Vault's in-memory storage, with a
@@ -110,7 +130,10 @@ func newMount(t testing.TB) *testMount {
 	m.b = lb.(*backend)
 	t.Cleanup(func() {
 		for _, path := range []string{"status", "metrics"} {
-			resp, err := m.b.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: path, Storage: m.storage})
+			resp, err := m.b.HandleRequest(
+				context.Background(),
+				&logical.Request{Operation: opRead, Path: path, Storage: m.storage},
+			)
 			m.noSecrets(path, fmt.Sprint(resp, err))
 		}
 		m.b.Cleanup(context.Background())
@@ -123,8 +146,15 @@ func newMount(t testing.TB) *testMount {
 func newConfiguredMount(t testing.TB) *testMount {
 	t.Helper()
 	m := newMount(t)
-	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID})
-	m.write("roles/ci", map[string]any{"scopes": "transactions:read,person:read"})
+	m.write(
+		"config",
+		kv{
+			"refresh_key":     m.sim.RefreshKey(),
+			"token_url":       m.sim.URL,
+			"organization_id": cabletest.DefaultOrganizationID,
+		},
+	)
+	m.write("roles/ci", kv{"scopes": "transactions:read,person:read"})
 	return m
 }
 
@@ -141,14 +171,21 @@ func (m *testMount) noSecrets(where, text string) {
 // request sends a request as it comes out of Vault's plugin protocol, and
 // checks what must hold of every answer: the declared schema, no refresh key,
 // and no token but where it belongs.
-func (m *testMount) request(op logical.Operation, path string, data map[string]any) (*logical.Response, error) {
+func (m *testMount) request(op logical.Operation, path string, data kv) (*logical.Response, error) {
 	m.Helper()
-	req := &logical.Request{ID: "req-1", Operation: op, Path: path, Storage: m.storage, Data: overJSON(m, data), MountPoint: "cable/"}
-	if op == logical.UpdateOperation {
+	req := &logical.Request{
+		ID:         "req-1",
+		Operation:  op,
+		Path:       path,
+		Storage:    m.storage,
+		Data:       overJSON(m, data),
+		MountPoint: "cable/",
+	}
+	if op == opUpdate {
 		if found, exists, err := m.b.HandleExistenceCheck(m.Context(), req); err != nil {
 			return nil, err
 		} else if found && !exists {
-			req.Operation = logical.CreateOperation
+			req.Operation = opCreate
 		}
 	}
 	resp, err := m.b.HandleRequest(m.Context(), req)
@@ -161,7 +198,7 @@ func (m *testMount) request(op logical.Operation, path string, data map[string]a
 		if strings.HasPrefix(path, "creds/") && !resp.IsError() {
 			shown.Data = nil
 			if resp.Data != nil {
-				rest := make(map[string]any)
+				rest := make(kv)
 				for k, v := range resp.Data {
 					if k != "token" {
 						rest[k] = v
@@ -171,8 +208,13 @@ func (m *testMount) request(op logical.Operation, path string, data map[string]a
 			}
 		}
 		m.noSecrets("an answer", fmt.Sprintf("%+v %+v", shown, shown.Secret))
-		if err == nil && !resp.IsError() && len(resp.Data) > 0 && op != logical.RevokeOperation {
-			schema.ValidateResponse(tester(m.TB), schema.GetResponseSchema(tester(m.TB), m.b.Route(path), req.Operation), resp, true)
+		if err == nil && !resp.IsError() && len(resp.Data) > 0 && op != opRevoke {
+			schema.ValidateResponse(
+				tester(m.TB),
+				schema.GetResponseSchema(tester(m.TB), m.b.Route(path), req.Operation),
+				resp,
+				true,
+			)
 		}
 	}
 	return resp, err
@@ -187,7 +229,7 @@ func tester(tb testing.TB) *testing.T {
 }
 
 // overJSON returns data as the plugin protocol brings it.
-func overJSON(t testing.TB, data map[string]any) map[string]any {
+func overJSON(t testing.TB, data kv) kv {
 	t.Helper()
 	if data == nil {
 		return nil
@@ -196,7 +238,7 @@ func overJSON(t testing.TB, data map[string]any) map[string]any {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var out map[string]any
+	var out kv
 	if err := json.Unmarshal(raw, &out); err != nil {
 		t.Fatal(err)
 	}
@@ -204,7 +246,7 @@ func overJSON(t testing.TB, data map[string]any) map[string]any {
 }
 
 // ok sends a request that must succeed.
-func (m *testMount) ok(op logical.Operation, path string, data map[string]any) *logical.Response {
+func (m *testMount) ok(op logical.Operation, path string, data kv) *logical.Response {
 	m.Helper()
 	resp, err := m.request(op, path, data)
 	if err != nil || resp.IsError() {
@@ -214,9 +256,9 @@ func (m *testMount) ok(op logical.Operation, path string, data map[string]any) *
 }
 
 // write writes with success and returns the warnings.
-func (m *testMount) write(path string, data map[string]any) []string {
+func (m *testMount) write(path string, data kv) []string {
 	m.Helper()
-	if resp := m.ok(logical.UpdateOperation, path, data); resp != nil {
+	if resp := m.ok(opUpdate, path, data); resp != nil {
 		return resp.Warnings
 	}
 	return nil
@@ -225,7 +267,7 @@ func (m *testMount) write(path string, data map[string]any) []string {
 // writeKey writes the refresh key together with where it goes.
 func (m *testMount) writeKey(key string) []string {
 	m.Helper()
-	return m.write("config", map[string]any{"refresh_key": key, "token_url": m.sim.URL})
+	return m.write("config", kv{"refresh_key": key, "token_url": m.sim.URL})
 }
 
 // putRole stores a role behind the engine's back, as another node does.
@@ -253,9 +295,9 @@ func (m *testMount) putConfig(config *state.Config) {
 }
 
 // read reads with success and returns the data, nil for a 404.
-func (m *testMount) read(path string) map[string]any {
+func (m *testMount) read(path string) kv {
 	m.Helper()
-	if resp := m.ok(logical.ReadOperation, path, nil); resp != nil {
+	if resp := m.ok(opRead, path, nil); resp != nil {
 		return resp.Data
 	}
 	return nil
@@ -263,7 +305,7 @@ func (m *testMount) read(path string) map[string]any {
 
 // refused sends a request that must fail with a status and with each of the
 // texts, and returns the answer.
-func (m *testMount) refused(status int, op logical.Operation, path string, data map[string]any, texts ...string) *logical.Response {
+func (m *testMount) refused(status int, op logical.Operation, path string, data kv, texts ...string) *logical.Response {
 	m.Helper()
 	resp, err := m.request(op, path, data)
 	got, failure := statusOf(resp, err)
@@ -284,7 +326,7 @@ func (m *testMount) refused(status int, op logical.Operation, path string, data 
 
 // statusOf is the HTTP status that Vault makes of an answer.
 func statusOf(resp *logical.Response, err error) (int, error) {
-	status, failure := logical.RespondErrorCommon(&logical.Request{Operation: logical.UpdateOperation}, resp, err)
+	status, failure := logical.RespondErrorCommon(&logical.Request{Operation: opUpdate}, resp, err)
 	if failure != nil {
 		logical.AdjustErrorStatusCode(&status, failure)
 	}
@@ -316,7 +358,10 @@ func TestFactory(t *testing.T) {
 		t.Errorf("version %q", got)
 	}
 	// Neither storage nor network nor Vault is asked.
-	lb, err := Factory(t.Context(), &logical.BackendConfig{Logger: hclog.NewNullLogger(), System: nil, StorageView: nil})
+	lb, err := Factory(
+		t.Context(),
+		&logical.BackendConfig{Logger: hclog.NewNullLogger(), System: nil, StorageView: nil},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -364,7 +409,7 @@ func TestForwarding(t *testing.T) {
 	for _, path := range newBackend().Paths {
 		for op, handler := range path.Operations {
 			props := handler.Properties()
-			writes := op != logical.ReadOperation && op != logical.ListOperation
+			writes := op != opRead && op != opList
 			mints := strings.HasPrefix(path.Pattern, "creds/")
 			tells := path.Pattern == "status" || path.Pattern == "metrics" // of mints
 			if props.ForwardPerformanceStandby != (writes || mints || tells) {
@@ -396,26 +441,26 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 		path  string
 		known string
 	}{
-		{logical.UpdateOperation, "config", "auth_scheme, ca_cert, disabled, organization_id, refresh_key, request_timeout, token_url, verify_role"},
-		{logical.PatchOperation, "config", "auth_scheme, ca_cert"},
-		{logical.ReadOperation, "config", "accepts no parameters"},
-		{logical.DeleteOperation, "config", "accepts no parameters"},
-		{logical.UpdateOperation, "roles/ci", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
-		{logical.UpdateOperation, "roles/new", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
-		{logical.PatchOperation, "roles/ci", "disabled, max_ttl"},
-		{logical.ReadOperation, "roles/ci", "accepts no parameters"},
-		{logical.DeleteOperation, "roles/ci", "accepts no parameters"},
-		{logical.ListOperation, "roles/", "after, limit"},
-		{logical.ReadOperation, "creds/ci", "scopes, ttl"},
-		{logical.UpdateOperation, "creds/ci", "scopes, ttl"},
+		{opUpdate, "config", "auth_scheme, ca_cert, disabled, organization_id, refresh_key, request_timeout, token_url, verify_role"},
+		{opPatch, "config", "auth_scheme, ca_cert"},
+		{opRead, "config", "accepts no parameters"},
+		{opDelete, "config", "accepts no parameters"},
+		{opUpdate, "roles/ci", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
+		{opUpdate, "roles/new", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
+		{opPatch, "roles/ci", "disabled, max_ttl"},
+		{opRead, "roles/ci", "accepts no parameters"},
+		{opDelete, "roles/ci", "accepts no parameters"},
+		{opList, "roles/", "after, limit"},
+		{opRead, "creds/ci", "scopes, ttl"},
+		{opUpdate, "creds/ci", "scopes, ttl"},
 	} {
-		m.refused(http.StatusBadRequest, tt.op, tt.path, map[string]any{"bogus": "x"}, `unknown field "bogus"`, tt.known)
-		resp := m.refused(http.StatusBadRequest, tt.op, tt.path, map[string]any{m.sim.RefreshKey(): "x"}, "unknown field (not shown: length 43)")
+		m.refused(400, tt.op, tt.path, kv{"bogus": "x"}, `unknown field "bogus"`, tt.known)
+		resp := m.refused(400, tt.op, tt.path, kv{m.sim.RefreshKey(): "x"}, "unknown field (not shown: length 43)")
 		if resp == nil {
 			t.Errorf("%s %s: not an error response", tt.op, tt.path)
 		}
 	}
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/ci", map[string]any{"name": "other"}, `unknown field "name"`)
+	m.refused(400, opUpdate, "roles/ci", kv{"name": "other"}, `unknown field "name"`)
 	if m.sim.CallCount() != 0 {
 		t.Error("Cable was called")
 	}
@@ -433,11 +478,11 @@ func TestPanic(t *testing.T) {
 	boom := func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
 		panic(errors.New("value with " + secret))
 	}
-	m.b.Route("creds/ci").Operations[logical.ReadOperation].(*framework.PathOperation).Callback = boom
+	m.b.Route("creds/ci").Operations[opRead].(*framework.PathOperation).Callback = boom
 	m.b.Route("roles/ci").ExistenceCheck = func(context.Context, *logical.Request, *framework.FieldData) (bool, error) { panic(secret) }
 
-	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "req-1")
-	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "roles/ci", map[string]any{"ttl": 600}, "req-1")
+	m.refused(500, opRead, "creds/ci", nil, "req-1")
+	m.refused(500, opUpdate, "roles/ci", kv{"ttl": 600}, "req-1")
 	if log := m.log.String(); !strings.Contains(log, "TestPanic") || !strings.Contains(log, "*errors.errorString") {
 		t.Errorf("the log holds no stack: %s", log)
 	}
@@ -524,7 +569,7 @@ func TestRolesAreCached(t *testing.T) {
 	if got := asked(); got != 400 {
 		t.Errorf("asked for %ds after an invalidation, want 400s", got)
 	}
-	m.write("roles/ci", map[string]any{"ttl": 500})
+	m.write("roles/ci", kv{"ttl": 500})
 	if got := asked(); got != 500 {
 		t.Errorf("asked for %ds after a write, want 500s", got)
 	}
@@ -547,8 +592,8 @@ func TestRolesAreCached(t *testing.T) {
 		t.Errorf("asked for %ds after an invalidation during a read, want 600s", got)
 	}
 
-	m.ok(logical.DeleteOperation, "roles/ci", nil)
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "does not exist")
+	m.ok(opDelete, "roles/ci", nil)
+	m.refused(400, opRead, "creds/ci", nil, "does not exist")
 
 }
 
@@ -564,9 +609,9 @@ func TestStandby(t *testing.T) {
 		m := newConfiguredMount(t)
 		m.sys.ReplicationStateVal = state
 		for path, forward := range want {
-			op, data := logical.Operation(logical.UpdateOperation), map[string]any{"organization_id": cabletest.DefaultOrganizationID}
+			op, data := logical.Operation(opUpdate), kv{"organization_id": cabletest.DefaultOrganizationID}
 			if path == "creds/ci" {
-				op, data = logical.ReadOperation, nil
+				op, data = opRead, nil
 			}
 			before := m.sim.CallCount()
 			_, err := m.request(op, path, data)
@@ -594,27 +639,27 @@ func TestStorageFaults(t *testing.T) {
 	}
 	m.b.InvalidateKey(t.Context(), "roles/ci")
 	for _, path := range []string{"config", "roles/ci", "creds/ci"} {
-		m.refused(http.StatusInternalServerError, logical.ReadOperation, path, nil, "get operations disabled")
+		m.refused(500, opRead, path, nil, "get operations disabled")
 		if path != "creds/ci" {
-			m.refused(http.StatusInternalServerError, logical.DeleteOperation, path, nil)
+			m.refused(500, opDelete, path, nil)
 		}
 	}
-	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "config", map[string]any{"refresh_key": "other", "token_url": m.sim.URL})
-	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "roles/ci", map[string]any{"ttl": 600})
+	m.refused(500, opUpdate, "config", kv{"refresh_key": "other", "token_url": m.sim.URL})
+	m.refused(500, opUpdate, "roles/ci", kv{"ttl": 600})
 	m.storage.FailGet(false)
 
 	m.storage.FailPut(true)
-	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "config", map[string]any{"refresh_key": "other", "token_url": m.sim.URL})
-	m.refused(http.StatusInternalServerError, logical.UpdateOperation, "roles/ci", map[string]any{"ttl": 600})
+	m.refused(500, opUpdate, "config", kv{"refresh_key": "other", "token_url": m.sim.URL})
+	m.refused(500, opUpdate, "roles/ci", kv{"ttl": 600})
 	m.storage.FailPut(false)
 
 	m.storage.FailDelete(true)
-	m.refused(http.StatusInternalServerError, logical.DeleteOperation, "config", nil)
-	m.refused(http.StatusInternalServerError, logical.DeleteOperation, "roles/ci", nil)
+	m.refused(500, opDelete, "config", nil)
+	m.refused(500, opDelete, "roles/ci", nil)
 	m.storage.FailDelete(false)
 
 	m.storage.FailList(true)
-	m.refused(http.StatusInternalServerError, logical.ListOperation, "roles/", nil)
+	m.refused(500, opList, "roles/", nil)
 	m.storage.FailList(false)
 
 	if diff := diffJSON(before, m.read("config")); diff != "" {
@@ -624,10 +669,10 @@ func TestStorageFaults(t *testing.T) {
 		t.Errorf("the role changed: %s", diff)
 	}
 	// Whether config and the role were deleted is not known until they are written.
-	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "the last write of config failed")
-	m.write("config", map[string]any{"disabled": false})
-	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, `the last write of role "ci" failed`)
-	m.write("roles/ci", map[string]any{"disabled": false})
+	m.refused(500, opRead, "creds/ci", nil, "the last write of config failed")
+	m.write("config", kv{"disabled": false})
+	m.refused(500, opRead, "creds/ci", nil, `the last write of role "ci" failed`)
+	m.write("roles/ci", kv{"disabled": false})
 	if m.read("creds/ci") == nil {
 		t.Error("no token after the faults")
 	}
@@ -645,15 +690,22 @@ func TestGarbageInStorage(t *testing.T) {
 			}
 			m.b.InvalidateKey(t.Context(), key)
 		}
-		m.refused(http.StatusInternalServerError, logical.ReadOperation, "config", nil, "delete config and write it again")
-		m.refused(http.StatusInternalServerError, logical.UpdateOperation, "config", map[string]any{"disabled": true}, "delete config")
+		m.refused(500, opRead, "config", nil, "delete config and write it again")
+		m.refused(500, opUpdate, "config", kv{"disabled": true}, "delete config")
 		if garbage != `{"refresh_key":7}` {
-			m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "write it again")
+			m.refused(500, opRead, "creds/ci", nil, "write it again")
 		}
-		m.ok(logical.DeleteOperation, "config", nil)
-		m.ok(logical.DeleteOperation, "roles/ci", nil)
-		m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID})
-		m.write("roles/ci", map[string]any{"scopes": "transactions:read,person:read"})
+		m.ok(opDelete, "config", nil)
+		m.ok(opDelete, "roles/ci", nil)
+		m.write(
+			"config",
+			kv{
+				"refresh_key":     m.sim.RefreshKey(),
+				"token_url":       m.sim.URL,
+				"organization_id": cabletest.DefaultOrganizationID,
+			},
+		)
+		m.write("roles/ci", kv{"scopes": "transactions:read,person:read"})
 		if m.read("creds/ci") == nil {
 			t.Error("no token after writing again")
 		}
@@ -675,8 +727,15 @@ func diffJSON(a, b any) string {
 func TestNoLeaks(t *testing.T) {
 	before := runtime.NumGoroutine()
 	m := newConfiguredMount(t)
-	m.write("config", map[string]any{"request_timeout": 1})
-	faults := []cabletest.Fault{{}, {Status: 500}, {Reset: cabletest.ResetAfter}, {Stall: time.Minute}, {BodySize: 4 << 20}, {Body: "<html>"}}
+	m.write("config", kv{"request_timeout": 1})
+	faults := []Fault{
+		{},
+		{Status: 500},
+		{Reset: cabletest.ResetAfter},
+		{Stall: time.Minute},
+		{BodySize: 4 << 20},
+		{Body: "<html>"},
+	}
 	var wg sync.WaitGroup
 	for i := range 60 {
 		fault := faults[i%len(faults)]
@@ -688,10 +747,10 @@ func TestNoLeaks(t *testing.T) {
 		}
 		wg.Go(func() {
 			defer cancel()
-			_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
+			_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage})
 		})
 		if i%20 == 19 {
-			m.write("config", map[string]any{"request_timeout": 1})
+			m.write("config", kv{"request_timeout": 1})
 		}
 	}
 	wg.Wait()
@@ -701,7 +760,12 @@ func TestNoLeaks(t *testing.T) {
 	for runtime.NumGoroutine() > before {
 		if time.Now().After(deadline) {
 			stacks := make([]byte, 1<<20)
-			t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+			t.Fatalf(
+				"%d goroutines, %d before:\n%s",
+				runtime.NumGoroutine(),
+				before,
+				stacks[:runtime.Stack(stacks, true)],
+			)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}

@@ -6,7 +6,6 @@ package cablesecrets
 import (
 	"context"
 	"errors"
-	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -14,7 +13,6 @@ import (
 
 	"github.com/hashicorp/vault/sdk/logical"
 
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
@@ -39,9 +37,19 @@ func (s *lateStorage) Delete(_ context.Context, key string) error {
 }
 
 // on sends a request with a storage of its own.
-func (m *testMount) on(s logical.Storage, op logical.Operation, path string, data map[string]any) (int, error) {
+func (m *testMount) on(s logical.Storage, op logical.Operation, path string, data kv) (int, error) {
 	m.Helper()
-	resp, err := m.b.HandleRequest(m.Context(), &logical.Request{ID: "req-1", Operation: op, Path: path, Storage: s, Data: overJSON(m, data), MountPoint: "cable/"})
+	resp, err := m.b.HandleRequest(
+		m.Context(),
+		&logical.Request{
+			ID:         "req-1",
+			Operation:  op,
+			Path:       path,
+			Storage:    s,
+			Data:       overJSON(m, data),
+			MountPoint: "cable/",
+		},
+	)
 	return statusOf(resp, err)
 }
 
@@ -53,35 +61,36 @@ func TestUncertainWrites(t *testing.T) {
 	for name, tt := range map[string]struct {
 		op     logical.Operation
 		path   string
-		data   map[string]any
+		data   kv
 		blocks bool
 		after  string // what a token request says once it was committed and invalidated; "" for a token
 	}{
-		"disable the role":       {logical.UpdateOperation, "roles/ci", map[string]any{"disabled": true}, true, `role "ci" is disabled`},
-		"disable it by a patch":  {logical.PatchOperation, "roles/ci", map[string]any{"disabled": true}, true, `role "ci" is disabled`},
-		"delete the role":        {logical.DeleteOperation, "roles/ci", nil, true, `role "ci" does not exist`},
-		"take a scope away":      {logical.UpdateOperation, "roles/ci", map[string]any{"scopes": "person:read"}, true, ""},
-		"shorten lifetimes":      {logical.UpdateOperation, "roles/ci", map[string]any{"max_ttl": 600}, true, ""},
-		"another organization":   {logical.UpdateOperation, "roles/ci", map[string]any{"organization_id": "org_2"}, true, "organization"},
-		"add a scope":            {logical.UpdateOperation, "roles/ci", map[string]any{"scopes": "person:read,transactions:read,a:b"}, false, ""},
-		"disable the mount":      {logical.UpdateOperation, "config", map[string]any{"disabled": true}, true, "the mount is disabled"},
-		"delete the config":      {logical.DeleteOperation, "config", nil, true, "not configured"},
-		"config, organization":   {logical.UpdateOperation, "config", map[string]any{"organization_id": "org_2"}, true, "organization"},
-		"config, a longer limit": {logical.UpdateOperation, "config", map[string]any{"request_timeout": 30}, false, ""},
+		"disable the role":       {opUpdate, "roles/ci", kv{"disabled": true}, true, `role "ci" is disabled`},
+		"disable it by a patch":  {opPatch, "roles/ci", kv{"disabled": true}, true, `role "ci" is disabled`},
+		"delete the role":        {opDelete, "roles/ci", nil, true, `role "ci" does not exist`},
+		"take a scope away":      {opUpdate, "roles/ci", kv{"scopes": "person:read"}, true, ""},
+		"shorten lifetimes":      {opUpdate, "roles/ci", kv{"max_ttl": 600}, true, ""},
+		"another organization":   {opUpdate, "roles/ci", kv{"organization_id": "org_2"}, true, "organization"},
+		"add a scope":            {opUpdate, "roles/ci", kv{"scopes": "person:read,transactions:read,a:b"}, false, ""},
+		"disable the mount":      {opUpdate, "config", kv{"disabled": true}, true, "the mount is disabled"},
+		"delete the config":      {opDelete, "config", nil, true, "not configured"},
+		"config, organization":   {opUpdate, "config", kv{"organization_id": "org_2"}, true, "organization"},
+		"config, a longer limit": {opUpdate, "config", kv{"request_timeout": 30}, false, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
 			m.read("creds/ci") // both are in memory
 			late := &lateStorage{Storage: m.storage}
-			if status, err := m.on(late, tt.op, tt.path, tt.data); status != http.StatusInternalServerError {
+			if status, err := m.on(late, tt.op, tt.path, tt.data); status != 500 {
 				t.Fatalf("the write: %d %v", status, err)
 			}
 			creds := func(when string) {
 				t.Helper()
 				calls := m.sim.CallCount()
-				status, err := m.on(m.storage, logical.ReadOperation, "creds/ci", nil)
-				if blocked := status == http.StatusInternalServerError && strings.Contains(err.Error(), "write it again"); blocked != tt.blocks || !blocked && err != nil {
+				status, err := m.on(m.storage, opRead, "creds/ci", nil)
+				if blocked := status == 500 && strings.Contains(err.Error(), "write it again"); blocked != tt.blocks ||
+					!blocked && err != nil {
 					t.Errorf("%s: %d %v", when, status, err)
 				}
 				if tt.blocks && m.sim.CallCount() != calls {
@@ -97,8 +106,9 @@ func TestUncertainWrites(t *testing.T) {
 			creds("after it was committed")
 			// Another node's word, or the mount's next set-up, ends the uncertainty.
 			m.b.InvalidateKey(t.Context(), tt.path)
-			switch status, err := m.on(m.storage, logical.ReadOperation, "creds/ci", nil); {
-			case tt.after == "" && err != nil, tt.after != "" && (err == nil || !strings.Contains(err.Error(), tt.after)):
+			switch status, err := m.on(m.storage, opRead, "creds/ci", nil); {
+			case tt.after == "" && err != nil,
+				tt.after != "" && (err == nil || !strings.Contains(err.Error(), tt.after)):
 				t.Errorf("after an invalidation: %d %v, want %q", status, err, tt.after)
 			}
 		})
@@ -109,16 +119,16 @@ func TestUncertainWrites(t *testing.T) {
 func TestUncertainIsNotKept(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/ci", map[string]any{"disabled": true})
+	m.write("roles/ci", kv{"disabled": true})
 	late := &lateStorage{Storage: m.storage}
-	_, _ = m.on(late, logical.UpdateOperation, "roles/ci", map[string]any{"disabled": false})
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "is disabled")
+	_, _ = m.on(late, opUpdate, "roles/ci", kv{"disabled": false})
+	m.refused(400, opRead, "creds/ci", nil, "is disabled")
 	if err := late.commits[0](); err != nil {
 		t.Fatal(err)
 	}
 	m.read("creds/ci") // the old entry was not kept
 	// Written again, it is kept.
-	m.write("roles/ci", map[string]any{"ttl": 600})
+	m.write("roles/ci", kv{"ttl": 600})
 	m.read("creds/ci")
 	m.storage.FailGet(true)
 	m.read("creds/ci")
@@ -166,7 +176,7 @@ func (s *gateStorage) Put(ctx context.Context, e *logical.StorageEntry) error {
 func TestRoleReadTwice(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/app", map[string]any{"scopes": "person:read"})
+	m.write("roles/app", kv{"scopes": "person:read"})
 	gate := newGate(m.storage, "roles/app", false)
 	slow := make(chan *state.Role)
 	go func() {
@@ -190,20 +200,23 @@ func TestRoleReadTwice(t *testing.T) {
 func TestDisablingDoesNotWait(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/other", map[string]any{"scopes": "person:read"})
+	m.write("roles/other", kv{"scopes": "person:read"})
 	gate := newGate(m.storage, "roles/ci", true)
 	done := make(chan error, 1)
 	go func() {
-		_, err := m.on(gate, logical.UpdateOperation, "roles/ci", map[string]any{"ttl": 600})
+		_, err := m.on(gate, opUpdate, "roles/ci", kv{"ttl": 600})
 		done <- err
 	}()
 	<-gate.reached
-	m.write("roles/other", map[string]any{"disabled": true})
-	m.write("config", map[string]any{"disabled": true})
+	m.write("roles/other", kv{"disabled": true})
+	m.write("config", kv{"disabled": true})
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	start := time.Now()
-	_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: logical.UpdateOperation, Path: "roles/ci", Storage: m.storage, Data: map[string]any{"disabled": true}})
+	_, err := m.b.HandleRequest(
+		ctx,
+		&logical.Request{Operation: opUpdate, Path: "roles/ci", Storage: m.storage, Data: kv{"disabled": true}},
+	)
 	if err == nil || !strings.Contains(err.Error(), "waiting for another write") || time.Since(start) > 5*time.Second {
 		t.Errorf("after %s: %v", time.Since(start), err)
 	}
@@ -211,7 +224,7 @@ func TestDisablingDoesNotWait(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	m.write("roles/ci", map[string]any{"disabled": true})
+	m.write("roles/ci", kv{"disabled": true})
 }
 
 // TestHangingWriteIsAbandoned: a storage write that hangs ends with its caller,
@@ -224,11 +237,14 @@ func TestHangingWriteIsAbandoned(t *testing.T) {
 	defer close(gate.proceed)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: logical.UpdateOperation, Path: "roles/ci", Storage: gate, Data: map[string]any{"disabled": true}})
+	_, err := m.b.HandleRequest(
+		ctx,
+		&logical.Request{Operation: opUpdate, Path: "roles/ci", Storage: gate, Data: kv{"disabled": true}},
+	)
 	if err == nil {
 		t.Error("the write succeeded")
 	}
-	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "write it again")
+	m.refused(500, opRead, "creds/ci", nil, "write it again")
 }
 
 // TestDisabledMeanwhile: a token request is under way while its role or the
@@ -237,10 +253,10 @@ func TestHangingWriteIsAbandoned(t *testing.T) {
 func TestDisabledMeanwhile(t *testing.T) {
 	t.Parallel()
 	changes := map[string]func(m *testMount){
-		"role disabled":  func(m *testMount) { m.write("roles/ci", map[string]any{"disabled": true}) },
-		"role deleted":   func(m *testMount) { m.ok(logical.DeleteOperation, "roles/ci", nil) },
-		"mount disabled": func(m *testMount) { m.write("config", map[string]any{"disabled": true}) },
-		"config deleted": func(m *testMount) { m.ok(logical.DeleteOperation, "config", nil) },
+		"role disabled":  func(m *testMount) { m.write("roles/ci", kv{"disabled": true}) },
+		"role deleted":   func(m *testMount) { m.ok(opDelete, "roles/ci", nil) },
+		"mount disabled": func(m *testMount) { m.write("config", kv{"disabled": true}) },
+		"config deleted": func(m *testMount) { m.ok(opDelete, "config", nil) },
 		"on another node": func(m *testMount) {
 			m.putRole("ci", &state.Role{Scopes: []string{"person:read"}, Disabled: true})
 			m.b.InvalidateKey(m.Context(), "roles/ci")
@@ -254,7 +270,7 @@ func TestDisabledMeanwhile(t *testing.T) {
 				gate := newGate(m.storage, key, false)
 				done := make(chan error, 1)
 				go func() {
-					_, err := m.on(gate, logical.ReadOperation, "creds/ci", nil)
+					_, err := m.on(gate, opRead, "creds/ci", nil)
 					done <- err
 				}()
 				<-gate.reached
@@ -270,10 +286,10 @@ func TestDisabledMeanwhile(t *testing.T) {
 		t.Run(name+", while a retry is waited for", func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
-			m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "1"}})
+			m.sim.SetFault(Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "1"}})
 			done := make(chan error, 1)
 			go func() {
-				_, err := m.on(m.storage, logical.ReadOperation, "creds/ci", nil)
+				_, err := m.on(m.storage, opRead, "creds/ci", nil)
 				done <- err
 			}()
 			m.waitUntil(func() bool { return m.sim.CallCount() == 1 })
@@ -285,21 +301,26 @@ func TestDisabledMeanwhile(t *testing.T) {
 		t.Run(name+", while Cable responds", func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
-			m.sim.SetFault(cabletest.Fault{Delay: 200 * time.Millisecond})
+			m.sim.SetFault(Fault{Delay: 200 * time.Millisecond})
 			done := make(chan error, 1)
 			go func() {
-				_, err := m.on(m.storage, logical.ReadOperation, "creds/ci", nil)
+				_, err := m.on(m.storage, opRead, "creds/ci", nil)
 				done <- err
 			}()
 			m.waitUntil(func() bool { return m.sim.CallCount() == 1 })
 			change(m)
-			if err := <-done; err == nil || !strings.Contains(err.Error(), "Cable may have issued a token that was not delivered, valid until "+m.until(time.Hour)) {
+			if err := <-done; err == nil ||
+				!strings.Contains(
+					err.Error(),
+					"Cable may have issued a token that was not delivered, valid until "+m.until(time.Hour),
+				) {
 				t.Errorf("the token was returned, or not reported: %v", err)
 			}
 			if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
 				t.Errorf("undelivered_tokens_total %v", n)
 			}
-			if line := m.logLine(m.log.String(), undelivered); line["@level"] != "warn" || line["undelivered_until"] == nil {
+			if line := m.logLine(m.log.String(), undelivered); line["@level"] != "warn" ||
+				line["undelivered_until"] == nil {
 				t.Errorf("the line in the log: %v", line)
 			}
 		})
@@ -310,11 +331,11 @@ func TestDisabledMeanwhile(t *testing.T) {
 		gate := newGate(m.storage, "config", false)
 		done := make(chan error, 1)
 		go func() {
-			_, err := m.on(gate, logical.ReadOperation, "creds/ci", nil)
+			_, err := m.on(gate, opRead, "creds/ci", nil)
 			done <- err
 		}()
 		<-gate.reached
-		m.write("roles/ci", map[string]any{"scopes": "person:read"})
+		m.write("roles/ci", kv{"scopes": "person:read"})
 		close(gate.proceed)
 		if err := <-done; err != nil {
 			t.Fatal(err)
@@ -332,8 +353,9 @@ func TestBudgetFromReceipt(t *testing.T) {
 	check := func(t *testing.T, m *testMount, s logical.Storage) {
 		t.Helper()
 		start := time.Now()
-		status, err := m.on(s, logical.ReadOperation, "creds/ci", nil)
-		if took := time.Since(start); status != http.StatusGatewayTimeout || took < 900*time.Millisecond || took > 5*time.Second || m.sim.CallCount() != 0 {
+		status, err := m.on(s, opRead, "creds/ci", nil)
+		if took := time.Since(start); status != 504 || took < 900*time.Millisecond || took > 5*time.Second ||
+			m.sim.CallCount() != 0 {
 			t.Errorf("%d %v after %s, Cable was called %d times", status, err, took, m.sim.CallCount())
 		}
 		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 0 {
@@ -343,7 +365,7 @@ func TestBudgetFromReceipt(t *testing.T) {
 	t.Run("the role's storage", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
-		m.write("config", map[string]any{"request_timeout": 1})
+		m.write("config", kv{"request_timeout": 1})
 		gate := newGate(m.storage, "roles/ci", false)
 		defer close(gate.proceed)
 		check(t, m, gate)
@@ -351,7 +373,7 @@ func TestBudgetFromReceipt(t *testing.T) {
 	t.Run("the configuration's storage, once its limit is known", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
-		m.write("config", map[string]any{"request_timeout": 1})
+		m.write("config", kv{"request_timeout": 1})
 		if _, err := m.b.state.Config(t.Context(), m.storage); err != nil {
 			t.Fatal(err)
 		}
@@ -363,7 +385,7 @@ func TestBudgetFromReceipt(t *testing.T) {
 	t.Run("the mount's lease settings", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
-		m.write("config", map[string]any{"request_timeout": 1})
+		m.write("config", kv{"request_timeout": 1})
 		hang := make(chan struct{})
 		defer close(hang)
 		m.hangTTL.Store(&hang)
@@ -372,13 +394,13 @@ func TestBudgetFromReceipt(t *testing.T) {
 	t.Run("slow storage and a slow Cable", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
-		m.write("config", map[string]any{"request_timeout": 2})
-		m.sim.SetFault(cabletest.Fault{Delay: time.Minute})
+		m.write("config", kv{"request_timeout": 2})
+		m.sim.SetFault(Fault{Delay: time.Minute})
 		gate := newGate(m.storage, "roles/ci", false)
 		time.AfterFunc(1500*time.Millisecond, func() { close(gate.proceed) })
 		start := time.Now()
-		status, err := m.on(gate, logical.ReadOperation, "creds/ci", nil)
-		if took := time.Since(start); status != http.StatusGatewayTimeout || took > 3*time.Second {
+		status, err := m.on(gate, opRead, "creds/ci", nil)
+		if took := time.Since(start); status != 504 || took > 3*time.Second {
 			t.Errorf("%d %v after %s, want one budget for both", status, err, took)
 		}
 	})

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"net/http"
 	"runtime"
 	"slices"
 	"strings"
@@ -37,15 +36,25 @@ func TestWrittenBack(t *testing.T) {
 		m.putConfig(&state.Config{
 			RefreshKey: cable.NewSecret("k"), RefreshKeyVersion: rapid.IntRange(0, 9).Draw(rt, "version"),
 			RefreshKeyUpdatedAt: rapid.SampledFrom([]time.Time{{}, time.Unix(1_700_000_000, 0)}).Draw(rt, "updated"),
-			TokenURL:            rapid.SampledFrom([]string{cable.DefaultTokenURL, "https://a.example/t", "gopher://of an earlier version"}).Draw(rt, "url"),
-			AuthScheme:          rapid.SampledFrom([]string{"raw", "bearer", "basic"}).Draw(rt, "scheme"),
-			OrganizationID:      text.Draw(rt, "config's organization"), RequestTimeout: time.Second * time.Duration(rapid.IntRange(1, 3600).Draw(rt, "timeout")),
-			CACert: rapid.SampledFrom([]string{"", pem, pem + "\n\n", "nonsense"}).Draw(rt, "ca"), Disabled: rapid.Bool().Draw(rt, "config's disabled"),
+			TokenURL: rapid.SampledFrom([]string{cable.DefaultTokenURL, "https://a.example/t", "gopher://of an earlier version"}).
+				Draw(rt, "url"),
+			AuthScheme: rapid.SampledFrom([]string{"raw", "bearer", "basic"}).Draw(rt, "scheme"),
+			OrganizationID: text.Draw(
+				rt,
+				"config's organization",
+			), RequestTimeout: time.Second * time.Duration(rapid.IntRange(1, 3600).Draw(rt, "timeout")),
+			CACert: rapid.SampledFrom([]string{"", pem, pem + "\n\n", "nonsense"}).
+				Draw(rt, "ca"),
+			Disabled: rapid.Bool().Draw(rt, "config's disabled"),
 		})
 		m.putRole("ci", &state.Role{
 			OrganizationID: text.Draw(rt, "organization"),
-			Scopes:         rapid.SampledFrom([][]string{{"a:b"}, {"a:b", "c:d"}, {"odd one", "x"}, {}, nil}).Draw(rt, "scopes"),
-			TTL:            seconds.Draw(rt, "ttl"), MaxTTL: seconds.Draw(rt, "max_ttl"), Disabled: rapid.Bool().Draw(rt, "disabled"),
+			Scopes: rapid.SampledFrom([][]string{{"a:b"}, {"a:b", "c:d"}, {"odd one", "x"}, {}, nil}).
+				Draw(rt, "scopes"),
+			TTL: seconds.Draw(
+				rt,
+				"ttl",
+			), MaxTTL: seconds.Draw(rt, "max_ttl"), Disabled: rapid.Bool().Draw(rt, "disabled"),
 		})
 		for _, path := range []string{"config", "roles/ci"} {
 			m.b.InvalidateKey(t.Context(), path)
@@ -68,7 +77,7 @@ func TestWrittenBack(t *testing.T) {
 					}
 				}
 			}
-			op := rapid.SampledFrom([]logical.Operation{logical.UpdateOperation, logical.PatchOperation}).Draw(rt, "operation")
+			op := rapid.SampledFrom([]logical.Operation{opUpdate, opPatch}).Draw(rt, "operation")
 			resp, err := m.request(op, path, back)
 			if err != nil || resp.IsError() {
 				rt.Fatalf("%s %s %v: %v %v", op, path, back, err, resp.Error())
@@ -95,19 +104,19 @@ func TestCopyOfARole(t *testing.T) {
 func TestRoleOrganizationIsRemoved(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	set := func() { m.write("roles/ci", map[string]any{"organization_id": "org_2"}) }
+	set := func() { m.write("roles/ci", kv{"organization_id": "org_2"}) }
 	remove := func() []string {
-		return m.ok(logical.PatchOperation, "roles/ci", map[string]any{"organization_id": nil}).Warnings
+		return m.ok(opPatch, "roles/ci", kv{"organization_id": nil}).Warnings
 	}
 	set()
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/ci", map[string]any{"organization_id": nil}, "must not be null")
-	m.refused(http.StatusBadRequest, logical.PatchOperation, "roles/ci", map[string]any{"organization_id": ""}, "must not be empty")
+	m.refused(400, opUpdate, "roles/ci", kv{"organization_id": nil}, "must not be null")
+	m.refused(400, opPatch, "roles/ci", kv{"organization_id": ""}, "must not be empty")
 	m.wantWarning(remove(), `token requests use config's, "`+cabletest.DefaultOrganizationID+`"`)
 	if got := m.read("roles/ci")["organization_id"]; got != "" {
 		t.Errorf("organization_id %q", got)
 	}
 	m.read("creds/ci")
-	m.ok(logical.PatchOperation, "config", map[string]any{"organization_id": nil})
+	m.ok(opPatch, "config", kv{"organization_id": nil})
 	set()
 	m.wantWarning(remove(), "and config has none")
 }
@@ -146,9 +155,9 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 				}
 			}
 			for _, path := range []string{"config", "roles/ci", "roles/new", "creds/ci", "roles/" + secret, "creds/" + secret} {
-				for _, op := range []logical.Operation{logical.UpdateOperation, logical.PatchOperation, logical.ReadOperation, logical.DeleteOperation} {
+				for _, op := range []logical.Operation{opUpdate, opPatch, opRead, opDelete} {
 					route := m.b.Route(path)
-					if route == nil || op == logical.DeleteOperation && !strings.Contains(path, secret) {
+					if route == nil || op == opDelete && !strings.Contains(path, secret) {
 						continue
 					}
 					fields := append(slices.Collect(maps.Keys(route.Fields)), secret, "bogus")
@@ -156,27 +165,43 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 						if strings.Contains(path, secret) && field == "scopes" {
 							continue // there would be such a role
 						}
-						for _, value := range []any{secret, []any{secret}, []any{"a:b", secret}, map[string]any{secret: secret}, "https://" + secret + "/", secret + "," + secret, json.Number("1" + strings.Repeat("7", 12))} {
+						for _, value := range []any{secret, []any{secret}, []any{"a:b", secret}, kv{secret: secret}, "https://" + secret + "/", secret + "," + secret, json.Number("1" + strings.Repeat("7", 12))} {
 							if field == "refresh_key" && value == secret {
 								continue
 							}
-							resp, err := m.request(op, path, map[string]any{field: value})
+							resp, err := m.request(op, path, kv{field: value})
 							check(fmt.Sprintf("%s %s of %T", op, field, value), resp, err)
-							resp, err = m.request(op, path, map[string]any{field: value, "refresh_key": "k", "token_url": m.sim.URL, "scopes": "a:b"})
+							resp, err = m.request(
+								op,
+								path,
+								kv{field: value, "refresh_key": "k", "token_url": m.sim.URL, "scopes": "a:b"},
+							)
 							check(fmt.Sprintf("%s %s of %T and more", op, field, value), resp, err)
 						}
 					}
 				}
 			}
-			m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": secret, "ca_cert": "", "auth_scheme": "raw", "disabled": false})
-			resp, err := m.request(logical.UpdateOperation, "roles/odd", map[string]any{"scopes": []string{secret, "a:b"}})
+			m.write(
+				"config",
+				kv{
+					"refresh_key":     m.sim.RefreshKey(),
+					"token_url":       m.sim.URL,
+					"organization_id": secret,
+					"ca_cert":         "",
+					"auth_scheme":     "raw",
+					"disabled":        false,
+				},
+			)
+			resp, err := m.request(opUpdate, "roles/odd", kv{"scopes": []string{secret, "a:b"}})
 			check("a role with it as a scope", resp, err)
 			for range 2 {
-				for _, data := range []map[string]any{nil, {"scopes": "c:d"}, {"scopes": secret}} {
-					resp, err = m.request(logical.ReadOperation, "creds/odd", data)
+				for _, data := range []kv{nil, {"scopes": "c:d"}, {"scopes": secret}} {
+					resp, err = m.request(opRead, "creds/odd", data)
 					check("creds of that role", resp, err)
 				}
-				m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"x:" + secret}, OrganizationID: ptr("org" + secret)}})
+				m.sim.SetFault(
+					Fault{Grant: &Grant{Scopes: &[]string{"x:" + secret}, OrganizationID: ptr("org" + secret)}},
+				)
 			}
 			m.b.Cleanup(t.Context())
 			for where, text := range map[string]string{
@@ -199,7 +224,7 @@ func TestInputIsBounded(t *testing.T) { // not in parallel: it measures the whol
 	m.read("creds/ci")
 	const MiB = 1 << 20
 	repeat := func(s string, n int) []any { return slices.Repeat([]any{s}, n) }
-	fields := make(map[string]any, 1_000_000)
+	fields := make(kv, 1_000_000)
 	for i := range 1_000_000 {
 		fields[fmt.Sprintf("field-%d", i)] = ""
 	}
@@ -207,7 +232,7 @@ func TestInputIsBounded(t *testing.T) { // not in parallel: it measures the whol
 	for range 10_000 {
 		deep = []any{deep}
 	}
-	for name, data := range map[string]map[string]any{
+	for name, data := range map[string]kv{
 		"24 strings of 1 MiB of separators": {"scopes": repeat(strings.Repeat("a,", MiB/2), 24)},
 		"separators alone":                  {"scopes": repeat(strings.Repeat(",", MiB), 24)},
 		"one string":                        {"scopes": strings.Repeat("a:b,", 8*MiB)},
@@ -228,14 +253,17 @@ func TestInputIsBounded(t *testing.T) { // not in parallel: it measures the whol
 		"auth_scheme":                       {"auth_scheme": strings.Repeat("t", 32*MiB)},
 	} {
 		for _, path := range []string{"config", "roles/ci", "roles/new", "creds/ci"} {
-			for _, op := range []logical.Operation{logical.CreateOperation, logical.UpdateOperation, logical.PatchOperation, logical.ReadOperation} {
-				if op == logical.CreateOperation && path != "roles/new" {
+			for _, op := range []logical.Operation{opCreate, opUpdate, opPatch, opRead} {
+				if op == opCreate && path != "roles/new" {
 					continue
 				}
 				var before, after runtime.MemStats
 				start := time.Now()
 				runtime.ReadMemStats(&before)
-				resp, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: op, Path: path, Storage: m.storage, Data: data})
+				resp, err := m.b.HandleRequest(
+					t.Context(),
+					&logical.Request{Operation: op, Path: path, Storage: m.storage, Data: data},
+				)
 				runtime.ReadMemStats(&after)
 				if status, _ := statusOf(resp, err); status < 400 {
 					t.Errorf("%s: %s %s succeeded", name, op, path)

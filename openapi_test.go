@@ -49,7 +49,7 @@ type oasSchema struct {
 func document(t testing.TB) *oasDocument {
 	t.Helper()
 	m := newMount(t)
-	resp, err := m.b.HandleRequest(m.Context(), &logical.Request{Operation: logical.HelpOperation, Storage: m.storage})
+	resp, err := m.b.HandleRequest(m.Context(), &logical.Request{Operation: opHelp, Storage: m.storage})
 	if err != nil {
 		m.Fatal(err)
 	}
@@ -104,7 +104,7 @@ func (d *oasDocument) check(t testing.TB, what string, s oasSchema, value any) {
 				d.check(t, what+"[]", *s.Items, e)
 			}
 		}
-	case map[string]any:
+	case kv:
 		kind = "object"
 		for _, name := range slices.Sorted(maps.Keys(v)) {
 			if property, ok := s.Properties[name]; ok {
@@ -131,7 +131,7 @@ func TestResponsesDecode(t *testing.T) {
 	m := newConfiguredMount(t)
 	doc := document(t)
 	checked := map[string]bool{}
-	check := func(path, method string, op logical.Operation, at string, data map[string]any) {
+	check := func(path, method string, op logical.Operation, at string, data kv) {
 		t.Helper()
 		resp := m.ok(op, at, data)
 		if resp == nil || len(resp.Data) == 0 {
@@ -155,15 +155,15 @@ func TestResponsesDecode(t *testing.T) {
 		checked[method+" "+path] = true
 	}
 	for range 2 {
-		check("/config", "get", logical.ReadOperation, "config", nil)
-		check("/roles/", "get", logical.ListOperation, "roles/", nil)
-		check("/roles/{name}", "get", logical.ReadOperation, "roles/ci", nil)
-		check("/status", "get", logical.ReadOperation, "status", nil)
-		check("/creds/{name}", "get", logical.ReadOperation, "creds/ci", nil)
-		check("/creds/{name}", "post", logical.UpdateOperation, "creds/ci", map[string]any{"ttl": 600})
-		m.write("roles/ci", map[string]any{"ttl": 600, "max_ttl": "1h", "organization_id": "org_9f8b7c6d5e4a3b2c1d0e"})
-		m.write("roles/off", map[string]any{"scopes": "a:b", "disabled": true})
-		_, _ = m.request(logical.ReadOperation, "creds/off", nil)
+		check("/config", "get", opRead, "config", nil)
+		check("/roles/", "get", opList, "roles/", nil)
+		check("/roles/{name}", "get", opRead, "roles/ci", nil)
+		check("/status", "get", opRead, "status", nil)
+		check("/creds/{name}", "get", opRead, "creds/ci", nil)
+		check("/creds/{name}", "post", opUpdate, "creds/ci", kv{"ttl": 600})
+		m.write("roles/ci", kv{"ttl": 600, "max_ttl": "1h", "organization_id": "org_9f8b7c6d5e4a3b2c1d0e"})
+		m.write("roles/off", kv{"scopes": "a:b", "disabled": true})
+		_, _ = m.request(opRead, "creds/off", nil)
 	}
 	if len(checked) != 6 {
 		t.Errorf("checked: %v", checked)
@@ -176,8 +176,8 @@ func TestDocumentDefaultsResetNothing(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	doc := document(t)
-	m.write("config", map[string]any{"request_timeout": 33, "auth_scheme": "bearer"})
-	m.write("roles/ci", map[string]any{"ttl": 600, "max_ttl": 7200, "organization_id": "org_2"})
+	m.write("config", kv{"request_timeout": 33, "auth_scheme": "bearer"})
+	m.write("roles/ci", kv{"ttl": 600, "max_ttl": 7200, "organization_id": "org_2"})
 	for _, tt := range []struct{ path, method, at, field string }{
 		{"/config", "post", "config", "disabled"},
 		{"/config", "patch", "config", "disabled"},
@@ -186,7 +186,7 @@ func TestDocumentDefaultsResetNothing(t *testing.T) {
 	} {
 		before := m.read(tt.at)
 		before[tt.field] = false
-		data := map[string]any{tt.field: false}
+		data := kv{tt.field: false}
 		content := doc.operation(t, tt.path, tt.method).RequestBody.Content
 		if len(content) == 0 {
 			t.Fatalf("%s %s: the document has no request", tt.method, tt.path)
@@ -203,9 +203,9 @@ func TestDocumentDefaultsResetNothing(t *testing.T) {
 				}
 			}
 		}
-		op := logical.Operation(logical.UpdateOperation)
+		op := logical.Operation(opUpdate)
 		if tt.method == "patch" {
-			op = logical.PatchOperation
+			op = opPatch
 		}
 		m.ok(op, tt.at, data)
 		if diff := cmp.Diff(before, m.read(tt.at)); diff != "" {

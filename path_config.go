@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"strings"
 	"time"
 
@@ -24,55 +23,29 @@ import (
 )
 
 func (b *backend) pathConfig() *framework.Path {
-	write := func(summary string) *framework.PathOperation {
-		return forwarded(&framework.PathOperation{
-			Callback: b.handle(b.pathConfigWrite),
-			Summary:  summary,
-			Responses: map[int][]framework.Response{
-				http.StatusOK:        {{Description: "Stored, with warnings"}},
-				http.StatusNoContent: {{Description: "Stored"}},
-			},
-		})
-	}
-	fields := configResponseFields()
-	fields["request_timeout"].Type = framework.TypeDurationSecond
-	fields["refresh_key"] = &framework.FieldSchema{
-		Type: framework.TypeString,
-		Description: "Cable's long-lived refresh key. Required in the first write; never returned. Outer white space " +
-			"is dropped. A write that carries it must also name token_url and ca_cert if their stored values are " +
-			"not the default.",
-		DisplayAttrs: &framework.DisplayAttributes{Name: "Refresh key", Sensitive: true},
-	}
-	fields["verify_role"] = &framework.FieldSchema{
-		Type: framework.TypeString,
-		Description: "A role to mint one token for with the new settings, before they are stored. If that fails, " +
-			"nothing is stored. For this request only.",
-	}
+	schema := configResponseFields()
+	schema["request_timeout"].Type = framework.TypeDurationSecond
+	schema["refresh_key"] = field(framework.TypeString,
+		"Cable's long-lived refresh key. Required in the first write; never returned. Outer white space is dropped. "+
+			"A write that carries it must also name token_url and ca_cert if their stored values are not the default.")
+	schema["refresh_key"].DisplayAttrs = &framework.DisplayAttributes{Name: "Refresh key", Sensitive: true}
+	schema["verify_role"] = field(framework.TypeString,
+		"A role to mint one token for with the new settings, before they are stored. If that fails, nothing is stored. "+
+			"For this request only.")
 	return &framework.Path{
 		Pattern:      state.ConfigKey,
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "configuration"},
-		Fields:       fields,
+		Fields:       schema,
 		// NOTE: there is no existence check, so every write is an update, and a policy with create alone cannot replace
 		// the key.
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.handle(b.pathConfigRead),
-				Summary:  "Read the configuration, without the refresh key.",
-				Responses: map[int][]framework.Response{
-					http.StatusOK: {{Description: "The configuration", Fields: configResponseFields()}},
-				},
-			},
-			logical.UpdateOperation: write("Write the configuration, or some fields of it."),
-			logical.PatchOperation: write(
+			logical.ReadOperation: b.reads(b.pathConfigRead, "Read the configuration, without the refresh key.",
+				"The configuration", configResponseFields()),
+			logical.UpdateOperation: b.writes(b.pathConfigWrite, "Write the configuration, or some fields of it."),
+			logical.PatchOperation: b.writes(b.pathConfigWrite,
 				"Change some fields of the configuration; null removes organization_id, and with refresh_key ca_cert."),
-			logical.DeleteOperation: forwarded(&framework.PathOperation{
-				Callback: b.handle(b.pathConfigDelete),
-				Summary:  "Delete the configuration, and with it the refresh key.",
-				Responses: map[int][]framework.Response{
-					http.StatusOK:        {{Description: "Deleted, with a warning"}},
-					http.StatusNoContent: {{Description: "There was none"}},
-				},
-			}),
+			logical.DeleteOperation: b.deletes(b.pathConfigDelete,
+				"Delete the configuration, and with it the refresh key."),
 		},
 		HelpSynopsis:    "Store the refresh key and how to reach Cable.",
 		HelpDescription: strings.TrimSpace(configHelp),
@@ -82,46 +55,27 @@ func (b *backend) pathConfig() *framework.Path {
 // configResponseFields describes what a read of config returns. There are no defaults: a client that applied them to a
 // write would reset what is stored.
 func configResponseFields() map[string]*framework.FieldSchema {
-	return map[string]*framework.FieldSchema{
-		"token_url": {
-			Type: framework.TypeString,
-			Description: "The whole endpoint of Cable's token API: https, or http to a loopback host. Default " +
-				cable.DefaultTokenURL + ". Changing it needs refresh_key in the same request.",
-		},
-		"auth_scheme": {
-			Type: framework.TypeString,
-			Description: `How the refresh key is written into the Authorization header: ` +
-				`"raw" (the key alone, the default) or "bearer".`,
-			AllowedValues: []any{state.AuthSchemeRaw, state.AuthSchemeBearer},
-		},
-		"organization_id": {
-			Type:        framework.TypeString,
-			Description: "The organization for roles that name none.",
-		},
-		"request_timeout": {
-			Type: framework.TypeInt,
-			Description: "The budget of one token request in seconds, from its receipt, retries and storage included: " +
-				"1s to 60s, default 20s.",
-		},
-		"ca_cert": {
-			Type: framework.TypeString,
-			Description: "PEM certificates to trust in addition to the system's, for an egress proxy that inspects TLS: " +
-				"certificates only, at most 64 KiB. Changing it needs refresh_key in the same request.",
-			DisplayAttrs: &framework.DisplayAttributes{Name: "CA certificates", EditType: "textarea"},
-		},
-		"disabled": {
-			Type:        framework.TypeBool,
-			Description: "Disable the mount: every token request is refused. Default false.",
-		},
-		"refresh_key_version": {
-			Type:        framework.TypeInt,
-			Description: "Counts the refresh keys that were stored, from 1. Read-only.",
-		},
-		"refresh_key_updated_at": {
-			Type:        framework.TypeString, // RFC 3339
-			Description: "When the refresh key was last replaced by another (RFC 3339). Read-only.",
-		},
+	schema := map[string]*framework.FieldSchema{
+		"token_url": field(framework.TypeString,
+			"The whole endpoint of Cable's token API: https, or http to a loopback host. Default "+
+				cable.DefaultTokenURL+". Changing it needs refresh_key in the same request."),
+		"auth_scheme": field(framework.TypeString, "How the refresh key is written into the Authorization header: "+
+			`"raw" (the key alone, the default) or "bearer".`),
+		"organization_id": field(framework.TypeString, "The organization for roles that name none."),
+		"request_timeout": field(framework.TypeInt, "The budget of one token request in seconds, from its receipt, "+
+			"retries and storage included: 1s to 60s, default 20s."),
+		"ca_cert": field(framework.TypeString,
+			"PEM certificates to trust in addition to the system's, for an egress proxy that inspects TLS: "+
+				"certificates only, at most 64 KiB. Changing it needs refresh_key in the same request."),
+		"disabled": field(framework.TypeBool, "Disable the mount: every token request is refused. Default false."),
+		"refresh_key_version": field(framework.TypeInt,
+			"Counts the refresh keys that were stored, from 1. Read-only."),
+		"refresh_key_updated_at": field(framework.TypeString,
+			"When the refresh key was last replaced by another (RFC 3339). Read-only."),
 	}
+	schema["auth_scheme"].AllowedValues = []any{state.AuthSchemeRaw, state.AuthSchemeBearer}
+	schema["ca_cert"].DisplayAttrs = &framework.DisplayAttributes{Name: "CA certificates", EditType: "textarea"}
+	return schema
 }
 
 // configResponseData returns every field but the refresh key.

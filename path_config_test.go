@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"net/http"
 	"regexp"
 	"strings"
 	"sync"
@@ -30,7 +29,7 @@ func TestConfigDefaults(t *testing.T) {
 	if got := m.read("config"); got != nil {
 		t.Errorf("an unwritten config reads as %v, want 404", got)
 	}
-	if w := m.write("config", map[string]any{"refresh_key": " \t" + m.sim.RefreshKey() + "\r\n"}); w != nil {
+	if w := m.write("config", kv{"refresh_key": " \t" + m.sim.RefreshKey() + "\r\n"}); w != nil {
 		t.Errorf("warnings: %q", w)
 	}
 	got := m.read("config")
@@ -39,7 +38,7 @@ func TestConfigDefaults(t *testing.T) {
 		t.Errorf("refresh_key_updated_at: %v %v", at, err)
 	}
 	delete(got, "refresh_key_updated_at")
-	want := map[string]any{
+	want := kv{
 		"token_url": "https://api.cable.tech/v2/auth/token", "auth_scheme": "raw", "organization_id": "",
 		"request_timeout": 20, "ca_cert": "", "disabled": false, "refresh_key_version": 1,
 	}
@@ -55,7 +54,7 @@ func TestConfigDefaults(t *testing.T) {
 // TestConfigPartialWrite pins that a write keeps what it does not name.
 func TestConfigPartialWrite(t *testing.T) {
 	t.Parallel()
-	for _, op := range []logical.Operation{logical.UpdateOperation, logical.PatchOperation} {
+	for _, op := range []logical.Operation{opUpdate, opPatch} {
 		m := newConfiguredMount(t)
 		want := m.read("config")
 		for _, step := range []struct {
@@ -74,7 +73,7 @@ func TestConfigPartialWrite(t *testing.T) {
 			{"token_url", m.sim.URL, m.sim.URL}, // unchanged, so without the key
 			{"refresh_key_version", 1, nil},
 		} {
-			m.ok(op, "config", map[string]any{step.field: step.value})
+			m.ok(op, "config", kv{step.field: step.value})
 			if step.want != nil {
 				want[step.field] = step.want
 			}
@@ -82,11 +81,12 @@ func TestConfigPartialWrite(t *testing.T) {
 				t.Errorf("%s after %s=%v: %s", op, step.field, step.value, diff)
 			}
 		}
-		m.ok(op, "config", map[string]any{"refresh_key": "another-key", "token_url": m.sim.URL})
+		m.ok(op, "config", kv{"refresh_key": "another-key", "token_url": m.sim.URL})
 		if got := m.read("config")["refresh_key_version"]; got != 2 {
 			t.Errorf("refresh_key_version %v, want 2", got)
 		}
-		if got, err := state.ReadConfig(t.Context(), m.storage); err != nil || got.RefreshKey.Reveal() != "another-key" {
+		if got, err := state.ReadConfig(t.Context(), m.storage); err != nil ||
+			got.RefreshKey.Reveal() != "another-key" {
 			t.Error("the new key was not stored")
 		}
 	}
@@ -110,70 +110,70 @@ func TestConfigRefusals(t *testing.T) {
 	m.read("creds/ci")
 	before, current := m.read("config"), m.live()
 	for _, tt := range []struct {
-		data map[string]any
+		data kv
 		says string
 	}{
-		{map[string]any{"refresh_key": ""}, "refresh_key must not be empty"},
-		{map[string]any{"refresh_key": " \n"}, "refresh_key must not be empty"},
-		{map[string]any{"refresh_key": nil}, "refresh_key must not be null"},
-		{map[string]any{"refresh_key": []string{key}}, "refresh_key must be a string, not a list"},
-		{map[string]any{"refresh_key": map[string]any{key: key}}, "refresh_key must be a string, not an object"},
-		{map[string]any{"refresh_key": 12345678}, "refresh_key must be a string, not a number"},
-		{map[string]any{"refresh_key": true}, "refresh_key must be a string, not a boolean"},
-		{map[string]any{"refresh_key": key + " " + key}, "must not contain white space"},
-		{map[string]any{"refresh_key": key + "\n" + key}, "must not contain white space"},
-		{map[string]any{"refresh_key": key + "\x00"}, "UTF-16"},
-		{map[string]any{"refresh_key": "\ufeff" + key}, "byte order mark"},
-		{map[string]any{"refresh_key": "\ufffd\ufffdr\x00k\x00"}, "UTF-16"}, // as Vault's CLI sends such a file
-		{map[string]any{"refresh_key": `"` + key + `"`}, "in quotes"},
-		{map[string]any{"refresh_key": "'" + key + "'"}, "in quotes"},
-		{map[string]any{"refresh_key": key + "\x7f"}, "must not contain white space, control"},
-		{map[string]any{"refresh_key": key + "\u00e9"}, "non-ASCII"},
-		{map[string]any{"refresh_key": "Bearer " + key}, "auth_scheme=bearer"},
-		{map[string]any{"refresh_key": strings.Repeat(key, 300)}, "at most 8192"},
-		{map[string]any{"token_url": "https://elsewhere.example/v2/auth/token"}, "needs refresh_key in the same request"},
-		{map[string]any{"ca_cert": m.pem()}, "needs refresh_key in the same request"},
-		{map[string]any{"refresh_key": key, "token_url": ""}, "token_url must not be empty"},
-		{map[string]any{"refresh_key": key, "token_url": nil}, "token_url must not be null"},
-		{map[string]any{"refresh_key": key, "token_url": 1}, "token_url must be a string, not a number"},
-		{map[string]any{"refresh_key": key, "token_url": "http://api.cable.tech/v2/auth/token"}, "plain http for api.cable.tech"},
-		{map[string]any{"refresh_key": key, "token_url": "https://user:" + key + "@api.cable.tech/"}, "must not contain a user name"},
-		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech/?key=" + key}, "must not contain a query"},
-		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech/#"}, "fragment"},
-		{map[string]any{"refresh_key": key, "token_url": "ftp://api.cable.tech/"}, "must begin with https://"},
-		{map[string]any{"refresh_key": key, "token_url": key}, "must begin with https://"},
-		{map[string]any{"refresh_key": key, "token_url": "https:///v2"}, "names no host"},
-		{map[string]any{"refresh_key": key, "token_url": "https://api.cable.tech:0/"}, "port"},
-		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": "nonsense"}, "ca_cert is not PEM"},
-		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "PRIVATE KEY")}, "ca_cert contains a private key"},
-		{map[string]any{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "SOMETHING")}, "write CERTIFICATE blocks and no other text"},
-		{map[string]any{"refresh_key": key}, "writing refresh_key needs token_url in the same request"},
-		{map[string]any{"refresh_key_version": 2}, "refresh_key_version is read-only"},
-		{map[string]any{"auth_scheme": "basic"}, `auth_scheme is "basic": write "raw" or "bearer"`},
-		{map[string]any{"auth_scheme": key}, "auth_scheme is (not shown: length 43)"},
-		{map[string]any{"auth_scheme": ""}, "auth_scheme must not be empty"},
-		{map[string]any{"organization_id": ""}, "organization_id must not be empty"},
-		{map[string]any{"organization_id": "org one"}, "organization_id must not contain white space"},
-		{map[string]any{"organization_id": strings.Repeat("o", 129)}, "at most 128"},
-		{map[string]any{"request_timeout": 0}, "request_timeout is 0s: write 1s to 60s"},
-		{map[string]any{"request_timeout": 61}, "request_timeout is 61s"},
-		{map[string]any{"request_timeout": -1}, "cannot be negative"},
-		{map[string]any{"request_timeout": ""}, "request_timeout must not be empty"},
-		{map[string]any{"request_timeout": "soon"}, "request_timeout is (not shown: length 4)"},
-		{map[string]any{"request_timeout": 1.5}, "whole seconds"},
-		{map[string]any{"request_timeout": 1e300}, "whole seconds"},
-		{map[string]any{"request_timeout": key}, "request_timeout is (not shown: length 43)"},
-		{map[string]any{"verify_role": key}, "verify_role (not shown: length 43)"},
-		{map[string]any{"disabled": "rk_canary_0123456789"}, "not (not shown: length 20)"},
-		{map[string]any{"disabled": ""}, "disabled must not be empty"},
-		{map[string]any{"disabled": "yes"}, `disabled must be true or false, not "yes"`},
-		{map[string]any{"disabled": nil}, "disabled must not be null"},
-		{map[string]any{"disabled": 1}, "disabled must be true or false, not a number"},
-		{map[string]any{"verify_role": "absent"}, `verify_role "absent" does not exist`},
-		{map[string]any{"verify_role": ""}, "verify_role must not be empty"},
+		{kv{"refresh_key": ""}, "refresh_key must not be empty"},
+		{kv{"refresh_key": " \n"}, "refresh_key must not be empty"},
+		{kv{"refresh_key": nil}, "refresh_key must not be null"},
+		{kv{"refresh_key": []string{key}}, "refresh_key must be a string, not a list"},
+		{kv{"refresh_key": kv{key: key}}, "refresh_key must be a string, not an object"},
+		{kv{"refresh_key": 12345678}, "refresh_key must be a string, not a number"},
+		{kv{"refresh_key": true}, "refresh_key must be a string, not a boolean"},
+		{kv{"refresh_key": key + " " + key}, "must not contain white space"},
+		{kv{"refresh_key": key + "\n" + key}, "must not contain white space"},
+		{kv{"refresh_key": key + "\x00"}, "UTF-16"},
+		{kv{"refresh_key": "\ufeff" + key}, "byte order mark"},
+		{kv{"refresh_key": "\ufffd\ufffdr\x00k\x00"}, "UTF-16"}, // as Vault's CLI sends such a file
+		{kv{"refresh_key": `"` + key + `"`}, "in quotes"},
+		{kv{"refresh_key": "'" + key + "'"}, "in quotes"},
+		{kv{"refresh_key": key + "\x7f"}, "must not contain white space, control"},
+		{kv{"refresh_key": key + "\u00e9"}, "non-ASCII"},
+		{kv{"refresh_key": "Bearer " + key}, "auth_scheme=bearer"},
+		{kv{"refresh_key": strings.Repeat(key, 300)}, "at most 8192"},
+		{kv{"token_url": "https://elsewhere.example/v2/auth/token"}, "needs refresh_key in the same request"},
+		{kv{"ca_cert": m.pem()}, "needs refresh_key in the same request"},
+		{kv{"refresh_key": key, "token_url": ""}, "token_url must not be empty"},
+		{kv{"refresh_key": key, "token_url": nil}, "token_url must not be null"},
+		{kv{"refresh_key": key, "token_url": 1}, "token_url must be a string, not a number"},
+		{kv{"refresh_key": key, "token_url": "http://api.cable.tech/v2/auth/token"}, "plain http for api.cable.tech"},
+		{kv{"refresh_key": key, "token_url": "https://user:" + key + "@api.cable.tech/"}, "must not contain a user name"},
+		{kv{"refresh_key": key, "token_url": "https://api.cable.tech/?key=" + key}, "must not contain a query"},
+		{kv{"refresh_key": key, "token_url": "https://api.cable.tech/#"}, "fragment"},
+		{kv{"refresh_key": key, "token_url": "ftp://api.cable.tech/"}, "must begin with https://"},
+		{kv{"refresh_key": key, "token_url": key}, "must begin with https://"},
+		{kv{"refresh_key": key, "token_url": "https:///v2"}, "names no host"},
+		{kv{"refresh_key": key, "token_url": "https://api.cable.tech:0/"}, "port"},
+		{kv{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": "nonsense"}, "ca_cert is not PEM"},
+		{kv{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "PRIVATE KEY")}, "ca_cert contains a private key"},
+		{kv{"refresh_key": key, "token_url": m.sim.URL, "ca_cert": strings.ReplaceAll(m.pem(), "CERTIFICATE", "SOMETHING")}, "CERTIFICATE blocks only"},
+		{kv{"refresh_key": key}, "writing refresh_key needs token_url in the same request"},
+		{kv{"refresh_key_version": 2}, "refresh_key_version is read-only"},
+		{kv{"auth_scheme": "basic"}, `auth_scheme is "basic": write "raw" or "bearer"`},
+		{kv{"auth_scheme": key}, "auth_scheme is (not shown: length 43)"},
+		{kv{"auth_scheme": ""}, "auth_scheme must not be empty"},
+		{kv{"organization_id": ""}, "organization_id must not be empty"},
+		{kv{"organization_id": "org one"}, "organization_id must not contain white space"},
+		{kv{"organization_id": strings.Repeat("o", 129)}, "at most 128"},
+		{kv{"request_timeout": 0}, "request_timeout is 0s: write 1s to 60s"},
+		{kv{"request_timeout": 61}, "request_timeout is 61s"},
+		{kv{"request_timeout": -1}, "cannot be negative"},
+		{kv{"request_timeout": ""}, "request_timeout must not be empty"},
+		{kv{"request_timeout": "soon"}, "request_timeout is (not shown: length 4)"},
+		{kv{"request_timeout": 1.5}, "whole seconds"},
+		{kv{"request_timeout": 1e300}, "whole seconds"},
+		{kv{"request_timeout": key}, "request_timeout is (not shown: length 43)"},
+		{kv{"verify_role": key}, "verify_role (not shown: length 43)"},
+		{kv{"disabled": "rk_canary_0123456789"}, "not (not shown: length 20)"},
+		{kv{"disabled": ""}, "disabled must not be empty"},
+		{kv{"disabled": "yes"}, `disabled must be true or false, not "yes"`},
+		{kv{"disabled": nil}, "disabled must not be null"},
+		{kv{"disabled": 1}, "disabled must be true or false, not a number"},
+		{kv{"verify_role": "absent"}, `verify_role "absent" does not exist`},
+		{kv{"verify_role": ""}, "verify_role must not be empty"},
 	} {
-		m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", tt.data, tt.says)
-		m.refused(http.StatusBadRequest, logical.PatchOperation, "config", tt.data, tt.says)
+		m.refused(400, opUpdate, "config", tt.data, tt.says)
+		m.refused(400, opPatch, "config", tt.data, tt.says)
 	}
 	if diff := cmp.Diff(before, m.read("config")); diff != "" {
 		t.Error(diff)
@@ -185,8 +185,8 @@ func TestConfigRefusals(t *testing.T) {
 		t.Errorf("Cable was called %d times, want once", n)
 	}
 	fresh := newMount(t)
-	fresh.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"organization_id": "org"}, "refresh_key is missing")
-	fresh.refused(http.StatusBadRequest, logical.PatchOperation, "config", map[string]any{"refresh_key": key}, "not written yet")
+	fresh.refused(400, opUpdate, "config", kv{"organization_id": "org"}, "refresh_key is missing")
+	fresh.refused(400, opPatch, "config", kv{"refresh_key": key}, "not written yet")
 	if fresh.read("config") != nil {
 		t.Error("a refused first write was stored")
 	}
@@ -199,27 +199,35 @@ func (m *testMount) pem() string { return cabletest.NewTLSServer(m, nil).CA }
 func TestConfigPatchNull(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "ca_cert": m.pem()})
-	m.refused(http.StatusBadRequest, logical.PatchOperation, "config", map[string]any{"ca_cert": nil}, "needs refresh_key")
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"organization_id": nil}, "must not be null")
-	m.ok(logical.PatchOperation, "config", map[string]any{"ca_cert": nil, "refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": nil})
+	m.write("config", kv{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "ca_cert": m.pem()})
+	m.refused(400, opPatch, "config", kv{"ca_cert": nil}, "needs refresh_key")
+	m.refused(400, opUpdate, "config", kv{"organization_id": nil}, "must not be null")
+	m.ok(
+		opPatch,
+		"config",
+		kv{"ca_cert": nil, "refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": nil},
+	)
 	got := m.read("config")
 	if got["ca_cert"] != "" || got["organization_id"] != "" {
 		t.Errorf("not removed: %v", got)
 	}
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "no organization", "roles/ci")
+	m.refused(400, opRead, "creds/ci", nil, "no organization", "roles/ci")
 }
 
 func TestConfigDisabled(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.wantWarning(m.write("config", map[string]any{"disabled": true}), "the mount is disabled", "may be valid until "+time.Now().UTC().AddDate(0, 0, 1).Format("2006-01-02T"))
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "the mount is disabled", "disabled=false")
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "the mount is disabled")
+	m.wantWarning(
+		m.write("config", kv{"disabled": true}),
+		"the mount is disabled",
+		"may be valid until "+time.Now().UTC().AddDate(0, 0, 1).Format("2006-01-02T"),
+	)
+	m.refused(400, opRead, "creds/ci", nil, "the mount is disabled", "disabled=false")
+	m.refused(400, opUpdate, "config", kv{"verify_role": "ci"}, "the mount is disabled")
 	if n := m.sim.CallCount(); n != 0 {
 		t.Errorf("a disabled mount made %d calls", n)
 	}
-	if w := m.write("config", map[string]any{"disabled": false, "verify_role": "ci"}); len(w) != 2 {
+	if w := m.write("config", kv{"disabled": false, "verify_role": "ci"}); len(w) != 2 {
 		t.Errorf("warnings: %q, want one of the verification and one of the host", w)
 	}
 	m.read("creds/ci")
@@ -229,15 +237,15 @@ func TestConfigDelete(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
-	resp := m.ok(logical.DeleteOperation, "config", nil)
+	resp := m.ok(opDelete, "config", nil)
 	m.wantWarning(resp.Warnings, "deleted", "cannot be revoked", "may be valid until")
-	if resp := m.ok(logical.DeleteOperation, "config", nil); resp != nil {
+	if resp := m.ok(opDelete, "config", nil); resp != nil {
 		t.Errorf("deleting nothing answered %v", resp)
 	}
 	if m.read("config") != nil {
 		t.Error("config is still there")
 	}
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "not configured", "refresh_key")
+	m.refused(400, opRead, "creds/ci", nil, "not configured", "refresh_key")
 }
 
 // TestVerifyRole pins that the new settings are tried before they are stored,
@@ -248,12 +256,27 @@ func TestVerifyRole(t *testing.T) {
 	newKey := cabletest.NewRefreshKey()
 	before := m.read("config")
 
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"},
+	m.refused(400, opUpdate, "config", kv{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"},
 		`verify_role "ci" failed and nothing was stored`, "Cable responded 401", "auth_scheme=bearer")
-	m.sim.SetFault(cabletest.Fault{Status: 503, Times: 1})
-	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"}, "nothing was stored", "503")
-	m.sim.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}})
-	m.refused(http.StatusBadGateway, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "nothing was stored", `"everything:write"`, "Cable may have issued a token that was not delivered, valid until")
+	m.sim.SetFault(Fault{Status: 503, Times: 1})
+	m.refused(
+		502,
+		opUpdate,
+		"config",
+		kv{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"},
+		"nothing was stored",
+		"503",
+	)
+	m.sim.SetFault(Fault{Times: 1, Grant: &Grant{Scopes: &[]string{"everything:write"}}})
+	m.refused(
+		502,
+		opUpdate,
+		"config",
+		kv{"verify_role": "ci"},
+		"nothing was stored",
+		`"everything:write"`,
+		"Cable may have issued a token that was not delivered, valid until",
+	)
 	m.sim.ClearFaults()
 	if diff := cmp.Diff(before, m.read("config")); diff != "" {
 		t.Error(diff)
@@ -261,7 +284,7 @@ func TestVerifyRole(t *testing.T) {
 	m.read("creds/ci") // still the old key
 
 	m.sim.SetRefreshKey(newKey)
-	warnings := m.write("config", map[string]any{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"})
+	warnings := m.write("config", kv{"refresh_key": newKey, "token_url": m.sim.URL, "verify_role": "ci"})
 	m.wantWarning(warnings, `verify_role "ci"`, "dropped", "is valid until")
 	calls := m.sim.Calls()
 	if last := calls[len(calls)-1]; last.ExpirySeconds != 300 || !last.Minted {
@@ -286,17 +309,23 @@ func TestVerifyRoleLosesToAWrite(t *testing.T) {
 	}})
 	done := make(chan error, 1)
 	go func() {
-		resp, err := m.request(logical.UpdateOperation, "config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": sim.URL, "verify_role": "ci"})
+		resp, err := m.request(
+			opUpdate,
+			"config",
+			kv{"refresh_key": m.sim.RefreshKey(), "token_url": sim.URL, "verify_role": "ci"},
+		)
 		status, failure := statusOf(resp, err)
-		if status != http.StatusBadRequest {
+		if status != 400 {
 			failure = fmt.Errorf("status %d: %w", status, failure)
 		}
 		done <- failure
 	}()
 	<-arrived
-	m.write("config", map[string]any{"request_timeout": 33}) // not held up by the mint
+	m.write("config", kv{"request_timeout": 33}) // not held up by the mint
 	close(proceed)
-	if err := <-done; err == nil || !strings.Contains(err.Error(), "config was changed meanwhile") || !strings.Contains(err.Error(), "is valid until") || strings.Contains(err.Error(), "status") {
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "config was changed meanwhile") ||
+		!strings.Contains(err.Error(), "is valid until") ||
+		strings.Contains(err.Error(), "status") {
 		t.Errorf("the verified write answered %v", err)
 	}
 	if got := m.read("config"); got["request_timeout"] != 33 || got["token_url"] != m.sim.URL {
@@ -309,7 +338,7 @@ func TestConfigConcurrentWrites(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	var wg sync.WaitGroup
-	for _, data := range []map[string]any{
+	for _, data := range []kv{
 		{"organization_id": "org_x"}, {"request_timeout": 7}, {"auth_scheme": "bearer"}, {"refresh_key": "k2", "token_url": m.sim.URL}, {"disabled": true},
 	} {
 		wg.Go(func() { m.write("config", data) })
@@ -317,7 +346,7 @@ func TestConfigConcurrentWrites(t *testing.T) {
 	wg.Wait()
 	got := m.read("config")
 	delete(got, "refresh_key_updated_at")
-	want := map[string]any{
+	want := kv{
 		"token_url": m.sim.URL, "auth_scheme": "bearer", "organization_id": "org_x",
 		"request_timeout": 7, "ca_cert": "", "disabled": true, "refresh_key_version": 2,
 	}
@@ -332,15 +361,15 @@ func TestConfigTakesEffect(t *testing.T) {
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
 	second := cabletest.NewServer(t, &cabletest.Options{Scheme: cabletest.SchemeBearer})
-	m.write("config", map[string]any{"refresh_key": second.RefreshKey(), "token_url": second.URL, "auth_scheme": "bearer"})
+	m.write("config", kv{"refresh_key": second.RefreshKey(), "token_url": second.URL, "auth_scheme": "bearer"})
 	m.read("creds/ci")
 	if m.sim.CallCount() != 1 || second.CallCount() != 1 {
 		t.Errorf("calls: %d and %d, want 1 and 1", m.sim.CallCount(), second.CallCount())
 	}
 	tls := cabletest.NewTLSServer(t, nil)
-	m.write("config", map[string]any{"refresh_key": tls.RefreshKey(), "token_url": tls.URL, "auth_scheme": "raw"})
-	m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "unknown authority", "ca_cert")
-	m.write("config", map[string]any{"refresh_key": tls.RefreshKey(), "token_url": tls.URL, "ca_cert": tls.CA})
+	m.write("config", kv{"refresh_key": tls.RefreshKey(), "token_url": tls.URL, "auth_scheme": "raw"})
+	m.refused(502, opRead, "creds/ci", nil, "unknown authority", "ca_cert")
+	m.write("config", kv{"refresh_key": tls.RefreshKey(), "token_url": tls.URL, "ca_cert": tls.CA})
 	m.read("creds/ci")
 	if got := m.read("config")["ca_cert"]; got != tls.CA {
 		t.Errorf("ca_cert reads as %q", got)
@@ -352,8 +381,16 @@ func TestConfigTakesEffect(t *testing.T) {
 // and decoded again to the same.
 func FuzzStoredConfig(f *testing.F) {
 	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY"}`))
-	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY","refresh_key_version":3,"token_url":"https://a.example/t","auth_scheme":"bearer","a_new_field":{"x":1},"request_timeout":5}`))
-	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY","refresh_key_updated_at":"2024-01-01T00:00:00Z","disabled":true,"ca_cert":"x","organization_id":"o"}`))
+	f.Add(
+		[]byte(
+			`{"refresh_key":"REFRESHKEYCANARY","refresh_key_version":3,"token_url":"https://a.example/t","auth_scheme":"bearer","a_new_field":{"x":1},"request_timeout":5}`,
+		),
+	)
+	f.Add(
+		[]byte(
+			`{"refresh_key":"REFRESHKEYCANARY","refresh_key_updated_at":"2024-01-01T00:00:00Z","disabled":true,"ca_cert":"x","organization_id":"o"}`,
+		),
+	)
 	f.Add([]byte(`{"refresh_key":["REFRESHKEYCANARY"]}`))
 	f.Add([]byte(`{"refresh_key":"REFRESHKEYCANARY","request_timeout":"REFRESHKEYCANARY"}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
@@ -382,7 +419,10 @@ func FuzzStoredConfig(f *testing.F) {
 			t.Error(diff)
 		}
 		cfg.RefreshKey = cable.NewSecret(cabletest.RefreshKeyMarker) // one that nothing else looks like
-		if printed, _ := json.Marshal(cfg); strings.Contains(fmt.Sprintf("%v %+v %#v %s", cfg, *cfg, cfg, printed), cabletest.RefreshKeyMarker) &&
+		if printed, _ := json.Marshal(cfg); strings.Contains(
+			fmt.Sprintf("%v %+v %#v %s", cfg, *cfg, cfg, printed),
+			cabletest.RefreshKeyMarker,
+		) &&
 			!strings.Contains(string(raw), cabletest.RefreshKeyMarker) {
 			t.Error("printing the entry shows the key")
 		}
@@ -412,7 +452,7 @@ func TestRefreshKeyRoundTrip(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		key := "k" + rapid.StringMatching(`[!-~]{0,200}`).Draw(rt, "key")
 		around := rapid.SampledFrom([]string{"", "\n", " ", "\r\n\t"}).Draw(rt, "around")
-		m.write("config", map[string]any{"refresh_key": around + key + around})
+		m.write("config", kv{"refresh_key": around + key + around})
 		cfg, err := state.ReadConfig(t.Context(), m.storage)
 		if err != nil || cfg.RefreshKey.Reveal() != key {
 			rt.Fatalf("not stored as written: %v", err)
@@ -454,7 +494,11 @@ func TestKeyAndDestination(t *testing.T) {
 				if !knows {
 					owner = "attacker"
 				}
-				in["token_url"] = fmt.Sprintf("https://%s-%d.example/token", owner, rapid.IntRange(1, hosts).Draw(rt, "host"))
+				in["token_url"] = fmt.Sprintf(
+					"https://%s-%d.example/token",
+					owner,
+					rapid.IntRange(1, hosts).Draw(rt, "host"),
+				)
 			}
 			switch rapid.IntRange(0, 3).Draw(rt, "ca") {
 			case 0:
@@ -474,13 +518,14 @@ func TestKeyAndDestination(t *testing.T) {
 					}
 				}
 			}
-			op := rapid.SampledFrom([]logical.Operation{logical.UpdateOperation, logical.PatchOperation}).Draw(rt, "op")
+			op := rapid.SampledFrom([]logical.Operation{opUpdate, opPatch}).Draw(rt, "op")
 			_, next, err := mergeConfig(stored, &request{Request: &logical.Request{Operation: op}, in: in})
 			if err != nil {
 				continue // nothing is sent, nothing stored
 			}
 			// next is what verify_role tries and what is stored.
-			if strings.HasPrefix(next.RefreshKey.Reveal(), "real-") && (!named["token_url"][next.TokenURL] || !named["ca_cert"][strings.TrimSpace(next.CACert)]) {
+			if strings.HasPrefix(next.RefreshKey.Reveal(), "real-") &&
+				(!named["token_url"][next.TokenURL] || !named["ca_cert"][strings.TrimSpace(next.CACert)]) {
 				rt.Fatalf("the key goes to %s under %d bytes of roots: %v", next.TokenURL, len(next.CACert), in)
 			}
 			if rapid.Bool().Draw(rt, "not only tried") {
@@ -497,10 +542,10 @@ func TestKeyAndDestination(t *testing.T) {
 func TestKeyIsNotGuessed(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
-	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil) // the stored key is paused
-	m.sim.SetFault(cabletest.Fault{Status: 500})
-	for _, rest := range []map[string]any{
+	m.sim.SetFault(Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	m.refused(429, opRead, "creds/ci", nil) // the stored key is paused
+	m.sim.SetFault(Fault{Status: 500})
+	for _, rest := range []kv{
 		{"verify_role": "ci"},
 		{"token_url": m.sim.URL, "verify_role": "ci"},
 		{"token_url": m.sim.URL, "verify_role": "absent"},
@@ -510,17 +555,20 @@ func TestKeyIsNotGuessed(t *testing.T) {
 	} {
 		said := map[bool]string{}
 		for _, guess := range []bool{true, false} {
-			data := map[string]any{"refresh_key": cabletest.NewRefreshKey()}
+			data := kv{"refresh_key": cabletest.NewRefreshKey()}
 			if guess {
 				data["refresh_key"] = m.sim.RefreshKey()
 			}
 			maps.Copy(data, rest)
-			resp, err := m.request(logical.UpdateOperation, "config", data)
+			resp, err := m.request(opUpdate, "config", data)
 			status, failure := statusOf(resp, err)
 			if failure == nil {
 				t.Fatalf("%v was stored", rest)
 			}
-			said[guess] = fmt.Sprint(status, regexp.MustCompile(`\d+:\d+:\d+Z`).ReplaceAllString(failure.Error(), "TIME"))
+			said[guess] = fmt.Sprint(
+				status,
+				regexp.MustCompile(`\d+:\d+:\d+Z`).ReplaceAllString(failure.Error(), "TIME"),
+			)
 		}
 		if said[true] != said[false] {
 			t.Errorf("%v: %q for the stored key, %q for another", rest, said[true], said[false])
@@ -537,10 +585,10 @@ func TestWriteNamesTheHost(t *testing.T) {
 	m := newConfiguredMount(t)
 	host, _, _ := strings.Cut(strings.TrimPrefix(m.sim.URL, "http://"), "/")
 	m.wantWarning(m.writeKey(m.sim.RefreshKey()), "the refresh key is sent to "+host)
-	m.sim.SetFault(cabletest.Fault{Status: 401})
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "auth_scheme=raw to "+host)
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"verify_role": "ci"}, "the refresh key goes to "+host)
-	if w := m.write("config", map[string]any{"refresh_key": "k", "token_url": cable.DefaultTokenURL}); w != nil {
+	m.sim.SetFault(Fault{Status: 401})
+	m.refused(400, opRead, "creds/ci", nil, "auth_scheme=raw to "+host)
+	m.refused(400, opUpdate, "config", kv{"verify_role": "ci"}, "the refresh key goes to "+host)
+	if w := m.write("config", kv{"refresh_key": "k", "token_url": cable.DefaultTokenURL}); w != nil {
 		t.Errorf("warnings for the default: %q", w)
 	}
 }
@@ -554,12 +602,20 @@ func TestDisableAlone(t *testing.T) {
 		RefreshKey: cable.NewSecret("a key"), TokenURL: "gopher://x y", AuthScheme: "basic", RequestTimeout: time.Hour,
 		CACert: "nonsense", OrganizationID: strings.Repeat("o o", 100),
 	})
-	m.putRole("ci", &state.Role{Scopes: []string{"a b", strings.Repeat("c", 200)}, TTL: 7 * time.Second, MaxTTL: 5 * time.Second, OrganizationID: "o o"})
+	m.putRole(
+		"ci",
+		&state.Role{
+			Scopes:         []string{"a b", strings.Repeat("c", 200)},
+			TTL:            7 * time.Second,
+			MaxTTL:         5 * time.Second,
+			OrganizationID: "o o",
+		},
+	)
 	m.b.InvalidateKey(t.Context(), "config")
 	m.b.InvalidateKey(t.Context(), "roles/ci")
-	for _, op := range []logical.Operation{logical.UpdateOperation, logical.PatchOperation} {
+	for _, op := range []logical.Operation{opUpdate, opPatch} {
 		for _, path := range []string{"config", "roles/ci"} {
-			m.ok(op, path, map[string]any{"disabled": true})
+			m.ok(op, path, kv{"disabled": true})
 			if m.read(path)["disabled"] != true {
 				t.Errorf("%s %s: not stored", op, path)
 			}

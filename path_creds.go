@@ -5,7 +5,6 @@ package cablesecrets
 
 import (
 	"context"
-	"net/http"
 	"strings"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -15,44 +14,29 @@ import (
 )
 
 func (b *backend) pathCreds() *framework.Path {
-	operation := func(summary, suffix string) *framework.PathOperation {
-		return &framework.PathOperation{
-			Callback: b.handle(b.pathCredsRead),
-			Summary:  summary,
-			DisplayAttrs: &framework.DisplayAttributes{
-				OperationPrefix: operationPrefix, OperationVerb: "generate", OperationSuffix: suffix,
-			},
-			Responses: map[int][]framework.Response{
-				http.StatusOK: {{Description: "The access token, as a leased secret", Fields: credsResponseFields()}},
-			},
-			// A standby that mints and then cannot register the lease would leave an undelivered token. A secondary
-			// registers its own leases.
-			ForwardPerformanceStandby: true,
+	mints := func(summary, suffix string) *framework.PathOperation {
+		p := b.reads(b.pathCredsRead, summary, "The access token, as a leased secret", credsResponseFields())
+		p.DisplayAttrs = &framework.DisplayAttributes{
+			OperationPrefix: operationPrefix, OperationVerb: "generate", OperationSuffix: suffix,
 		}
+		// A standby that mints and then cannot register the lease would leave an undelivered token. A secondary
+		// registers its own leases.
+		p.ForwardPerformanceStandby = true
+		return p
 	}
 	return &framework.Path{
 		Pattern: "creds/" + framework.GenericNameRegex("name"),
 		Fields: map[string]*framework.FieldSchema{
-			"name": {
-				Type:        framework.TypeString,
-				Description: "The role's name.",
-				Required:    true,
-			},
-			"ttl": {
-				Type: framework.TypeDurationSecond,
-				Description: "A lifetime other than the role's, in seconds or as a duration: 300s or more; " +
-					"capped at the role's and the mount's maximum.",
-				Query: true,
-			},
-			"scopes": {
-				Type:        framework.TypeCommaStringSlice,
-				Description: "A subset of the role's scopes, separated by commas or as a JSON array.",
-				Query:       true,
-			},
+			"name": always(field(framework.TypeString, "The role's name.")),
+			"ttl": inQuery(field(framework.TypeDurationSecond, "A lifetime other than the role's, in seconds or as a "+
+				"duration: 300s or more; capped at the role's and the mount's maximum.")),
+			"scopes": inQuery(field(framework.TypeCommaStringSlice,
+				"A subset of the role's scopes, separated by commas or as a JSON array.")),
 		},
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation:   operation("Mint an access token for a role.", "credentials"),
-			logical.UpdateOperation: operation("Mint an access token for a role, with the parameters in a body.", "credentials-with-parameters"),
+			logical.ReadOperation: mints("Mint an access token for a role.", "credentials"),
+			logical.UpdateOperation: mints("Mint an access token for a role, with the parameters in a body.",
+				"credentials-with-parameters"),
 		},
 		HelpSynopsis:    "Mint a short-lived access token for a role.",
 		HelpDescription: strings.TrimSpace(credsHelp),
@@ -61,20 +45,17 @@ func (b *backend) pathCreds() *framework.Path {
 
 // credsResponseFields describes the data of an access token.
 func credsResponseFields() map[string]*framework.FieldSchema {
-	return map[string]*framework.FieldSchema{
-		"token": {
-			Type:         framework.TypeString,
-			Description:  "The access token.",
-			DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
-			Required:     true,
-		},
-		"expiry":            {Type: framework.TypeInt64, Description: "When the token expires, in Unix seconds.", Required: true},
-		"expires_at":        {Type: framework.TypeString, Description: "The same in RFC 3339, UTC.", Required: true},
-		"organization_id":   {Type: framework.TypeString, Description: "The organization that the token is for.", Required: true},
-		"organization_name": {Type: framework.TypeString, Description: "The organization's name at Cable.", Required: true},
-		"scope":             {Type: framework.TypeString, Description: "The scopes that Cable granted, separated by spaces.", Required: true},
-		"scopes":            {Type: framework.TypeCommaStringSlice, Description: "The same as a list.", Required: true},
+	schema := map[string]*framework.FieldSchema{
+		"token":             always(field(framework.TypeString, "The access token.")),
+		"expiry":            always(field(framework.TypeInt64, "When the token expires, in Unix seconds.")),
+		"expires_at":        always(field(framework.TypeString, "The same in RFC 3339, UTC.")),
+		"organization_id":   always(field(framework.TypeString, "The organization that the token is for.")),
+		"organization_name": always(field(framework.TypeString, "The organization's name at Cable.")),
+		"scope":             always(field(framework.TypeString, "The scopes that Cable granted, separated by spaces.")),
+		"scopes":            always(field(framework.TypeCommaStringSlice, "The same as a list.")),
 	}
+	schema["token"].DisplayAttrs = &framework.DisplayAttributes{Sensitive: true}
+	return schema
 }
 
 // pathCredsRead handles GET and POST creds/<name>.

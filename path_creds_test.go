@@ -7,7 +7,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,7 +28,7 @@ func ptr[T any](v T) *T { return &v }
 
 func TestCredsRead(t *testing.T) {
 	t.Parallel()
-	for _, op := range []logical.Operation{logical.ReadOperation, logical.UpdateOperation} {
+	for _, op := range []logical.Operation{opRead, opUpdate} {
 		m := newConfiguredMount(t)
 		start := time.Now()
 		resp := m.ok(op, "creds/ci", nil)
@@ -37,7 +36,7 @@ func TestCredsRead(t *testing.T) {
 		if len(minted) != 1 {
 			t.Fatalf("%d tokens were minted", len(minted))
 		}
-		want := map[string]any{
+		want := kv{
 			"token": minted[0].Token, "expiry": minted[0].Expiry.Unix(), "expires_at": minted[0].Expiry.UTC().Format(time.RFC3339),
 			"organization_id": cabletest.DefaultOrganizationID, "organization_name": cabletest.DefaultOrganizationName,
 			"scope": "person:read transactions:read", "scopes": []string{"person:read", "transactions:read"},
@@ -54,7 +53,7 @@ func TestCredsRead(t *testing.T) {
 			t.Errorf("lease_end: %v", resp.Secret.InternalData["lease_end"])
 		}
 		delete(resp.Secret.InternalData, "lease_end")
-		internal := map[string]any{
+		internal := kv{
 			"secret_type": "cable_token", "role": "ci", "organization_id": cabletest.DefaultOrganizationID,
 			"scopes": "person:read,transactions:read", "expiry": fmt.Sprint(minted[0].Expiry.Unix()),
 		}
@@ -65,7 +64,8 @@ func TestCredsRead(t *testing.T) {
 			t.Errorf("warnings: %q", resp.Warnings)
 		}
 		call := m.sim.Calls()[0]
-		if call.ExpirySeconds != 3600 || call.Time.Before(start) || !strings.HasPrefix(call.UserAgent, "vault-plugin-secrets-cable/v0.") {
+		if call.ExpirySeconds != 3600 || call.Time.Before(start) ||
+			!strings.HasPrefix(call.UserAgent, "vault-plugin-secrets-cable/v0.") {
 			t.Errorf("the call: %+v", call)
 		}
 		if again := m.read("creds/ci"); again["token"] == resp.Data["token"] {
@@ -78,68 +78,75 @@ func TestCredsRead(t *testing.T) {
 func TestCredsNarrowing(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/ci", map[string]any{"scopes": "a:x,b:x,c:x", "ttl": 900, "max_ttl": 7200})
+	m.write("roles/ci", kv{"scopes": "a:x,b:x,c:x", "ttl": 900, "max_ttl": 7200})
 	for _, tt := range []struct {
-		data   map[string]any
+		data   kv
 		scopes []string
 		ask    int64
 	}{
 		{nil, []string{"a:x", "b:x", "c:x"}, 900},
-		{map[string]any{"scopes": "b:x"}, []string{"b:x"}, 900},
-		{map[string]any{"scopes": " c:x ,, a:x,c:x"}, []string{"a:x", "c:x"}, 900},
-		{map[string]any{"scopes": []string{"c:x", "a:x"}}, []string{"a:x", "c:x"}, 900},
-		{map[string]any{"scopes": []string{"c:x,b:x", "a:x"}}, []string{"a:x", "b:x", "c:x"}, 900},
-		{map[string]any{"ttl": "300"}, []string{"a:x", "b:x", "c:x"}, 300},
-		{map[string]any{"ttl": 300}, []string{"a:x", "b:x", "c:x"}, 300},
-		{map[string]any{"ttl": "2h", "scopes": "a:x"}, []string{"a:x"}, 7200},
+		{kv{"scopes": "b:x"}, []string{"b:x"}, 900},
+		{kv{"scopes": " c:x ,, a:x,c:x"}, []string{"a:x", "c:x"}, 900},
+		{kv{"scopes": []string{"c:x", "a:x"}}, []string{"a:x", "c:x"}, 900},
+		{kv{"scopes": []string{"c:x,b:x", "a:x"}}, []string{"a:x", "b:x", "c:x"}, 900},
+		{kv{"ttl": "300"}, []string{"a:x", "b:x", "c:x"}, 300},
+		{kv{"ttl": 300}, []string{"a:x", "b:x", "c:x"}, 300},
+		{kv{"ttl": "2h", "scopes": "a:x"}, []string{"a:x"}, 7200},
 	} {
-		for _, op := range []logical.Operation{logical.ReadOperation, logical.UpdateOperation} {
+		for _, op := range []logical.Operation{opRead, opUpdate} {
 			resp := m.ok(op, "creds/ci", tt.data)
 			calls := m.sim.Calls()
 			last := calls[len(calls)-1]
 			if !slices.Equal(last.Scopes, tt.scopes) || last.ExpirySeconds != tt.ask || resp.Warnings != nil {
-				t.Errorf("%s %v: asked for %v, %ds, warnings %q", op, tt.data, last.Scopes, last.ExpirySeconds, resp.Warnings)
+				t.Errorf(
+					"%s %v: asked for %v, %ds, warnings %q",
+					op,
+					tt.data,
+					last.Scopes,
+					last.ExpirySeconds,
+					resp.Warnings,
+				)
 			}
 			if diff := cmp.Diff(tt.scopes, resp.Data["scopes"]); diff != "" {
 				t.Error(diff)
 			}
 		}
 	}
-	resp := m.ok(logical.ReadOperation, "creds/ci", map[string]any{"ttl": "3h"})
+	resp := m.ok(opRead, "creds/ci", kv{"ttl": "3h"})
 	m.wantWarning(resp.Warnings, "the requested ttl of 10800s is above the role's max_ttl of 7200s")
 
 	for _, huge := range []any{int64(1 << 40), "99999999999", 1e18, "2000000h", "9223372036854775807"} {
-		resp := m.ok(logical.ReadOperation, "creds/ci", map[string]any{"ttl": huge})
+		resp := m.ok(opRead, "creds/ci", kv{"ttl": huge})
 		m.wantWarning(resp.Warnings, "is above the role's max_ttl of 7200s: capped at 7200s")
 	}
 	before := m.sim.CallCount()
 	for _, tt := range []struct {
-		data map[string]any
+		data kv
 		says string
 	}{
-		{map[string]any{"scopes": "d:x"}, `scopes outside role "ci": "d:x"; it allows "a:x", "b:x", "c:x"`},
-		{map[string]any{"scopes": "a:x,d:x,e:x"}, `"d:x", "e:x"`},
-		{map[string]any{"scopes": "A:x"}, "(not shown: length 3)"},
-		{map[string]any{"scopes": "*"}, "(not shown: length 1)"},
-		{map[string]any{"scopes": ""}, "scopes must not be empty"},
-		{map[string]any{"scopes": ","}, "scopes must not be empty"},
-		{map[string]any{"scopes": []string{}}, "scopes must not be empty"},
-		{map[string]any{"scopes": nil}, "scopes must not be null"},
-		{map[string]any{"scopes": map[string]any{}}, "scopes must be a comma-separated list"},
-		{map[string]any{"scopes": false}, "not a boolean"},
-		{map[string]any{"scopes": []any{"a:x", map[string]any{}}}, "contains an object"},
-		{map[string]any{"ttl": 299}, "ttl 299s is below Cable's minimum of 300s: request 300s to 7200s"},
-		{map[string]any{"ttl": 0}, "below Cable's minimum of 300s"},
-		{map[string]any{"ttl": "0"}, "below Cable's minimum of 300s"},
-		{map[string]any{"ttl": ""}, "ttl must not be empty"},
-		{map[string]any{"ttl": nil}, "ttl must not be null"},
-		{map[string]any{"ttl": -600}, "cannot be negative"},
-		{map[string]any{"ttl": []string{"300", "600"}}, "ttl must be a duration in whole seconds, not a list"},
-		{map[string]any{"ttl": "1e3"}, "ttl is (not shown: length 3)"},
-		{map[string]any{"organization_id": "org_other"}, `unknown field "organization_id"`},
+		{kv{"scopes": "d:x"}, `scopes outside role "ci": "d:x"; it allows "a:x", "b:x", "c:x"`},
+		{kv{"scopes": "a:x,d:x,e:x"}, `"d:x", "e:x"`},
+		{kv{"scopes": "A:x"}, "(not shown: length 3)"},
+		{kv{"scopes": "*"}, "(not shown: length 1)"},
+		{kv{"scopes": ""}, "scopes must not be empty"},
+		{kv{"scopes": ","}, "scopes must not be empty"},
+		{kv{"scopes": []string{}}, "scopes must not be empty"},
+		{kv{"scopes": nil}, "scopes must not be null"},
+		{kv{"scopes": kv{}}, "scopes must be a comma-separated list"},
+		{kv{"scopes": false}, "not a boolean"},
+		{kv{"scopes": []any{"a:x", kv{}}}, "contains an object"},
+		{kv{"ttl": 299}, "ttl 299s is below Cable's minimum of 300s: request 300s to 7200s"},
+		{kv{"ttl": 0}, "below Cable's minimum of 300s"},
+		{kv{"ttl": "0"}, "below Cable's minimum of 300s"},
+		{kv{"ttl": ""}, "ttl must not be empty"},
+		{kv{"ttl": nil}, "ttl must not be null"},
+		{kv{"ttl": -600}, "cannot be negative"},
+		{kv{"ttl": []string{"300", "600"}}, "ttl must be a duration in whole seconds, not a list"},
+		{kv{"ttl": "1e3"}, "ttl is (not shown: length 3)"},
+		{kv{"organization_id": "org_other"}, `unknown field "organization_id"`},
 	} {
-		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", tt.data, tt.says)
-		m.refused(http.StatusBadRequest, logical.UpdateOperation, "creds/ci", tt.data, tt.says)
+		m.refused(400, opRead, "creds/ci", tt.data, tt.says)
+		m.refused(400, opUpdate, "creds/ci", tt.data, tt.says)
 	}
 	if m.sim.CallCount() != before {
 		t.Error("a refused request reached Cable")
@@ -154,7 +161,7 @@ func FuzzNarrowing(f *testing.F) {
 	}
 	role := &state.Role{OrganizationID: "org", Scopes: []string{"a:x", "b:x", "c:x"}, MaxTTL: 2 * time.Hour}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		var data map[string]any
+		var data kv
 		if json.Unmarshal(body, &data) != nil {
 			return
 		}
@@ -184,12 +191,13 @@ func FuzzNarrowing(f *testing.F) {
 				!slices.IsSorted(requested.Scopes) {
 				t.Errorf("%s: requests %q", body, requested.Scopes)
 			}
-			if requested.OrganizationID != "org" || requested.Lifetime < lifetime.Min || requested.Lifetime > role.MaxTTL {
+			if requested.OrganizationID != "org" || requested.Lifetime < lifetime.Min ||
+				requested.Lifetime > role.MaxTTL {
 				t.Errorf("%s: requests %+v", body, requested)
 			}
 		}
-		narrow(logical.ReadOperation)
-		narrow(logical.UpdateOperation)
+		narrow(opRead)
+		narrow(opUpdate)
 	})
 }
 
@@ -197,47 +205,47 @@ func FuzzNarrowing(f *testing.F) {
 // with what was requested, and refused, warned about, or returned.
 func TestCredsGrants(t *testing.T) {
 	t.Parallel()
-	scopes := func(s ...string) cabletest.Grant { return cabletest.Grant{Scopes: &s} }
+	scopes := func(s ...string) Grant { return Grant{Scopes: &s} }
 	for _, tt := range []struct {
 		name    string
-		fault   cabletest.Fault
+		fault   Fault
 		refused string   // a part of the 502, or "" if the token is returned
 		scopes  []string // nil: as asked
 		warning []string
 		longest int64 // the lease at most; 0: an hour
 	}{
-		{name: "another organization", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("org_other")}}, refused: `organization "org_other" instead of`},
-		{name: "no organization", fault: cabletest.Fault{Grant: &cabletest.Grant{OrganizationID: ptr("")}}, refused: `organization "" instead of`},
-		{name: "another organization inside scopes", fault: cabletest.Fault{Grant: &cabletest.Grant{ScopesOrganizationID: ptr("org_other")}}, refused: `the token's scopes are for organization "org_other"`},
-		{name: "a scope not asked for", fault: cabletest.Fault{Grant: ptr(scopes("person:read", "person:write", "transactions:read"))}, refused: `not requested: "person:write"`},
-		{name: "other case", fault: cabletest.Fault{Grant: ptr(scopes("Person:read"))}, refused: "(not shown: length 11)"},
-		{name: "another order, repeated", fault: cabletest.Fault{Grant: ptr(scopes("transactions:read", "person:read", "transactions:read"))}},
-		{name: "fewer", fault: cabletest.Fault{Grant: ptr(scopes("person:read"))}, scopes: []string{"person:read"}, warning: []string{"fewer scopes", `"transactions:read"`}},
-		{name: "none of them", fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{}}}, scopes: []string{}, warning: []string{"fewer scopes", `"person:read", "transactions:read"`}},
-		{name: "null for the list", fault: cabletest.Fault{Grant: ptr(scopes())}},
-		{name: "no scopes in the answer", fault: cabletest.Fault{Grant: &cabletest.Grant{OmitScopes: true}}},
-		{name: "longer by more than a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(2 * time.Hour)}}, warning: []string{"granted 7200s instead of the requested 3600s", "is valid until"}},
-		{name: "longer by a minute", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(time.Hour + time.Minute)}}},
-		{name: "shorter", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(10 * time.Second)}}, longest: 10},
-		{name: "past", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(-time.Second)}}, refused: "its expiry is not in the future"},
-		{name: "over at once", fault: cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(time.Duration(0))}}, refused: "its expiry is not in the future"},
-		{name: "clock ahead", fault: cabletest.Fault{ClockSkew: 5 * time.Hour}},
-		{name: "clock behind", fault: cabletest.Fault{ClockSkew: -5 * time.Hour}},
-		{name: "no date", fault: cabletest.Fault{Header: map[string]string{"Date": ""}}},
-		{name: "nonsense date", fault: cabletest.Fault{Header: map[string]string{"Date": "yesterday"}}},
+		{name: "another organization", fault: Fault{Grant: &Grant{OrganizationID: ptr("org_other")}}, refused: `organization "org_other" instead of`},
+		{name: "no organization", fault: Fault{Grant: &Grant{OrganizationID: ptr("")}}, refused: `organization "" instead of`},
+		{name: "another organization inside scopes", fault: Fault{Grant: &Grant{ScopesOrganizationID: ptr("org_other")}}, refused: `the token's scopes are for organization "org_other"`},
+		{name: "a scope not asked for", fault: Fault{Grant: ptr(scopes("person:read", "person:write", "transactions:read"))}, refused: `not requested: "person:write"`},
+		{name: "other case", fault: Fault{Grant: ptr(scopes("Person:read"))}, refused: "(not shown: length 11)"},
+		{name: "another order, repeated", fault: Fault{Grant: ptr(scopes("transactions:read", "person:read", "transactions:read"))}},
+		{name: "fewer", fault: Fault{Grant: ptr(scopes("person:read"))}, scopes: []string{"person:read"}, warning: []string{"fewer scopes", `"transactions:read"`}},
+		{name: "none of them", fault: Fault{Grant: &Grant{Scopes: &[]string{}}}, scopes: []string{}, warning: []string{"fewer scopes", `"person:read", "transactions:read"`}},
+		{name: "null for the list", fault: Fault{Grant: ptr(scopes())}},
+		{name: "no scopes in the answer", fault: Fault{Grant: &Grant{OmitScopes: true}}},
+		{name: "longer by more than a minute", fault: Fault{Grant: &Grant{Lifetime: ptr(2 * time.Hour)}}, warning: []string{"granted 7200s instead of the requested 3600s", "is valid until"}},
+		{name: "longer by a minute", fault: Fault{Grant: &Grant{Lifetime: ptr(time.Hour + time.Minute)}}},
+		{name: "shorter", fault: Fault{Grant: &Grant{Lifetime: ptr(10 * time.Second)}}, longest: 10},
+		{name: "past", fault: Fault{Grant: &Grant{Lifetime: ptr(-time.Second)}}, refused: "its expiry is not in the future"},
+		{name: "over at once", fault: Fault{Grant: &Grant{Lifetime: ptr(time.Duration(0))}}, refused: "its expiry is not in the future"},
+		{name: "clock ahead", fault: Fault{ClockSkew: 5 * time.Hour}},
+		{name: "clock behind", fault: Fault{ClockSkew: -5 * time.Hour}},
+		{name: "no date", fault: Fault{Header: map[string]string{"Date": ""}}},
+		{name: "nonsense date", fault: Fault{Header: map[string]string{"Date": "yesterday"}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
 			m.sim.SetFault(tt.fault)
 			if tt.refused != "" {
-				m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "Cable's response was refused", tt.refused)
+				m.refused(502, opRead, "creds/ci", nil, "Cable's response was refused", tt.refused)
 				if m.sim.CallCount() != 1 {
 					t.Errorf("Cable was called %d times", m.sim.CallCount())
 				}
 				return
 			}
-			resp := m.ok(logical.ReadOperation, "creds/ci", nil)
+			resp := m.ok(opRead, "creds/ci", nil)
 			want := tt.scopes
 			if want == nil {
 				want = []string{"person:read", "transactions:read"}
@@ -265,13 +273,27 @@ func TestCredsGrants(t *testing.T) {
 func TestRefusedGrantIsLogged(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.sim.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{Expiry: json.RawMessage(`"1999999999"`)}})
-	m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "Cable may have issued a token that was not delivered, valid until "+m.until(time.Hour))
-	if log := m.log.String(); !strings.Contains(log, "Cable's response was refused and its token dropped") || !strings.Contains(log, `"@level":"error"`) || !strings.Contains(log, `"requested_seconds":3600`) {
+	m.sim.SetFault(Fault{Times: 1, Grant: &Grant{Expiry: json.RawMessage(`"1999999999"`)}})
+	m.refused(
+		502,
+		opRead,
+		"creds/ci",
+		nil,
+		"Cable may have issued a token that was not delivered, valid until "+m.until(time.Hour),
+	)
+	if log := m.log.String(); !strings.Contains(log, "Cable's response was refused and its token dropped") ||
+		!strings.Contains(log, `"@level":"error"`) ||
+		!strings.Contains(log, `"requested_seconds":3600`) {
 		t.Errorf("an answer that is refused as a whole is logged so: %s", log)
 	}
-	m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}})
-	m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "Cable may have issued a token that was not delivered, valid until "+m.until(time.Hour))
+	m.sim.SetFault(Fault{Grant: &Grant{Scopes: &[]string{"everything:write"}}})
+	m.refused(
+		502,
+		opRead,
+		"creds/ci",
+		nil,
+		"Cable may have issued a token that was not delivered, valid until "+m.until(time.Hour),
+	)
 	for _, part := range []string{`"@level":"error"`, `"role":"ci"`, "person:read", "everything:write", `"expires_at":"`, `"request_id":"req-1"`} {
 		if !strings.Contains(m.log.String(), part) {
 			t.Errorf("the log does not say %s: %s", part, m.log)
@@ -288,33 +310,36 @@ func (m *testMount) until(d time.Duration) string {
 func TestCredsRefusals(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, `role "ci" does not exist: write it to roles/ci`)
-	m.write("roles/ci", map[string]any{"scopes": "person:read"})
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "the mount is not configured: write refresh_key to config")
-	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL})
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "no organization: write organization_id to roles/ci or to config")
-	m.write("roles/ci", map[string]any{"organization_id": cabletest.DefaultOrganizationID, "disabled": true})
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, `role "ci" is disabled: write disabled=false to roles/ci`)
-	m.write("roles/ci", map[string]any{"disabled": false})
+	m.refused(400, opRead, "creds/ci", nil, `role "ci" does not exist: write it to roles/ci`)
+	m.write("roles/ci", kv{"scopes": "person:read"})
+	m.refused(400, opRead, "creds/ci", nil, "the mount is not configured: write refresh_key to config")
+	m.write("config", kv{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL})
+	m.refused(400, opRead, "creds/ci", nil, "no organization: write organization_id to roles/ci or to config")
+	m.write("roles/ci", kv{"organization_id": cabletest.DefaultOrganizationID, "disabled": true})
+	m.refused(400, opRead, "creds/ci", nil, `role "ci" is disabled: write disabled=false to roles/ci`)
+	m.write("roles/ci", kv{"disabled": false})
 	m.sys.MaxLeaseTTLVal = 299 * time.Second
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", nil, "the mount's max_lease_ttl of 299s is below Cable's minimum of 300s")
+	m.refused(400, opRead, "creds/ci", nil, "the mount's max_lease_ttl of 299s is below Cable's minimum of 300s")
 	m.sys.MaxLeaseTTLVal = 0
-	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "reading the mount's lease settings")
+	m.refused(500, opRead, "creds/ci", nil, "reading the mount's lease settings")
 	m.sys.MaxLeaseTTLVal = 10 * time.Minute
 	m.sys.DefaultLeaseTTLVal = 0
-	m.refused(http.StatusInternalServerError, logical.ReadOperation, "creds/ci", nil, "reading the mount's lease settings")
+	m.refused(500, opRead, "creds/ci", nil, "reading the mount's lease settings")
 	if n := m.sim.CallCount(); n != 0 {
 		t.Errorf("Cable was called %d times", n)
 	}
 	// Mount tuning takes effect at the next read.
 	m.sys.DefaultLeaseTTLVal = time.Hour
-	m.wantWarning(m.ok(logical.ReadOperation, "creds/ci", nil).Warnings, "the default ttl of 3600s is above the mount's max_lease_ttl of 600s: capped at 600s")
+	m.wantWarning(
+		m.ok(opRead, "creds/ci", nil).Warnings,
+		"the default ttl of 3600s is above the mount's max_lease_ttl of 600s: capped at 600s",
+	)
 	m.sys.MaxLeaseTTLVal = 24 * time.Hour
-	if w := m.ok(logical.ReadOperation, "creds/ci", nil).Warnings; w != nil {
+	if w := m.ok(opRead, "creds/ci", nil).Warnings; w != nil {
 		t.Errorf("warnings: %q", w)
 	}
 	// The role's organization comes before config's.
-	m.write("config", map[string]any{"organization_id": "org_unknown"})
+	m.write("config", kv{"organization_id": "org_unknown"})
 	m.read("creds/ci")
 }
 
@@ -322,12 +347,16 @@ func TestCredsRefusals(t *testing.T) {
 // status is TestClassify's, and what Cable may respond is the client's.
 func TestCredsErrors(t *testing.T) {
 	t.Parallel()
-	envelope := func(status int) cabletest.Fault {
-		return cabletest.Fault{Status: status, Message: "cable says why", Errors: []cabletest.FieldError{{Field: "scopes.scopes", Message: "a field's fault"}}}
+	envelope := func(status int) Fault {
+		return Fault{
+			Status:  status,
+			Message: "cable says why",
+			Errors:  []cabletest.FieldError{{Field: "scopes.scopes", Message: "a field's fault"}},
+		}
 	}
 	for _, tt := range []struct {
 		name   string
-		fault  cabletest.Fault
+		fault  Fault
 		status int
 		says   []string
 		calls  int
@@ -338,19 +367,19 @@ func TestCredsErrors(t *testing.T) {
 		{"404", envelope(404), 400, []string{"Cable responded 404", "token_url"}, 1},
 		{"429", envelope(429), 429, []string{"Cable responded 429", "no API call for another 5s"}, 1},
 		{"500", envelope(500), 502, []string{"Cable responded 500: cable says why", "Cable may have issued a token that was not delivered, valid until"}, 1},
-		{"slow", cabletest.Fault{Delay: time.Minute}, 504, []string{"did not respond in time", "budget of 1s", "Cable may have issued a token that was not delivered, valid until"}, 1},
+		{"slow", Fault{Delay: time.Minute}, 504, []string{"did not respond in time", "budget of 1s", "Cable may have issued a token that was not delivered, valid until"}, 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
-			m.write("config", map[string]any{"request_timeout": 1})
+			m.write("config", kv{"request_timeout": 1})
 			tt.fault.Times = 1
 			m.sim.SetFault(tt.fault)
-			m.refused(tt.status, logical.ReadOperation, "creds/ci", nil, tt.says...)
+			m.refused(tt.status, opRead, "creds/ci", nil, tt.says...)
 			if n := m.sim.CallCount(); n != tt.calls {
 				t.Errorf("Cable was called %d times, want %d", n, tt.calls)
 			}
-			if tt.status != http.StatusTooManyRequests {
+			if tt.status != 429 {
 				m.read("creds/ci") // the next good one works
 			}
 		})
@@ -359,23 +388,23 @@ func TestCredsErrors(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
 		m.sim.Close()
-		m.refused(http.StatusBadGateway, logical.ReadOperation, "creds/ci", nil, "could not be reached: connection refused")
+		m.refused(502, opRead, "creds/ci", nil, "could not be reached: connection refused")
 	})
 	t.Run("caller gone", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
-		m.sim.SetFault(cabletest.Fault{Delay: time.Minute})
+		m.sim.SetFault(Fault{Delay: time.Minute})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() {
-			_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
+			_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage})
 			done <- err
 		}()
 		for m.sim.CallCount() == 0 {
 			time.Sleep(time.Millisecond)
 		}
 		cancel()
-		if status, err := statusOf(nil, <-done); status != http.StatusBadGateway || !strings.Contains(err.Error(), "the caller left") {
+		if status, err := statusOf(nil, <-done); status != 502 || !strings.Contains(err.Error(), "the caller left") {
 			t.Errorf("%d %v", status, err)
 		}
 	})
@@ -386,10 +415,10 @@ func TestCredsErrors(t *testing.T) {
 func TestPause(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("config", map[string]any{"request_timeout": 1})
-	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	m.write("config", kv{"request_timeout": 1})
+	m.sim.SetFault(Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
 	for range 3 {
-		resp := m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil, "another 90s")
+		resp := m.refused(429, opRead, "creds/ci", nil, "another 90s")
 		if got := resp.Headers["Retry-After"]; !slices.Equal(got, []string{"90"}) {
 			t.Errorf("Retry-After %q", got)
 		}
@@ -397,19 +426,19 @@ func TestPause(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 200 {
 		wg.Go(func() {
-			resp, err := m.request(logical.ReadOperation, "creds/ci", nil)
-			if status, _ := statusOf(resp, err); status != http.StatusTooManyRequests {
+			resp, err := m.request(opRead, "creds/ci", nil)
+			if status, _ := statusOf(resp, err); status != 429 {
 				t.Errorf("status %d in a hold", status)
 			}
 		})
 	}
 	wg.Wait()
 	m.b.InvalidateKey(t.Context(), "config")
-	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil, "paused after Cable's 429")
-	m.write("config", map[string]any{"request_timeout": 2})
-	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil, "paused after Cable's 429")
+	m.refused(429, opRead, "creds/ci", nil, "paused after Cable's 429")
+	m.write("config", kv{"request_timeout": 2})
+	m.refused(429, opRead, "creds/ci", nil, "paused after Cable's 429")
 	m.writeKey(m.sim.RefreshKey())
-	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil, "paused after Cable's 429")
+	m.refused(429, opRead, "creds/ci", nil, "paused after Cable's 429")
 	if n := m.sim.CallCount(); n != 1 {
 		t.Errorf("Cable was called %d times in a hold, want once", n)
 	}
@@ -424,21 +453,22 @@ func TestPause(t *testing.T) {
 func TestRevoke(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	secret := m.ok(logical.ReadOperation, "creds/ci", nil).Secret
-	m.ok(logical.DeleteOperation, "roles/ci", nil)
-	m.ok(logical.DeleteOperation, "config", nil)
+	secret := m.ok(opRead, "creds/ci", nil).Secret
+	m.ok(opDelete, "roles/ci", nil)
+	m.ok(opDelete, "config", nil)
 	m.sim.Close()
 	m.storage.FailGet(true)
-	for _, data := range []map[string]any{secret.InternalData, {"secret_type": "cable_token"}, {"secret_type": "cable_token", "role": 7, "expiry": "soon"}} {
+	for _, data := range []kv{secret.InternalData, {"secret_type": "cable_token"}, {"secret_type": "cable_token", "role": 7, "expiry": "soon"}} {
 		resp, err := m.b.HandleRequest(t.Context(), &logical.Request{
-			Operation: logical.RevokeOperation, Path: "creds/ci", Storage: nil,
+			Operation: opRevoke, Path: "creds/ci", Storage: nil,
 			Secret: &logical.Secret{InternalData: overJSON(t, data), LeaseOptions: secret.LeaseOptions},
 		})
 		if resp != nil || err != nil {
 			t.Errorf("%v: %v %v", data, resp, err)
 		}
 	}
-	if line := m.logLine(m.log.String(), "so it stays valid"); line["role"] != "ci" || line["@level"] != "info" || line["remaining_seconds"].(float64) < 3500 {
+	if line := m.logLine(m.log.String(), "so it stays valid"); line["role"] != "ci" || line["@level"] != "info" ||
+		line["remaining_seconds"].(float64) < 3500 {
 		t.Errorf("the line of a lease that ends early: %v", line)
 	}
 	if n := strings.Count(m.log.String(), "lease ended; token expiry unknown"); n != 2 {
@@ -448,7 +478,7 @@ func TestRevoke(t *testing.T) {
 	// token lives: Cable granted more than was asked, or answered late.
 	data := overJSON(t, secret.InternalData)
 	data["lease_end"] = strconv.FormatInt(time.Now().Unix(), 10)
-	if _, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: logical.RevokeOperation, Path: "creds/ci", Secret: &logical.Secret{InternalData: data}}); err != nil {
+	if _, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: opRevoke, Path: "creds/ci", Secret: &logical.Secret{InternalData: data}}); err != nil {
 		t.Error(err)
 	}
 	if line := m.logLine(m.log.String(), `"lease ended"`); line["@level"] != "debug" {
@@ -456,11 +486,16 @@ func TestRevoke(t *testing.T) {
 	}
 	m.storage.Underlying().FailGet(false)
 	figures := m.figures()
-	if figures["vault_cable_leases_ended_total"] != 4 || figures["vault_cable_lease_ended_remaining_lifetime_seconds_count"] != 2 {
-		t.Errorf("leases that ended: %v, with a known life: %v", figures["vault_cable_leases_ended_total"], figures["vault_cable_lease_ended_remaining_lifetime_seconds_count"])
+	if figures["vault_cable_leases_ended_total"] != 4 ||
+		figures["vault_cable_lease_ended_remaining_lifetime_seconds_count"] != 2 {
+		t.Errorf(
+			"leases that ended: %v, with a known life: %v",
+			figures["vault_cable_leases_ended_total"],
+			figures["vault_cable_lease_ended_remaining_lifetime_seconds_count"],
+		)
 	}
 	if _, err := m.b.HandleRequest(t.Context(), &logical.Request{
-		Operation: logical.RenewOperation, Path: "creds/ci", Secret: &logical.Secret{InternalData: secret.InternalData},
+		Operation: opRenew, Path: "creds/ci", Secret: &logical.Secret{InternalData: secret.InternalData},
 	}); err == nil {
 		t.Error("a lease can be renewed")
 	}
@@ -477,8 +512,8 @@ func TestConcurrency(t *testing.T) {
 	var writers sync.WaitGroup
 	writers.Go(func() {
 		for i := 0; ctx.Err() == nil && i < 200; i++ {
-			m.write("config", map[string]any{"request_timeout": 10 + i%10})
-			m.write("roles/ci", map[string]any{"ttl": 300 + i})
+			m.write("config", kv{"request_timeout": 10 + i%10})
+			m.write("roles/ci", kv{"ttl": 300 + i})
 			m.b.InvalidateKey(ctx, "config")
 			m.b.InvalidateKey(ctx, "roles/ci")
 		}
@@ -489,7 +524,7 @@ func TestConcurrency(t *testing.T) {
 	for range 64 {
 		readers.Go(func() {
 			for range 20 {
-				resp, err := m.request(logical.ReadOperation, "creds/ci", nil)
+				resp, err := m.request(opRead, "creds/ci", nil)
 				if err != nil || resp.IsError() || resp.Secret == nil {
 					t.Errorf("%v %v", err, resp)
 					return
@@ -527,14 +562,17 @@ func BenchmarkCredsRead(b *testing.B) { benchmarkCredsRead(b, newConfiguredMount
 // BenchmarkCredsReuse is BenchmarkCredsRead for a role with reuse_for.
 func BenchmarkCredsReuse(b *testing.B) {
 	m := newConfiguredMount(b)
-	m.write("roles/ci", map[string]any{"ttl": "1h", "reuse_for": "30m"})
+	m.write("roles/ci", kv{"ttl": "1h", "reuse_for": "30m"})
 	benchmarkCredsRead(b, m)
 }
 
 func benchmarkCredsRead(b *testing.B, m *testMount) {
 	m.logger.SetLevel(hclog.Info)
 	read := func() {
-		resp, err := m.b.HandleRequest(b.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
+		resp, err := m.b.HandleRequest(
+			b.Context(),
+			&logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage},
+		)
 		if err != nil || resp.IsError() {
 			b.Error(err, resp)
 		}

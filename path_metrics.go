@@ -21,23 +21,14 @@ import (
 
 func (b *backend) pathMetrics() *framework.Path {
 	const synopsis = "Read this mount's metrics on this node, for Prometheus."
+	read := b.reads(b.pathMetricsRead, synopsis, "The metrics in Prometheus' text format", nil)
+	read.Responses[http.StatusOK][0].MediaType = "text/plain"
+	// A standby mints nothing; and behind one address, figures of two nodes would jump.
+	read.ForwardPerformanceStandby = true
 	return &framework.Path{
-		Pattern:      "metrics",
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "metrics"},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.handle(b.pathMetricsRead),
-				// A standby mints nothing; and behind one address, figures of two nodes would jump.
-				ForwardPerformanceStandby: true,
-				Summary:                   synopsis,
-				Responses: map[int][]framework.Response{
-					http.StatusOK: {{
-						Description: "The metrics in Prometheus' text format",
-						MediaType:   "text/plain",
-					}},
-				},
-			},
-		},
+		Pattern:         "metrics",
+		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "metrics"},
+		Operations:      map[logical.Operation]framework.OperationHandler{logical.ReadOperation: read},
 		HelpSynopsis:    synopsis,
 		HelpDescription: strings.TrimSpace(metricsHelp),
 	}

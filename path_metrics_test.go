@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"fmt"
 	"maps"
-	"net/http"
 	"runtime"
 	"slices"
 	"strings"
@@ -35,7 +34,8 @@ import (
 func (m *testMount) families() map[string]*dto.MetricFamily {
 	m.Helper()
 	data := m.read("metrics")
-	if data[logical.HTTPStatusCode] != http.StatusOK || !strings.HasPrefix(data[logical.HTTPContentType].(string), "text/plain; version=0.0.4") {
+	if data[logical.HTTPStatusCode] != 200 ||
+		!strings.HasPrefix(data[logical.HTTPContentType].(string), "text/plain; version=0.0.4") {
 		m.Fatalf("metrics answers %v %v", data[logical.HTTPStatusCode], data[logical.HTTPContentType])
 	}
 	parser := expfmt.NewTextParser(model.LegacyValidation)
@@ -67,7 +67,12 @@ func (m *testMount) figures() map[string]float64 {
 				figures[name+"_sum"+series] = h.GetSampleSum()
 				continue
 			}
-			figures[name+series] = metric.GetGauge().GetValue() + metric.GetCounter().GetValue() + metric.GetUntyped().GetValue()
+			figures[name+series] = metric.GetGauge().
+				GetValue() +
+				metric.GetCounter().
+					GetValue() +
+				metric.GetUntyped().
+					GetValue()
 		}
 	}
 	return figures
@@ -95,11 +100,18 @@ func TestMetricsLint(t *testing.T) {
 func TestMetricsMove(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	fault := func(f cabletest.Fault) { m.sim.SetFault(f) }
-	mint := func() { _, _ = m.request(logical.ReadOperation, "creds/ci", nil) }
+	fault := func(f Fault) { m.sim.SetFault(f) }
+	mint := func() { _, _ = m.request(opRead, "creds/ci", nil) }
 	good := func() { m.sim.ClearFaults(); m.read("creds/ci") }
 	configure := func() {
-		m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID})
+		m.write(
+			"config",
+			kv{
+				"refresh_key":     m.sim.RefreshKey(),
+				"token_url":       m.sim.URL,
+				"organization_id": cabletest.DefaultOrganizationID,
+			},
+		)
 	}
 	up := func(after, before float64) bool { return after == before+1 }
 	down := func(after, before float64) bool { return before == 1 && after == 0 }
@@ -110,71 +122,98 @@ func TestMetricsMove(t *testing.T) {
 		do     func()
 		want   func(after, before float64) bool
 	}{
-		{fmt.Sprintf("build_info{commit=%q,goversion=%q,version=%q}", version.Commit(), runtime.Version(), version.String()), func() {}, func(after, _ float64) bool { return after == 1 }},
+		{
+			fmt.Sprintf(
+				"build_info{commit=%q,goversion=%q,version=%q}",
+				version.Commit(),
+				runtime.Version(),
+				version.String(),
+			),
+			func() {},
+			func(after, _ float64) bool { return after == 1 },
+		},
 		{"configured", configure, up},
 		{"refresh_key_version", configure, func(after, _ float64) bool { return after == 1 }},
 		{"refresh_key_updated_timestamp_seconds", func() {}, func(after, _ float64) bool {
 			return time.Since(time.Unix(int64(after), 0)) < time.Minute
 		}},
-		{"disabled", func() { m.write("config", map[string]any{"disabled": true}) }, up},
-		{"disabled", func() { m.write("config", map[string]any{"disabled": false}) }, down},
+		{"disabled", func() { m.write("config", kv{"disabled": true}) }, up},
+		{"disabled", func() { m.write("config", kv{"disabled": false}) }, down},
 		{`token_requests_total{outcome="invalid_request",role="(unknown)"}`, mint, up},
 		{`token_requests_total{outcome="minted",role="ci"}`, func() {
-			m.write("roles/ci", map[string]any{"scopes": "transactions:read", "ttl": "10m"})
+			m.write("roles/ci", kv{"scopes": "transactions:read", "ttl": "10m"})
 			good()
 		}, up},
 		{"token_request_duration_seconds_count", good, up},
 		{"token_request_duration_seconds_sum", good, moved},
 		{`api_calls_total{code="200"}`, good, up},
-		{`api_calls_total{code="401"}`, func() { fault(cabletest.Fault{Status: 401}); mint() }, up},
-		{`api_calls_total{code="4xx"}`, func() { fault(cabletest.Fault{Status: 418}); mint() }, up},
-		{`api_calls_total{code="5xx"}`, func() { fault(cabletest.Fault{Status: 599}); mint() }, up},
+		{`api_calls_total{code="401"}`, func() { fault(Fault{Status: 401}); mint() }, up},
+		{`api_calls_total{code="4xx"}`, func() { fault(Fault{Status: 418}); mint() }, up},
+		{`api_calls_total{code="5xx"}`, func() { fault(Fault{Status: 599}); mint() }, up},
 		{`api_calls_total{code="other"}`, func() { m.b.report.APICallEnded(cable.Call{StatusCode: 999}) }, up},
-		{`api_calls_total{code="none"}`, func() { fault(cabletest.Fault{Reset: cabletest.ResetAfter}); mint() }, up},
+		{`api_calls_total{code="none"}`, func() { fault(Fault{Reset: cabletest.ResetAfter}); mint() }, up},
 		{"api_call_duration_seconds_count", good, up},
 		{"api_call_duration_seconds_sum", good, moved},
 		{"api_retries_total", func() {
-			fault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "0"}})
+			fault(Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "0"}})
 			mint()
 		}, up},
-		{"undelivered_tokens_total", func() { fault(cabletest.Fault{Status: 500}); mint() }, up},
-		{"grant_mismatches_total", func() { fault(cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}}); mint() }, up},
+		{"undelivered_tokens_total", func() { fault(Fault{Status: 500}); mint() }, up},
+		{
+			"grant_mismatches_total",
+			func() { fault(Fault{Grant: &Grant{Scopes: &[]string{"everything:write"}}}); mint() },
+			up,
+		},
 		{"granted_lifetime_seconds_count", good, up},
-		{"granted_lifetime_seconds_sum", good, func(after, before float64) bool { return after-before >= 599 && after-before <= 601 }},
+		{
+			"granted_lifetime_seconds_sum",
+			good,
+			func(after, before float64) bool { return after-before >= 599 && after-before <= 601 },
+		},
 		{"leases_ended_total", func() { m.revoke("ci") }, up},
 		{"lease_ended_remaining_lifetime_seconds_count", func() { m.revoke("ci") }, up},
-		{"lease_ended_remaining_lifetime_seconds_sum", func() { m.revoke("ci") }, func(after, before float64) bool { return after-before > 500 && after-before <= 600 }},
+		{
+			"lease_ended_remaining_lifetime_seconds_sum",
+			func() { m.revoke("ci") },
+			func(after, before float64) bool { return after-before > 500 && after-before <= 600 },
+		},
 		{"token_requests_in_flight", func() {
-			fault(cabletest.Fault{Delay: time.Minute})
+			fault(Fault{Delay: time.Minute})
 			calls := m.sim.CallCount()
 			go mint() // it ends with its request_timeout
 			for m.sim.CallCount() == calls {
 				time.Sleep(time.Millisecond)
 			}
 		}, up},
-		{"token_requests_in_flight", func() { m.waitUntil(func() bool { return m.figures()["vault_cable_token_requests_in_flight"] == 0 }) }, down},
+		{
+			"token_requests_in_flight",
+			func() { m.waitUntil(func() bool { return m.figures()["vault_cable_token_requests_in_flight"] == 0 }) },
+			down,
+		},
 		{"panics_total", func() {
-			op := m.b.Route("creds/ci").Operations[logical.UpdateOperation].(*framework.PathOperation)
+			op := m.b.Route("creds/ci").Operations[opUpdate].(*framework.PathOperation)
 			handler := op.Callback
 			defer func() { op.Callback = handler }()
 			op.Callback = func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
 				panic("a defect")
 			}
-			m.refused(http.StatusInternalServerError, logical.UpdateOperation, "creds/ci", nil)
+			m.refused(500, opUpdate, "creds/ci", nil)
 		}, up},
 		{"reused_token_age_seconds_count", func() {
 			m.sim.ClearFaults()
-			m.write("roles/ci", map[string]any{"ttl": 600, "reuse_for": 1})
+			m.write("roles/ci", kv{"ttl": 600, "reuse_for": 1})
 			m.read("creds/ci")
 			m.read("creds/ci")
 		}, up},
 		{`reuse_fallbacks_total{cause="cable_error"}`, func() {
-			fault(cabletest.Fault{Status: 500})
-			m.waitUntil(func() bool { return len(m.ok(logical.ReadOperation, "creds/ci", nil).Warnings) > 0 }) // once reuse_for has passed
+			fault(Fault{Status: 500})
+			m.waitUntil(
+				func() bool { return len(m.ok(opRead, "creds/ci", nil).Warnings) > 0 },
+			) // once reuse_for has passed
 		}, up},
-		{"reused_token_readers_count", func() { m.write("roles/ci", map[string]any{"reuse_for": 0}) }, up},
+		{"reused_token_readers_count", func() { m.write("roles/ci", kv{"reuse_for": 0}) }, up},
 		{"pauses_total", func() {
-			fault(cabletest.Fault{Status: 429, Header: map[string]string{"Retry-After": "90"}})
+			fault(Fault{Status: 429, Header: map[string]string{"Retry-After": "90"}})
 			mint()
 			mint()
 		}, up},
@@ -184,7 +223,7 @@ func TestMetricsMove(t *testing.T) {
 	covered := make(map[string]bool)
 	for i, s := range steps {
 		if s.series == "token_requests_in_flight" && i > 0 && steps[i-1].series != s.series {
-			m.write("config", map[string]any{"request_timeout": 1})
+			m.write("config", kv{"request_timeout": 1})
 		}
 		before := m.figures()
 		s.do()
@@ -211,9 +250,9 @@ func TestMetricsMove(t *testing.T) {
 func (m *testMount) revoke(role string) {
 	m.Helper()
 	m.sim.ClearFaults()
-	secret := m.ok(logical.ReadOperation, "creds/"+role, nil).Secret
+	secret := m.ok(opRead, "creds/"+role, nil).Secret
 	if _, err := m.b.HandleRequest(m.Context(), &logical.Request{
-		Operation: logical.RevokeOperation, Path: "creds/" + role, Secret: &logical.Secret{InternalData: secret.InternalData},
+		Operation: opRevoke, Path: "creds/" + role, Secret: &logical.Secret{InternalData: secret.InternalData},
 	}); err != nil {
 		m.Fatal(err)
 	}
@@ -253,7 +292,7 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 		r.RoleExists = false
 		m.b.report.TokenRequestEnded(r)
 	}
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/made-up", nil)
+	m.refused(400, opRead, "creds/made-up", nil)
 	m.read("creds/ci")
 	series := func() (roles []string) {
 		for _, metric := range m.families()["vault_cable"+"_token_requests_total"].GetMetric() {
@@ -273,9 +312,14 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 		m.b.report.TokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), outcome.Minted))
 	}
 	if got := series(); len(got) != maxMeteredRoles+2 || !slices.Contains(got, "(other)") {
-		t.Errorf("%d series of %d roles, want one for each of the first %d, for the others, and for the unknown", len(got), 3*maxMeteredRoles, maxMeteredRoles)
+		t.Errorf(
+			"%d series of %d roles, want one for each of the first %d, for the others, and for the unknown",
+			len(got),
+			3*maxMeteredRoles,
+			maxMeteredRoles,
+		)
 	}
-	m.ok(logical.DeleteOperation, "roles/ci", nil)
+	m.ok(opDelete, "roles/ci", nil)
 	if slices.Contains(series(), "ci") {
 		t.Error("the series of a deleted role are still there")
 	}
@@ -285,7 +329,7 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 	}
 	// What another node deleted, or a mint under way brought back, goes with the
 	// next request for it.
-	m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/new", nil)
+	m.refused(400, opRead, "creds/new", nil)
 	if slices.Contains(series(), "new") {
 		t.Error("the series of a role that is no more are still there")
 	}
@@ -332,7 +376,7 @@ func BenchmarkMetricsRead(b *testing.B) {
 			}
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := m.b.HandleRequest(b.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "metrics", Storage: m.storage}); err != nil {
+				if _, err := m.b.HandleRequest(b.Context(), &logical.Request{Operation: opRead, Path: "metrics", Storage: m.storage}); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -345,19 +389,19 @@ func BenchmarkMetricsRead(b *testing.B) {
 func TestMetricSlotsOfDeletedRoles(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.sim.SetFault(cabletest.Fault{Delay: 5 * time.Millisecond})
+	m.sim.SetFault(Fault{Delay: 5 * time.Millisecond})
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
 			for range (maxMeteredRoles + 100) / 8 {
 				name := "r" + strings.ToLower(rand.Text())
-				m.write("roles/"+name, map[string]any{"scopes": "person:read"})
+				m.write("roles/"+name, kv{"scopes": "person:read"})
 				done := make(chan struct{})
 				go func() {
 					defer close(done)
-					_, _ = m.request(logical.ReadOperation, "creds/"+name, nil)
+					_, _ = m.request(opRead, "creds/"+name, nil)
 				}()
-				m.ok(logical.DeleteOperation, "roles/"+name, nil)
+				m.ok(opDelete, "roles/"+name, nil)
 				<-done
 			}
 		})
@@ -385,7 +429,7 @@ func TestMetricsWithHangingStorage(t *testing.T) {
 			gate := newGate(m.storage, "config", false)
 			defer close(gate.proceed)
 			start := time.Now()
-			if status, err := m.on(gate, logical.ReadOperation, path, nil); err != nil {
+			if status, err := m.on(gate, opRead, path, nil); err != nil {
 				t.Error(status, err)
 			}
 			if took := time.Since(start); took > statusTimeout+2*time.Second {

@@ -6,7 +6,6 @@ package cablesecrets
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -25,27 +24,12 @@ func (b *backend) pathRolesList() *framework.Path {
 		Pattern:      "roles/?$",
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "roles"},
 		Fields: map[string]*framework.FieldSchema{
-			"after": {
-				Type:        framework.TypeString,
-				Description: "List only names that sort after this one.",
-				Query:       true,
-			},
-			"limit": {
-				Type:        framework.TypeInt,
-				Description: "List at most this many names.",
-				Query:       true,
-			},
+			"after": inQuery(field(framework.TypeString, "List only names that sort after this one.")),
+			"limit": inQuery(field(framework.TypeInt, "List at most this many names.")),
 		},
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ListOperation: &framework.PathOperation{
-				Callback: b.handle(b.pathRolesListNames),
-				Summary:  "List the names of the roles, in order.",
-				Responses: map[int][]framework.Response{
-					http.StatusOK: {{Description: "The names", Fields: map[string]*framework.FieldSchema{
-						"keys": {Type: framework.TypeStringSlice, Description: "The names."},
-					}}},
-				},
-			},
+			logical.ListOperation: b.reads(b.pathRolesListNames, "List the names of the roles, in order.", "The names",
+				map[string]*framework.FieldSchema{"keys": field(framework.TypeStringSlice, "The names.")}),
 		},
 		HelpSynopsis:    "List the roles.",
 		HelpDescription: strings.TrimSpace(rolesListHelp),
@@ -53,49 +37,23 @@ func (b *backend) pathRolesList() *framework.Path {
 }
 
 func (b *backend) pathRoles() *framework.Path {
-	write := func(summary string) *framework.PathOperation {
-		return forwarded(&framework.PathOperation{
-			Callback: b.handle(b.pathRolesWrite),
-			Summary:  summary,
-			Responses: map[int][]framework.Response{
-				http.StatusOK:        {{Description: "Stored, with warnings"}},
-				http.StatusNoContent: {{Description: "Stored"}},
-			},
-		})
-	}
-	fields := roleResponseFields()
+	schema := roleResponseFields()
 	for _, name := range []string{"ttl", "max_ttl", "reuse_for"} {
-		fields[name].Type = framework.TypeDurationSecond
+		schema[name].Type = framework.TypeDurationSecond
 	}
-	fields["name"] = &framework.FieldSchema{
-		Type:        framework.TypeString,
-		Description: "The role's name.",
-		Required:    true,
-	}
+	schema["name"] = always(field(framework.TypeString, "The role's name."))
 	return &framework.Path{
 		Pattern:        "roles/" + framework.GenericNameRegex("name"),
 		DisplayAttrs:   &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "role"},
-		Fields:         fields,
+		Fields:         schema,
 		ExistenceCheck: b.pathRolesExists,
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.handle(b.pathRolesRead),
-				Summary:  "Read a role.",
-				Responses: map[int][]framework.Response{
-					http.StatusOK: {{Description: "The role", Fields: roleResponseFields()}},
-				},
-			},
-			logical.CreateOperation: write("Create a role."),
-			logical.UpdateOperation: write("Change some fields of a role."),
-			logical.PatchOperation:  write("Change some fields of an existing role; null removes organization_id."),
-			logical.DeleteOperation: forwarded(&framework.PathOperation{
-				Callback: b.handle(b.pathRolesDelete),
-				Summary:  "Delete a role.",
-				Responses: map[int][]framework.Response{
-					http.StatusOK:        {{Description: "Deleted, with a warning"}},
-					http.StatusNoContent: {{Description: "There was none"}},
-				},
-			}),
+			logical.ReadOperation:   b.reads(b.pathRolesRead, "Read a role.", "The role", roleResponseFields()),
+			logical.CreateOperation: b.writes(b.pathRolesWrite, "Create a role."),
+			logical.UpdateOperation: b.writes(b.pathRolesWrite, "Change some fields of a role."),
+			logical.PatchOperation: b.writes(b.pathRolesWrite,
+				"Change some fields of an existing role; null removes organization_id."),
+			logical.DeleteOperation: b.deletes(b.pathRolesDelete, "Delete a role."),
 		},
 		HelpSynopsis:    "Define which tokens a role may mint.",
 		HelpDescription: strings.TrimSpace(rolesHelp),
@@ -105,34 +63,18 @@ func (b *backend) pathRoles() *framework.Path {
 // roleResponseFields describes a role as it is read, without defaults.
 func roleResponseFields() map[string]*framework.FieldSchema {
 	return map[string]*framework.FieldSchema{
-		"organization_id": {
-			Type:        framework.TypeString,
-			Description: "The organization that tokens are for; config's if not set.",
-		},
-		"scopes": {
-			Type: framework.TypeCommaStringSlice,
-			Description: "The scopes of tokens, of the form resource:action, separated by commas or as a " +
-				"JSON array. Required in the first write.",
-		},
-		"ttl": {
-			Type: framework.TypeInt,
-			Description: "The lifetime of a token in seconds, if the request names none: 300s to 86400s; " +
-				"0 for the default: the mount's default_lease_ttl or one hour, whichever is less.",
-		},
-		"max_ttl": {
-			Type: framework.TypeInt,
-			Description: "The longest lifetime of a token in seconds: 300s to 86400s; 0 for 24 hours. The " +
-				"mount's max_lease_ttl caps it.",
-		},
-		"reuse_for": {
-			Type: framework.TypeInt,
-			Description: "For how long, in seconds, reads without parameters share a token: at most half " +
-				"of ttl, which must be set; 0 (the default): each read mints.",
-		},
-		"disabled": {
-			Type:        framework.TypeBool,
-			Description: "Disable the role: every token request for it is refused.",
-		},
+		"organization_id": field(framework.TypeString,
+			"The organization that tokens are for; config's if not set."),
+		"scopes": field(framework.TypeCommaStringSlice, "The scopes of tokens, of the form resource:action, separated "+
+			"by commas or as a JSON array. Required in the first write."),
+		"ttl": field(framework.TypeInt,
+			"The lifetime of a token in seconds, if the request names none: 300s to 86400s; 0 for the default: the "+
+				"mount's default_lease_ttl or one hour, whichever is less."),
+		"max_ttl": field(framework.TypeInt, "The longest lifetime of a token in seconds: 300s to 86400s; 0 for 24 "+
+			"hours. The mount's max_lease_ttl caps it."),
+		"reuse_for": field(framework.TypeInt, "For how long, in seconds, reads without parameters share a token: at "+
+			"most half of ttl, which must be set; 0 (the default): each read mints."),
+		"disabled": field(framework.TypeBool, "Disable the role: every token request for it is refused."),
 	}
 }
 

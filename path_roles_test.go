@@ -6,7 +6,6 @@ package cablesecrets
 import (
 	"fmt"
 	"math"
-	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -26,10 +25,17 @@ import (
 func TestRoleWrite(t *testing.T) {
 	t.Parallel()
 	m := newMount(t) // roles can be written before config
-	if w := m.write("roles/ci", map[string]any{"scopes": " person:read, ,transactions:read,person:read"}); w != nil {
+	if w := m.write("roles/ci", kv{"scopes": " person:read, ,transactions:read,person:read"}); w != nil {
 		t.Errorf("warnings: %q", w)
 	}
-	want := map[string]any{"organization_id": "", "scopes": []string{"person:read", "transactions:read"}, "ttl": int64(0), "max_ttl": int64(0), "reuse_for": int64(0), "disabled": false}
+	want := kv{
+		"organization_id": "",
+		"scopes":          []string{"person:read", "transactions:read"},
+		"ttl":             int64(0),
+		"max_ttl":         int64(0),
+		"reuse_for":       int64(0),
+		"disabled":        false,
+	}
 	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
 		t.Error(diff)
 	}
@@ -39,19 +45,19 @@ func TestRoleWrite(t *testing.T) {
 		value any
 		want  any
 	}{
-		{logical.UpdateOperation, "ttl", "10m", int64(600)},
-		{logical.PatchOperation, "ttl", 300, int64(300)},
-		{logical.UpdateOperation, "max_ttl", "1d", int64(86400)},
-		{logical.UpdateOperation, "max_ttl", "300", int64(300)},
-		{logical.UpdateOperation, "max_ttl", 0, int64(0)},
-		{logical.PatchOperation, "ttl", "0", int64(0)},
-		{logical.UpdateOperation, "organization_id", "org_a", "org_a"},
-		{logical.UpdateOperation, "scopes", []string{"transactions:write"}, []string{"transactions:write"}},
-		{logical.PatchOperation, "scopes", []string{"b:x,a:x", "a:x"}, []string{"a:x", "b:x"}},
-		{logical.UpdateOperation, "disabled", "true", true},
-		{logical.UpdateOperation, "disabled", false, false},
+		{opUpdate, "ttl", "10m", int64(600)},
+		{opPatch, "ttl", 300, int64(300)},
+		{opUpdate, "max_ttl", "1d", int64(86400)},
+		{opUpdate, "max_ttl", "300", int64(300)},
+		{opUpdate, "max_ttl", 0, int64(0)},
+		{opPatch, "ttl", "0", int64(0)},
+		{opUpdate, "organization_id", "org_a", "org_a"},
+		{opUpdate, "scopes", []string{"transactions:write"}, []string{"transactions:write"}},
+		{opPatch, "scopes", []string{"b:x,a:x", "a:x"}, []string{"a:x", "b:x"}},
+		{opUpdate, "disabled", "true", true},
+		{opUpdate, "disabled", false, false},
 	} {
-		m.ok(step.op, "roles/ci", map[string]any{step.field: step.value})
+		m.ok(step.op, "roles/ci", kv{step.field: step.value})
 		want[step.field] = step.want
 		if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
 			t.Errorf("after %s %s=%v: %s", step.op, step.field, step.value, diff)
@@ -62,63 +68,75 @@ func TestRoleWrite(t *testing.T) {
 func TestRoleRefusals(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	m.write("roles/ci", map[string]any{"scopes": "person:read", "ttl": 600, "max_ttl": 1200, "organization_id": "org"})
+	m.write("roles/ci", kv{"scopes": "person:read", "ttl": 600, "max_ttl": 1200, "organization_id": "org"})
 	before := m.read("roles/ci")
 	many := make([]string, 65)
 	for i := range many {
 		many[i] = fmt.Sprintf("r%d:read", i)
 	}
 	for _, tt := range []struct {
-		data map[string]any
+		data kv
 		says string
 	}{
-		{map[string]any{"scopes": ""}, "scopes must not be empty"},
-		{map[string]any{"scopes": " , ,"}, "scopes must not be empty"},
-		{map[string]any{"scopes": []string{}}, "scopes must not be empty"},
-		{map[string]any{"scopes": []string{"", " "}}, "scopes must not be empty"},
-		{map[string]any{"scopes": nil}, "scopes must not be null"},
-		{map[string]any{"scopes": 7}, "scopes must be a comma-separated list or an array of strings, not a number"},
-		{map[string]any{"scopes": []any{"a:b", 7}}, "must be a list of strings, but contains a number"},
-		{map[string]any{"scopes": []any{"a:b", nil}}, "contains null"},
-		{map[string]any{"scopes": []any{[]any{"a:b"}}}, "contains a list"},
-		{map[string]any{"scopes": map[string]any{"a:b": true}}, "not an object"},
-		{map[string]any{"scopes": `["a:b","c:d"]`}, `a scope must not contain white space, quotes`},
-		{map[string]any{"scopes": "a b"}, `a scope must not contain white space`},
-		{map[string]any{"scopes": "a:\u200bb"}, "control characters"},
-		{map[string]any{"scopes": "a:b\x00c"}, "control characters"},
-		{map[string]any{"scopes": strings.Repeat("s", 129)}, "is 129 characters long: at most 128"},
-		{map[string]any{"scopes": many}, "scopes names 65: at most 64"},
-		{map[string]any{"ttl": 299}, "ttl is 299s: Cable's tokens are valid for 300s to 86400s"},
-		{map[string]any{"ttl": 86401}, "ttl is 86401s"},
-		{map[string]any{"ttl": -1}, "cannot be negative"},
-		{map[string]any{"ttl": ""}, "ttl must not be empty"},
-		{map[string]any{"ttl": nil}, "ttl must not be null"},
-		{map[string]any{"ttl": "x"}, "ttl is (not shown: length 1)"},
-		{map[string]any{"ttl": 300.5}, "whole seconds"},
-		{map[string]any{"ttl": "1h0.5s"}, "whole seconds"},
-		{map[string]any{"ttl": int64(9223372036854775807)}, "ttl is (not shown: length 19)"},
-		{map[string]any{"ttl": "9999999999999h"}, "ttl is"},
-		{map[string]any{"ttl": []any{300}}, "ttl must be a duration in whole seconds, not a list"},
-		{map[string]any{"ttl": true}, "ttl must be a duration in whole seconds, not a boolean"},
-		{map[string]any{"ttl": 1201}, "ttl of 1201s is above max_ttl of 1200s"},
-		{map[string]any{"max_ttl": 599}, "ttl of 600s is above max_ttl of 599s"},
-		{map[string]any{"max_ttl": 86401}, "max_ttl is 86401s"},
-		{map[string]any{"max_ttl": ""}, "max_ttl must not be empty"},
-		{map[string]any{"organization_id": ""}, "organization_id must not be empty"},
-		{map[string]any{"organization_id": `o"`}, "must not contain white space, quotes"},
-		{map[string]any{"organization_id": []string{"o"}}, "must be a string"},
-		{map[string]any{"disabled": ""}, "disabled must not be empty"},
+		{kv{"scopes": ""}, "scopes must not be empty"},
+		{kv{"scopes": " , ,"}, "scopes must not be empty"},
+		{kv{"scopes": []string{}}, "scopes must not be empty"},
+		{kv{"scopes": []string{"", " "}}, "scopes must not be empty"},
+		{kv{"scopes": nil}, "scopes must not be null"},
+		{kv{"scopes": 7}, "scopes must be a comma-separated list or an array of strings, not a number"},
+		{kv{"scopes": []any{"a:b", 7}}, "must be a list of strings, but contains a number"},
+		{kv{"scopes": []any{"a:b", nil}}, "contains null"},
+		{kv{"scopes": []any{[]any{"a:b"}}}, "contains a list"},
+		{kv{"scopes": kv{"a:b": true}}, "not an object"},
+		{kv{"scopes": `["a:b","c:d"]`}, `a scope must not contain white space, quotes`},
+		{kv{"scopes": "a b"}, `a scope must not contain white space`},
+		{kv{"scopes": "a:\u200bb"}, "control characters"},
+		{kv{"scopes": "a:b\x00c"}, "control characters"},
+		{kv{"scopes": strings.Repeat("s", 129)}, "is 129 characters long: at most 128"},
+		{kv{"scopes": many}, "scopes names 65: at most 64"},
+		{kv{"ttl": 299}, "ttl is 299s: Cable's tokens are valid for 300s to 86400s"},
+		{kv{"ttl": 86401}, "ttl is 86401s"},
+		{kv{"ttl": -1}, "cannot be negative"},
+		{kv{"ttl": ""}, "ttl must not be empty"},
+		{kv{"ttl": nil}, "ttl must not be null"},
+		{kv{"ttl": "x"}, "ttl is (not shown: length 1)"},
+		{kv{"ttl": 300.5}, "whole seconds"},
+		{kv{"ttl": "1h0.5s"}, "whole seconds"},
+		{kv{"ttl": int64(9223372036854775807)}, "ttl is (not shown: length 19)"},
+		{kv{"ttl": "9999999999999h"}, "ttl is"},
+		{kv{"ttl": []any{300}}, "ttl must be a duration in whole seconds, not a list"},
+		{kv{"ttl": true}, "ttl must be a duration in whole seconds, not a boolean"},
+		{kv{"ttl": 1201}, "ttl of 1201s is above max_ttl of 1200s"},
+		{kv{"max_ttl": 599}, "ttl of 600s is above max_ttl of 599s"},
+		{kv{"max_ttl": 86401}, "max_ttl is 86401s"},
+		{kv{"max_ttl": ""}, "max_ttl must not be empty"},
+		{kv{"organization_id": ""}, "organization_id must not be empty"},
+		{kv{"organization_id": `o"`}, "must not contain white space, quotes"},
+		{kv{"organization_id": []string{"o"}}, "must be a string"},
+		{kv{"disabled": ""}, "disabled must not be empty"},
 	} {
-		m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/ci", tt.data, tt.says)
-		m.refused(http.StatusBadRequest, logical.PatchOperation, "roles/ci", tt.data, tt.says)
+		m.refused(400, opUpdate, "roles/ci", tt.data, tt.says)
+		m.refused(400, opPatch, "roles/ci", tt.data, tt.says)
 	}
 	if diff := cmp.Diff(before, m.read("roles/ci")); diff != "" {
 		t.Error(diff)
 	}
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/new", map[string]any{"ttl": 600}, "scopes is missing")
-	m.refused(http.StatusBadRequest, logical.PatchOperation, "roles/new", map[string]any{"scopes": "person:read"}, `role "new" does not exist: write it to roles/new`)
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "roles/"+strings.Repeat("n", 129), map[string]any{"scopes": "person:read"}, "129 characters long: at most 128")
-	m.write("roles/"+strings.Repeat("n", 128), map[string]any{"scopes": "person:read"})
+	m.refused(400, opUpdate, "roles/new", kv{"ttl": 600}, "scopes is missing")
+	m.refused(
+		400,
+		opPatch,
+		"roles/new",
+		kv{"scopes": "person:read"},
+		`role "new" does not exist: write it to roles/new`,
+	)
+	m.refused(
+		400,
+		opUpdate,
+		"roles/"+strings.Repeat("n", 129),
+		kv{"scopes": "person:read"},
+		"129 characters long: at most 128",
+	)
+	m.write("roles/"+strings.Repeat("n", 128), kv{"scopes": "person:read"})
 	if m.read("roles/new") != nil {
 		t.Error("a refused write created a role")
 	}
@@ -127,13 +145,17 @@ func TestRoleRefusals(t *testing.T) {
 func TestRoleWarnings(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	w := m.write("roles/odd", map[string]any{"scopes": "transactions:read,alerts:read,everything,a:b:c,:x"})
-	m.wantWarning(w, "not of the form resource:action", "(not shown: length 2), (not shown: length 5), (not shown: length 10)")
+	w := m.write("roles/odd", kv{"scopes": "transactions:read,alerts:read,everything,a:b:c,:x"})
+	m.wantWarning(
+		w,
+		"not of the form resource:action",
+		"(not shown: length 2), (not shown: length 5), (not shown: length 10)",
+	)
 	m.wantWarning(w, "Cable's reference does not name", `"alerts:read"`)
 	if len(w) != 2 {
 		t.Errorf("warnings: %q", w)
 	}
-	if w := m.write("roles/odd", map[string]any{"ttl": 600}); w != nil {
+	if w := m.write("roles/odd", kv{"ttl": 600}); w != nil {
 		t.Errorf("a write without scopes warns of them: %q", w)
 	}
 	for _, s := range scopesOfReference() {
@@ -167,18 +189,18 @@ func TestRoleAliveUntil(t *testing.T) {
 			t.Errorf("says %s, want %s", got, want)
 		}
 	}
-	m.write("roles/a", map[string]any{"scopes": "person:read", "max_ttl": 600})
-	near(until(m.write("roles/a", map[string]any{"disabled": true})), 600*time.Second)
-	m.write("roles/a", map[string]any{"max_ttl": 7200})
-	m.write("roles/a", map[string]any{"max_ttl": 300})
-	near(until(m.write("roles/a", map[string]any{"disabled": true})), 7200*time.Second)
-	resp := m.ok(logical.DeleteOperation, "roles/a", nil)
+	m.write("roles/a", kv{"scopes": "person:read", "max_ttl": 600})
+	near(until(m.write("roles/a", kv{"disabled": true})), 600*time.Second)
+	m.write("roles/a", kv{"max_ttl": 7200})
+	m.write("roles/a", kv{"max_ttl": 300})
+	near(until(m.write("roles/a", kv{"disabled": true})), 7200*time.Second)
+	resp := m.ok(opDelete, "roles/a", nil)
 	near(until(resp.Warnings), 7200*time.Second)
-	if resp := m.ok(logical.DeleteOperation, "roles/a", nil); resp != nil {
+	if resp := m.ok(opDelete, "roles/a", nil); resp != nil {
 		t.Errorf("deleting nothing answered %v", resp)
 	}
-	m.write("roles/b", map[string]any{"scopes": "person:read"})
-	near(until(m.ok(logical.DeleteOperation, "roles/b", nil).Warnings), 24*time.Hour)
+	m.write("roles/b", kv{"scopes": "person:read"})
+	near(until(m.ok(opDelete, "roles/b", nil).Warnings), 24*time.Hour)
 }
 
 func TestRoleList(t *testing.T) {
@@ -186,21 +208,21 @@ func TestRoleList(t *testing.T) {
 	m := newMount(t)
 	names := []string{"Team-B", "a", "b", "b.1", "c_3", "team-a"}
 	for _, n := range names {
-		m.write("roles/"+n, map[string]any{"scopes": "person:read"})
+		m.write("roles/"+n, kv{"scopes": "person:read"})
 	}
 	for _, tt := range []struct {
-		data map[string]any
+		data kv
 		want []string
 	}{
 		{nil, names},
-		{map[string]any{"limit": 2}, names[:2]},
-		{map[string]any{"limit": "2", "after": "a"}, names[2:4]},
-		{map[string]any{"after": "a0"}, names[2:]},
-		{map[string]any{"after": ""}, names},
-		{map[string]any{"after": "team-a"}, nil},
-		{map[string]any{"limit": 100}, names},
+		{kv{"limit": 2}, names[:2]},
+		{kv{"limit": "2", "after": "a"}, names[2:4]},
+		{kv{"after": "a0"}, names[2:]},
+		{kv{"after": ""}, names},
+		{kv{"after": "team-a"}, nil},
+		{kv{"limit": 100}, names},
 	} {
-		resp := m.ok(logical.ListOperation, "roles/", tt.data)
+		resp := m.ok(opList, "roles/", tt.data)
 		got, _ := resp.Data["keys"].([]string)
 		if diff := cmp.Diff(tt.want, got); diff != "" {
 			t.Errorf("%v: %s", tt.data, diff)
@@ -209,7 +231,7 @@ func TestRoleList(t *testing.T) {
 	// A loop over pages sees each role once.
 	var all []string
 	for after := ""; ; {
-		page, _ := m.ok(logical.ListOperation, "roles/", map[string]any{"after": after, "limit": 1}).Data["keys"].([]string)
+		page, _ := m.ok(opList, "roles/", kv{"after": after, "limit": 1}).Data["keys"].([]string)
 		if len(page) == 0 {
 			break
 		}
@@ -219,24 +241,31 @@ func TestRoleList(t *testing.T) {
 	if diff := cmp.Diff(names, all); diff != "" {
 		t.Error(diff)
 	}
-	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"limit": 0}, "limit is 0: write 1 or more")
-	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"limit": -3}, "limit is -3")
-	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"limit": ""}, "limit must not be empty")
-	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"limit": "many"}, "whole number")
-	m.refused(http.StatusBadRequest, logical.ListOperation, "roles/", map[string]any{"after": []string{"a", "b"}}, "after must be a string")
+	m.refused(400, opList, "roles/", kv{"limit": 0}, "limit is 0: write 1 or more")
+	m.refused(400, opList, "roles/", kv{"limit": -3}, "limit is -3")
+	m.refused(400, opList, "roles/", kv{"limit": ""}, "limit must not be empty")
+	m.refused(400, opList, "roles/", kv{"limit": "many"}, "whole number")
+	m.refused(400, opList, "roles/", kv{"after": []string{"a", "b"}}, "after must be a string")
 }
 
 // TestRoleConcurrentWrites pins that concurrent partial updates lose nothing.
 func TestRoleConcurrentWrites(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	m.write("roles/ci", map[string]any{"scopes": "person:read"})
+	m.write("roles/ci", kv{"scopes": "person:read"})
 	var wg sync.WaitGroup
-	for _, data := range []map[string]any{{"organization_id": "org_x"}, {"ttl": 600}, {"max_ttl": 1200}, {"scopes": "person:write"}, {"disabled": true}} {
+	for _, data := range []kv{{"organization_id": "org_x"}, {"ttl": 600}, {"max_ttl": 1200}, {"scopes": "person:write"}, {"disabled": true}} {
 		wg.Go(func() { m.write("roles/ci", data) })
 	}
 	wg.Wait()
-	want := map[string]any{"organization_id": "org_x", "scopes": []string{"person:write"}, "ttl": int64(600), "max_ttl": int64(1200), "reuse_for": int64(0), "disabled": true}
+	want := kv{
+		"organization_id": "org_x",
+		"scopes":          []string{"person:write"},
+		"ttl":             int64(600),
+		"max_ttl":         int64(1200),
+		"reuse_for":       int64(0),
+		"disabled":        true,
+	}
 	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
 		t.Error(diff)
 	}
@@ -247,16 +276,17 @@ func TestRoleConcurrentWrites(t *testing.T) {
 func TestRoleExistence(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	m.write("roles/ci", map[string]any{"scopes": "person:read"})
+	m.write("roles/ci", kv{"scopes": "person:read"})
 	for path, want := range map[string]bool{"roles/ci": true, "roles/CI": false, "roles/new": false} {
 		found, exists, err := m.b.HandleExistenceCheck(t.Context(), &logical.Request{
-			Operation: logical.CreateOperation, Path: path, Storage: m.storage, Data: map[string]any{"ttl": []any{"x"}, "scopes": 7},
+			Operation: opCreate, Path: path, Storage: m.storage, Data: kv{"ttl": []any{"x"}, "scopes": 7},
 		})
 		if !found || exists != want || err != nil {
 			t.Errorf("%s: %v %v %v", path, found, exists, err)
 		}
 	}
-	if found, _, err := m.b.HandleExistenceCheck(t.Context(), &logical.Request{Operation: logical.CreateOperation, Path: "config", Storage: m.storage, Data: map[string]any{"refresh_key": 7}}); found || err != nil {
+	if found, _, err := m.b.HandleExistenceCheck(t.Context(), &logical.Request{Operation: opCreate, Path: "config", Storage: m.storage, Data: kv{"refresh_key": 7}}); found ||
+		err != nil {
 		t.Errorf("config has an existence check: %v", err)
 	}
 }
@@ -274,7 +304,8 @@ func TestParseScopes(t *testing.T) {
 			rt.Fatalf("not normal: %q", got)
 		}
 		for _, s := range got {
-			if s != strings.TrimSpace(s) || !slices.ContainsFunc(in, func(x string) bool { return strings.TrimSpace(x) == s }) {
+			if s != strings.TrimSpace(s) ||
+				!slices.ContainsFunc(in, func(x string) bool { return strings.TrimSpace(x) == s }) {
 				rt.Fatalf("%q is not of %q", s, in)
 			}
 		}
@@ -289,7 +320,14 @@ func TestParseScopes(t *testing.T) {
 // accepts is read as it was written, and what another version stored is read
 // without a panic.
 func FuzzRoleEntry(f *testing.F) {
-	f.Add("transactions:read,person:read", "org_1", 600, 1200, false, []byte(`{"scopes":["a:b"],"of_a_later_version":[1]}`))
+	f.Add(
+		"transactions:read,person:read",
+		"org_1",
+		600,
+		1200,
+		false,
+		[]byte(`{"scopes":["a:b"],"of_a_later_version":[1]}`),
+	)
 	f.Add("a", "", 0, 0, true, []byte(`{}`))
 	f.Add(" , ", "o o", 299, 86401, false, []byte(`{"scopes":7}`))
 	f.Add("a:b", "org", -1, math.MaxInt, false, []byte(`{"ttl":1e99}`))
@@ -299,16 +337,16 @@ func FuzzRoleEntry(f *testing.F) {
 			_ = roleTokensValidUntil(role)
 		}
 		path := newBackend().pathRoles()
-		raw := map[string]any{"scopes": scopes, "ttl": ttl, "max_ttl": maxTTL, "disabled": disabled}
+		raw := kv{"scopes": scopes, "ttl": ttl, "max_ttl": maxTTL, "disabled": disabled}
 		if org != "" {
 			raw["organization_id"] = org
 		}
-		data, err := fields.Parse(path, &logical.Request{Operation: logical.UpdateOperation, Data: raw})
+		data, err := fields.Parse(path, &logical.Request{Operation: opUpdate, Data: raw})
 		if err != nil {
 			return
 		}
 		_, role, err := mergeRole(nil, &request{
-			Request: &logical.Request{Operation: logical.UpdateOperation}, role: "r", in: data,
+			Request: &logical.Request{Operation: opUpdate}, role: "r", in: data,
 		})
 		if err != nil {
 			return
@@ -334,8 +372,11 @@ func FuzzRoleEntry(f *testing.F) {
 func TestCreateNeverChanges(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	write := func(op logical.Operation, data map[string]any) (int, error) {
-		resp, err := m.b.HandleRequest(m.Context(), &logical.Request{Operation: op, Path: "roles/new", Storage: m.storage, Data: data})
+	write := func(op logical.Operation, data kv) (int, error) {
+		resp, err := m.b.HandleRequest(
+			m.Context(),
+			&logical.Request{Operation: op, Path: "roles/new", Storage: m.storage, Data: data},
+		)
 		return statusOf(resp, err)
 	}
 	for range 50 {
@@ -343,9 +384,10 @@ func TestCreateNeverChanges(t *testing.T) {
 		created := make([]bool, 6)
 		for i := range created {
 			wg.Go(func() {
-				status, err := write(logical.CreateOperation, map[string]any{"scopes": fmt.Sprintf("s:%c", 'a'+i)})
+				status, err := write(opCreate, kv{"scopes": fmt.Sprintf("s:%c", 'a'+i)})
 				created[i] = err == nil
-				if err != nil && (status != http.StatusBadRequest || !strings.Contains(err.Error(), "changed meanwhile") || !strings.Contains(err.Error(), "write again")) {
+				if err != nil &&
+					(status != 400 || !strings.Contains(err.Error(), "changed meanwhile") || !strings.Contains(err.Error(), "write again")) {
 					t.Errorf("%d %v", status, err)
 				}
 			})
@@ -358,8 +400,8 @@ func TestCreateNeverChanges(t *testing.T) {
 			}
 		}
 		var updated, deleted error
-		wg.Go(func() { _, updated = write(logical.UpdateOperation, map[string]any{"ttl": 600}) })
-		wg.Go(func() { _, deleted = write(logical.DeleteOperation, nil) })
+		wg.Go(func() { _, updated = write(opUpdate, kv{"ttl": 600}) })
+		wg.Go(func() { _, deleted = write(opDelete, nil) })
 		wg.Wait()
 		if deleted != nil || m.read("roles/new") != nil {
 			t.Fatalf("the role is back after its deletion: %v, %v", updated, deleted)

@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"net/http"
 	"runtime"
 	"strings"
 	"time"
@@ -30,20 +29,12 @@ const (
 
 func (b *backend) pathStatus() *framework.Path {
 	const synopsis = "Show this mount's health on this node."
+	read := b.reads(b.pathStatusRead, synopsis, "The state of the mount", statusResponseFields())
+	read.ForwardPerformanceStandby = true // a standby mints nothing, so it has nothing to report
 	return &framework.Path{
-		Pattern:      "status",
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "status"},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.handle(b.pathStatusRead),
-				// A standby mints nothing, so it has nothing to report.
-				ForwardPerformanceStandby: true,
-				Summary:                   synopsis,
-				Responses: map[int][]framework.Response{
-					http.StatusOK: {{Description: "The state of the mount", Fields: statusResponseFields()}},
-				},
-			},
-		},
+		Pattern:         "status",
+		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "status"},
+		Operations:      map[logical.Operation]framework.OperationHandler{logical.ReadOperation: read},
 		HelpSynopsis:    synopsis,
 		HelpDescription: strings.TrimSpace(statusHelp),
 	}
@@ -52,41 +43,40 @@ func (b *backend) pathStatus() *framework.Path {
 // statusResponseFields describes the response. Times are RFC 3339 in UTC; "" or 0 stands for something that never
 // happened. Fields that need storage are omitted if it cannot be read.
 func statusResponseFields() map[string]*framework.FieldSchema {
-	schema := make(map[string]*framework.FieldSchema)
-	add := func(name string, kind framework.FieldType, isRequired bool, description string) {
-		schema[name] = &framework.FieldSchema{Type: kind, Required: isRequired, Description: description}
+	return map[string]*framework.FieldSchema{
+		"node": always(field(framework.TypeString,
+			"The host name of the node that responded: the figures are its own.")),
+		"since": always(field(framework.TypeTime,
+			"When its counters started: when the mount was set up on this node.")),
+		"version":                 always(field(framework.TypeString, "The engine's version.")),
+		"commit":                  always(field(framework.TypeString, "The commit that it was built from.")),
+		"go_version":              always(field(framework.TypeString, "The Go version that it was built with.")),
+		"configured":              field(framework.TypeBool, "Whether config is written."),
+		"disabled":                field(framework.TypeBool, "Whether the mount is disabled."),
+		"disabled_roles":          field(framework.TypeStringSlice, "The roles that are disabled."),
+		"refresh_key_version":     field(framework.TypeInt, "The version of the refresh key in use, counted from 1."),
+		"refresh_key_updated_at":  field(framework.TypeString, "When it was written."),
+		"refresh_key_age_seconds": field(framework.TypeInt64, "Its age."),
+		"pause_seconds": field(framework.TypeInt64,
+			"Seconds until requests resume after Cable's 429; 0 if not paused."),
+		"paused_until": field(framework.TypeString, "When that pause ends."),
+		"reuse_fallbacks": always(field(framework.TypeKVPairs,
+			"Roles whose last API call for a shared token found Cable down, with its outcome. Their readers get "+
+				"the previous token while it is usable.")),
+		"last_mint_at":   always(field(framework.TypeString, "When the last token was minted.")),
+		"last_mint_role": always(field(framework.TypeString, "For which role.")),
+		"last_failure_at": always(field(framework.TypeString,
+			"When the last token request failed. Refused, paused and canceled requests do not count as failures.")),
+		"last_failure_role": always(field(framework.TypeString, "For which role.")),
+		"last_failure_outcome": always(field(framework.TypeString,
+			"Its outcome, in one word; see the table of outcomes in docs/reference.md.")),
+		"last_failure_cable_status": always(field(framework.TypeInt,
+			"The HTTP status of Cable's response; 0 without a response.")),
+		"token_requests": always(field(framework.TypeKVPairs, "Token requests that ended, by outcome.")),
+		"leases_ended":   always(field(framework.TypeInt64, "Leases that were revoked or expired.")),
+		"uncertain_entries": always(field(framework.TypeStringSlice,
+			"Entries whose last write failed in Vault's storage, so that they are read from storage for each request.")),
 	}
-	add("node", framework.TypeString, true, "The host name of the node that responded: the figures are its own.")
-	add("since", framework.TypeTime, true, "When its counters started: when the mount was set up on this node.")
-	add("version", framework.TypeString, true, "The engine's version.")
-	add("commit", framework.TypeString, true, "The commit that it was built from.")
-	add("go_version", framework.TypeString, true, "The Go version that it was built with.")
-	add("configured", framework.TypeBool, false, "Whether config is written.")
-	add("disabled", framework.TypeBool, false, "Whether the mount is disabled.")
-	add("disabled_roles", framework.TypeStringSlice, false, "The roles that are disabled.")
-	add("refresh_key_version", framework.TypeInt, false, "The version of the refresh key in use, counted from 1.")
-	add("refresh_key_updated_at", framework.TypeString, false, "When it was written.")
-	add("refresh_key_age_seconds", framework.TypeInt64, false, "Its age.")
-	add("pause_seconds", framework.TypeInt64, false,
-		"Seconds until requests resume after Cable's 429; 0 if not paused.")
-	add("paused_until", framework.TypeString, false, "When that pause ends.")
-	add("reuse_fallbacks", framework.TypeKVPairs, true,
-		"Roles whose last API call for a shared token found Cable down, with its outcome. Their readers get "+
-			"the previous token while it is usable.")
-	add("last_mint_at", framework.TypeString, true, "When the last token was minted.")
-	add("last_mint_role", framework.TypeString, true, "For which role.")
-	add("last_failure_at", framework.TypeString, true,
-		"When the last token request failed. Refused, paused and canceled requests do not count as failures.")
-	add("last_failure_role", framework.TypeString, true, "For which role.")
-	add("last_failure_outcome", framework.TypeString, true,
-		"Its outcome, in one word; see the table of outcomes in docs/reference.md.")
-	add("last_failure_cable_status", framework.TypeInt, true,
-		"The HTTP status of Cable's response; 0 without a response.")
-	add("token_requests", framework.TypeKVPairs, true, "Token requests that ended, by outcome.")
-	add("leases_ended", framework.TypeInt64, true, "Leases that were revoked or expired.")
-	add("uncertain_entries", framework.TypeStringSlice, true,
-		"Entries whose last write failed in Vault's storage, so that they are read from storage for each request.")
-	return schema
 }
 
 // pathStatusRead handles GET status. It reports what is in memory even if Vault's storage cannot be read, because that

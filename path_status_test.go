@@ -6,7 +6,6 @@ package cablesecrets
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -24,7 +23,7 @@ import (
 func TestStatus(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	want := func(fields map[string]any) map[string]any {
+	want := func(fields kv) kv {
 		t.Helper()
 		got := m.read("status")
 		for k, v := range fields {
@@ -34,7 +33,7 @@ func TestStatus(t *testing.T) {
 		}
 		return got
 	}
-	first := want(map[string]any{
+	first := want(kv{
 		"configured": false, "disabled": false, "disabled_roles": "[]", "refresh_key_version": 0, "refresh_key_updated_at": "",
 		"last_mint_at": "", "last_failure_at": "", "pause_seconds": 0, "paused_until": "", "token_requests": "map[]", "leases_ended": 0, "version": version.String(),
 	})
@@ -45,13 +44,20 @@ func TestStatus(t *testing.T) {
 		t.Error("the node is not named")
 	}
 
-	m.write("config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID})
+	m.write(
+		"config",
+		kv{
+			"refresh_key":     m.sim.RefreshKey(),
+			"token_url":       m.sim.URL,
+			"organization_id": cabletest.DefaultOrganizationID,
+		},
+	)
 	for _, name := range []string{"b", "a", "c"} {
-		m.write("roles/"+name, map[string]any{"scopes": "person:read", "disabled": name != "c"})
+		m.write("roles/"+name, kv{"scopes": "person:read", "disabled": name != "c"})
 	}
 	m.read("creds/c")
 	m.revoke("c")
-	got := want(map[string]any{
+	got := want(kv{
 		"configured": true, "refresh_key_version": 1, "disabled_roles": "[a b]", "last_mint_role": "c", "last_failure_at": "",
 		"token_requests": "map[minted:2]", "leases_ended": 1,
 	})
@@ -59,20 +65,27 @@ func TestStatus(t *testing.T) {
 		t.Errorf("the key's age: %v", got["refresh_key_age_seconds"])
 	}
 
-	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
-	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/c", nil)
-	m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/c", nil)
-	got = want(map[string]any{"last_failure_outcome": "rate_limited", "last_failure_cable_status": 429, "token_requests": "map[minted:2 paused:1 rate_limited:1]"})
+	m.sim.SetFault(Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	m.refused(429, opRead, "creds/c", nil)
+	m.refused(429, opRead, "creds/c", nil)
+	got = want(
+		kv{
+			"last_failure_outcome":      "rate_limited",
+			"last_failure_cable_status": 429,
+			"token_requests":            "map[minted:2 paused:1 rate_limited:1]",
+		},
+	)
 	if s, ok := got["pause_seconds"].(int64); !ok || s < 80 || s > 90 {
 		t.Errorf("the pause: %v", got["pause_seconds"])
 	}
-	if until, err := time.Parse(time.RFC3339, got["paused_until"].(string)); err != nil || time.Until(until) < 80*time.Second {
+	if until, err := time.Parse(time.RFC3339, got["paused_until"].(string)); err != nil ||
+		time.Until(until) < 80*time.Second {
 		t.Errorf("its end: %v", got["paused_until"])
 	}
-	m.write("config", map[string]any{"disabled": true})
-	want(map[string]any{"disabled": true})
-	m.ok(logical.DeleteOperation, "config", nil)
-	want(map[string]any{"configured": false, "disabled": false, "pause_seconds": 0})
+	m.write("config", kv{"disabled": true})
+	want(kv{"disabled": true})
+	m.ok(opDelete, "config", nil)
+	want(kv{"configured": false, "disabled": false, "pause_seconds": 0})
 }
 
 // TestStatusWithoutStorage: status answers where storage fails or holds
@@ -88,7 +101,7 @@ func TestStatusWithoutStorage(t *testing.T) {
 		}
 	}
 	put("roles/broken", "{")
-	resp := m.ok(logical.ReadOperation, "status", nil)
+	resp := m.ok(opRead, "status", nil)
 	m.wantWarning(resp.Warnings, "disabled_roles may be incomplete", `"broken"`)
 	if resp.Data["configured"] != true {
 		t.Errorf("a broken role hides the configuration: %v", resp.Data)
@@ -96,7 +109,7 @@ func TestStatusWithoutStorage(t *testing.T) {
 	m.b.InvalidateKey(t.Context(), state.ConfigKey)
 	m.storage.Underlying().FailGet(true)
 	m.storage.Underlying().FailList(true)
-	resp = m.ok(logical.ReadOperation, "status", nil)
+	resp = m.ok(opRead, "status", nil)
 	m.wantWarning(resp.Warnings, "the configuration could not be read")
 	m.wantWarning(resp.Warnings, "disabled_roles may be incomplete")
 	if resp.Data["last_mint_role"] != "ci" {
@@ -114,7 +127,10 @@ func TestStatusWithSlowStorage(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	start := time.Now()
-	resp, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "status", Storage: hangingStorage{m.storage}})
+	resp, err := m.b.HandleRequest(
+		t.Context(),
+		&logical.Request{Operation: opRead, Path: "status", Storage: hangingStorage{m.storage}},
+	)
 	if err != nil || resp.IsError() || len(resp.Warnings) == 0 {
 		t.Errorf("%v %v", resp, err)
 	}
@@ -139,18 +155,27 @@ func TestVerifyIsNoMint(t *testing.T) {
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
 	before := m.figures()
-	m.refused(http.StatusBadRequest, logical.UpdateOperation, "config", map[string]any{"refresh_key": cabletest.NewRefreshKey(), "token_url": m.sim.URL, "verify_role": "ci"})
-	m.ok(logical.UpdateOperation, "config", map[string]any{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "verify_role": "ci"})
+	m.refused(
+		400,
+		opUpdate,
+		"config",
+		kv{"refresh_key": cabletest.NewRefreshKey(), "token_url": m.sim.URL, "verify_role": "ci"},
+	)
+	m.ok(opUpdate, "config", kv{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "verify_role": "ci"})
 	after := m.figures()
 	for series, value := range before {
-		if strings.HasPrefix(series, "vault_cable") && !strings.Contains(series, "refresh_key_updated") && after[series] != value {
+		if strings.HasPrefix(series, "vault_cable") && !strings.Contains(series, "refresh_key_updated") &&
+			after[series] != value {
 			t.Errorf("%s: %v, and %v before", series, after[series], value)
 		}
 	}
-	if status := m.read("status"); status["last_failure_at"] != "" || fmt.Sprint(status["token_requests"]) != "map[minted:1]" {
+	if status := m.read("status"); status["last_failure_at"] != "" ||
+		fmt.Sprint(status["token_requests"]) != "map[minted:1]" {
 		t.Errorf("status: %v", status)
 	}
-	if line := m.logLine(m.log.String(), "token request failed"); line["verify_role"] != true || line["outcome"] != "key_rejected" || line["@level"] != "warn" {
+	if line := m.logLine(m.log.String(), "token request failed"); line["verify_role"] != true ||
+		line["outcome"] != "key_rejected" ||
+		line["@level"] != "warn" {
 		t.Errorf("the line of a trial that failed: %v", line)
 	}
 }
@@ -162,8 +187,11 @@ func TestStatusOfManyRoles(t *testing.T) {
 	for i := range maxStatusRoles + 5 {
 		m.putRole(fmt.Sprintf("role-%06d", i), &state.Role{Scopes: []string{"person:read"}, Disabled: true})
 	}
-	resp := m.ok(logical.ReadOperation, "status", nil)
-	m.wantWarning(resp.Warnings, fmt.Sprintf("only the first %d of %d roles were checked", maxStatusRoles, maxStatusRoles+5))
+	resp := m.ok(opRead, "status", nil)
+	m.wantWarning(
+		resp.Warnings,
+		fmt.Sprintf("only the first %d of %d roles were checked", maxStatusRoles, maxStatusRoles+5),
+	)
 	if names := resp.Data["disabled_roles"].([]string); len(names) != maxStatusRoles || !slices.IsSorted(names) {
 		t.Errorf("%d names", len(names))
 	}

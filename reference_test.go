@@ -6,7 +6,6 @@ package cablesecrets
 import (
 	"context"
 	"maps"
-	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -110,7 +109,7 @@ func TestReferenceFields(t *testing.T) {
 			all[field] = true
 		}
 		for _, op := range ops {
-			for field := range paths[name].Operations[op].Properties().Responses[http.StatusOK][0].Fields {
+			for field := range paths[name].Operations[op].Properties().Responses[200][0].Fields {
 				all[field] = true
 			}
 		}
@@ -118,14 +117,14 @@ func TestReferenceFields(t *testing.T) {
 		return slices.Sorted(maps.Keys(all))
 	}
 	responseFields := func(name string) []string {
-		return slices.Sorted(maps.Keys(paths[name].Operations[logical.ReadOperation].Properties().Responses[http.StatusOK][0].Fields))
+		return slices.Sorted(maps.Keys(paths[name].Operations[opRead].Properties().Responses[200][0].Fields))
 	}
 	for _, tt := range []struct {
 		heading string
 		table   int
 		want    []string
 	}{
-		{"config", 0, fields("config", logical.ReadOperation)},
+		{"config", 0, fields("config", opRead)},
 		{"roles", 0, fields("roles/")},
 		{"creds", 0, fields("creds/")},
 		{"creds", 1, responseFields("creds/")},
@@ -174,7 +173,7 @@ func TestReferenceMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	request := func(op logical.Operation, path string, data map[string]any) *logical.Response {
+	request := func(op logical.Operation, path string, data kv) *logical.Response {
 		t.Helper()
 		resp, err := b.HandleRequest(ctx, &logical.Request{Operation: op, Path: path, Data: data, Storage: storage})
 		if err != nil || resp != nil && resp.IsError() {
@@ -182,10 +181,19 @@ func TestReferenceMetrics(t *testing.T) {
 		}
 		return resp
 	}
-	request(logical.UpdateOperation, "config", map[string]any{"refresh_key": "key", "token_url": "http://127.0.0.1:1/", "request_timeout": "1s", "organization_id": "org_1"})
-	request(logical.CreateOperation, "roles/r", map[string]any{"scopes": "transactions:read"})
-	_, _ = b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/r", Storage: storage}) // unreachable
-	text, _ := request(logical.ReadOperation, "metrics", nil).Data[logical.HTTPRawBody].(string)
+	request(
+		opUpdate,
+		"config",
+		kv{
+			"refresh_key":     "key",
+			"token_url":       "http://127.0.0.1:1/",
+			"request_timeout": "1s",
+			"organization_id": "org_1",
+		},
+	)
+	request(opCreate, "roles/r", kv{"scopes": "transactions:read"})
+	_, _ = b.HandleRequest(ctx, &logical.Request{Operation: opRead, Path: "creds/r", Storage: storage}) // unreachable
+	text, _ := request(opRead, "metrics", nil).Data[logical.HTTPRawBody].(string)
 	parser := expfmt.NewTextParser(model.LegacyValidation)
 	families, err := parser.TextToMetricFamilies(strings.NewReader(text))
 	if err != nil {
@@ -238,7 +246,9 @@ func TestReferenceErrors(t *testing.T) {
 	source := engineSource(t)
 	for _, row := range referenceTable(t, "Errors", 0) {
 		for _, text := range code(row[1]) {
-			fixed := regexp.MustCompile(`responded [0-9]{3}$`).ReplaceAllString(text, "responded %d") // the status is put in
+			fixed := regexp.MustCompile(`responded [0-9]{3}$`).
+				ReplaceAllString(text, "responded %d")
+				// the status is put in
 			fixed = strings.Replace(fixed, "must not be empty", "must not be %s", 1)
 			if !strings.Contains(strings.ReplaceAll(source, `\"`, `"`), fixed) {
 				t.Errorf("the engine has no error with %q", text)

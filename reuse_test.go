@@ -82,7 +82,12 @@ func (f *fakeCable) requestToken(ctx context.Context, _ *cable.Client, r cable.T
 	}
 	name := fmt.Sprintf("token-%d", len(f.tokens))
 	now := time.Now()
-	f.tokens[name] = &fakeToken{sent: sent, expiry: now.Truncate(time.Second).Add(granted), requested: r.Lifetime, generation: generation}
+	f.tokens[name] = &fakeToken{
+		sent:       sent,
+		expiry:     now.Truncate(time.Second).Add(granted),
+		requested:  r.Lifetime,
+		generation: generation,
+	}
 	return &cable.Token{
 		Value: cable.NewSecret(name), Expiry: f.tokens[name].expiry.Unix(), OrganizationID: r.OrganizationID,
 		Date: now.Truncate(time.Second), SentAt: sent, ReceivedAt: now, Attempts: 1,
@@ -132,7 +137,7 @@ type reuseMount struct {
 	cable *fakeCable
 }
 
-func newReuseMount(t testing.TB, role map[string]any) *reuseMount {
+func newReuseMount(t testing.TB, role kv) *reuseMount {
 	t.Helper()
 	m := &reuseMount{
 		testMount: &testMount{
@@ -151,16 +156,19 @@ func newReuseMount(t testing.TB, role map[string]any) *reuseMount {
 	m.b = lb.(*backend)
 	m.b.requestToken = m.cable.requestToken
 	t.Cleanup(func() { m.b.Cleanup(context.Background()) })
-	m.write("config", map[string]any{"refresh_key": "k", "organization_id": cabletest.DefaultOrganizationID})
+	m.write("config", kv{"refresh_key": "k", "organization_id": cabletest.DefaultOrganizationID})
 	m.write("roles/ci", role)
 	return m
 }
 
-var reusing = map[string]any{"scopes": "a:b", "ttl": "1h", "reuse_for": "30m"}
+var reusing = kv{"scopes": "a:b", "ttl": "1h", "reuse_for": "30m"}
 
 // get reads creds/ci.
 func (m *reuseMount) get() (*logical.Response, error) {
-	resp, err := m.b.HandleRequest(context.Background(), &logical.Request{ID: "r", Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, MountPoint: "cable/"})
+	resp, err := m.b.HandleRequest(
+		context.Background(),
+		&logical.Request{ID: "r", Operation: opRead, Path: "creds/ci", Storage: m.storage, MountPoint: "cable/"},
+	)
 	if _, failure := statusOf(resp, err); failure != nil {
 		return resp, failure
 	}
@@ -274,8 +282,17 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 			return fmt.Sprintf("a token of %q, the role has %q", token.generation, generation)
 		case token.requested > ceiling:
 			return fmt.Sprintf("a token for %s, the ceiling is %s", token.requested, ceiling)
-		case end.After(token.expiry), end.After(now.Add(ceiling)), end.After(token.leaseEnd), resp.Secret.TTL < time.Second:
-			return fmt.Sprintf("a lease until %s: the token expires %s, the first reader's lease %s, the ceiling is %s", end, token.expiry, token.leaseEnd, ceiling)
+		case end.After(token.expiry),
+			end.After(now.Add(ceiling)),
+			end.After(token.leaseEnd),
+			resp.Secret.TTL < time.Second:
+			return fmt.Sprintf(
+				"a lease until %s: the token expires %s, the first reader's lease %s, the ceiling is %s",
+				end,
+				token.expiry,
+				token.leaseEnd,
+				ceiling,
+			)
 		}
 		return ""
 	}
@@ -301,23 +318,27 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 			isDown = failure != nil || delay > patience
 			m.cable.set(delay, failure, m.cable.lifetime)
 		case 7:
-			m.cable.set(m.cable.delay, m.cable.failure, choose(n, 0, 0, 40*time.Second, 90*time.Second, 1000*time.Second, 80_000*time.Second))
+			m.cable.set(
+				m.cable.delay,
+				m.cable.failure,
+				choose(n, 0, 0, 40*time.Second, 90*time.Second, 1000*time.Second, 80_000*time.Second),
+			)
 		case 8:
 			versions++
 			generation = fmt.Sprintf("a:b%c", 'a'+versions%26)
-			m.write("roles/ci", map[string]any{"scopes": generation})
+			m.write("roles/ci", kv{"scopes": generation})
 		case 9:
-			m.write("config", map[string]any{"disabled": false})
+			m.write("config", kv{"disabled": false})
 			m.b.InvalidateKey(t.Context(), choose(n, "config", "roles/ci", "roles/other"))
 		case 10:
 			disabled = !disabled
-			m.write("roles/ci", map[string]any{"disabled": disabled})
+			m.write("roles/ci", kv{"disabled": disabled})
 		case 11:
 			ceiling = choose(n, 300*time.Second, 1200*time.Second, time.Hour, 24*time.Hour)
 			m.maxTTL.Store(int64(ceiling))
 		case 12:
 			reuseFor = choose(n, 0, time.Minute, 10*time.Minute, 30*time.Minute)
-			m.write("roles/ci", map[string]any{"reuse_for": int(reuseFor / time.Second)})
+			m.write("roles/ci", kv{"reuse_for": int(reuseFor / time.Second)})
 		}
 		if overlap := m.cable.overlapped(); violation == "" && overlap && reuseFor > 0 {
 			violation = "two calls of one generation at once"
@@ -330,7 +351,7 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 }
 
 // inBubble runs a test of a mount in a bubble of its own.
-func inBubble(t *testing.T, name string, role map[string]any, f func(t *testing.T, m *reuseMount)) {
+func inBubble(t *testing.T, name string, role kv, f func(t *testing.T, m *reuseMount)) {
 	t.Helper()
 	t.Run(name, func(t *testing.T) {
 		t.Parallel()
@@ -400,15 +421,18 @@ func TestReuse(t *testing.T) {
 			t.Error("the same token with less than half of its lifetime")
 		}
 	})
-	inBubble(t, "off by default", map[string]any{"scopes": "a:b", "ttl": "1h"}, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "off by default", kv{"scopes": "a:b", "ttl": "1h"}, func(t *testing.T, m *reuseMount) {
 		if first := m.token(); m.token() == first {
 			t.Error("a token was reused")
 		}
 	})
 	inBubble(t, "parameters mint", reusing, func(t *testing.T, m *reuseMount) {
 		first := m.token()
-		for _, data := range []map[string]any{{"ttl": 600}, {"scopes": "a:b"}, {"ttl": "1h", "scopes": "a:b"}} {
-			resp, err := m.b.HandleRequest(t.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, Data: data})
+		for _, data := range []kv{{"ttl": 600}, {"scopes": "a:b"}, {"ttl": "1h", "scopes": "a:b"}} {
+			resp, err := m.b.HandleRequest(
+				t.Context(),
+				&logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage, Data: data},
+			)
 			if err != nil || resp.Data["token"] == first {
 				t.Errorf("%v: %v %v", data, resp, err)
 			}
@@ -419,12 +443,12 @@ func TestReuse(t *testing.T) {
 	})
 	inBubble(t, "every write drops it", reusing, func(t *testing.T, m *reuseMount) {
 		drops := map[string]func(){
-			"a write that changes nothing":   func() { m.write("roles/ci", map[string]any{"disabled": false}) },
-			"a patch":                        func() { m.ok(logical.PatchOperation, "roles/ci", map[string]any{"ttl": "1h"}) },
-			"config, nothing changed":        func() { m.write("config", map[string]any{"disabled": false}) },
+			"a write that changes nothing":   func() { m.write("roles/ci", kv{"disabled": false}) },
+			"a patch":                        func() { m.ok(opPatch, "roles/ci", kv{"ttl": "1h"}) },
+			"config, nothing changed":        func() { m.write("config", kv{"disabled": false}) },
 			"an invalidation":                func() { m.b.InvalidateKey(t.Context(), "roles/ci") },
 			"an invalidation of config":      func() { m.b.InvalidateKey(t.Context(), "config") },
-			"a deletion, and the role again": func() { m.ok(logical.DeleteOperation, "roles/ci", nil); m.write("roles/ci", reusing) },
+			"a deletion, and the role again": func() { m.ok(opDelete, "roles/ci", nil); m.write("roles/ci", reusing) },
 		}
 		for name, drop := range drops {
 			before := m.token()
@@ -434,7 +458,7 @@ func TestReuse(t *testing.T) {
 			}
 		}
 		before := m.token()
-		m.write("roles/other", map[string]any{"scopes": "a:b"})
+		m.write("roles/other", kv{"scopes": "a:b"})
 		if m.token() != before {
 			t.Error("another role's write dropped the token")
 		}
@@ -457,7 +481,7 @@ func TestReuse(t *testing.T) {
 		m.cable.set(10*time.Second, nil, 0)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage})
+		_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage})
 		if err == nil {
 			t.Error("a token after a second")
 		}
@@ -475,10 +499,11 @@ func TestReuse(t *testing.T) {
 		var wide, earlier, later string
 		wg.Go(func() { earlier = m.token() })
 		time.Sleep(time.Second)
-		m.write("roles/ci", map[string]any{"scopes": "a:b,c:d"})
+		m.write("roles/ci", kv{"scopes": "a:b,c:d"})
 		wg.Go(func() { wide = m.token() })
 		wg.Wait()
-		if m.cable.granted(earlier).generation != "a:b" || m.cable.granted(wide).generation != "a:b,c:d" || m.token() != wide {
+		if m.cable.granted(earlier).generation != "a:b" || m.cable.granted(wide).generation != "a:b,c:d" ||
+			m.token() != wide {
 			t.Errorf("%q and %q", earlier, wide)
 		}
 		time.Sleep(time.Hour)
@@ -488,7 +513,7 @@ func TestReuse(t *testing.T) {
 			}
 		})
 		time.Sleep(time.Second)
-		m.write("roles/ci", map[string]any{"scopes": "c:d"})
+		m.write("roles/ci", kv{"scopes": "c:d"})
 		wg.Go(func() { later = m.token() })
 		wg.Wait()
 		if m.cable.granted(later).generation != "c:d" || m.token() != later {
@@ -509,7 +534,7 @@ func TestReuse(t *testing.T) {
 			})
 		}
 		time.Sleep(time.Second)
-		m.write("roles/ci", map[string]any{"disabled": true})
+		m.write("roles/ci", kv{"disabled": true})
 		wg.Wait()
 		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
 			t.Errorf("%v undelivered, want one of the one call", n)
@@ -555,7 +580,8 @@ func TestReuse(t *testing.T) {
 		m.b.requestToken = m.cable.requestToken
 		m.token()
 		figures := m.figures()
-		if panics, inFlight := figures["vault_cable_panics_total"], figures["vault_cable_token_requests_in_flight"]; panics < 1 || inFlight != 0 {
+		if panics, inFlight := figures["vault_cable_panics_total"], figures["vault_cable_token_requests_in_flight"]; panics < 1 ||
+			inFlight != 0 {
 			t.Errorf("%v panics, %v requests in flight", panics, inFlight)
 		}
 	})
@@ -691,7 +717,7 @@ func TestReuseWhileCableIsDown(t *testing.T) {
 		m.cable.set(0, down[0], 0)
 		time.Sleep(31 * time.Minute)
 		m.token()
-		m.write("config", map[string]any{"request_timeout": 10})
+		m.write("config", kv{"request_timeout": 10})
 		if resp, err := m.get(); err == nil {
 			t.Error(resp.Data)
 		}
@@ -701,7 +727,7 @@ func TestReuseWhileCableIsDown(t *testing.T) {
 		m.cable.set(0, down[0], 0)
 		time.Sleep(31 * time.Minute)
 		m.token()
-		_, _ = m.on(&lateStorage{Storage: m.storage}, logical.UpdateOperation, "roles/ci", map[string]any{"disabled": true})
+		_, _ = m.on(&lateStorage{Storage: m.storage}, opUpdate, "roles/ci", kv{"disabled": true})
 		if resp, err := m.get(); err == nil {
 			t.Error(resp.Data)
 		}
@@ -716,12 +742,12 @@ func TestReuseSettings(t *testing.T) {
 	if got := m.read("roles/ci")["reuse_for"]; got != int64(1800) {
 		t.Errorf("reuse_for %v", got)
 	}
-	for _, data := range []map[string]any{{"reuse_for": 1801}, {"ttl": 3599}, {"ttl": 0}, {"reuse_for": -1}, {"reuse_for": "x"}, {"reuse_for": int64(1 << 40)}} {
-		m.refused(400, logical.UpdateOperation, "roles/ci", data, "reuse_for")
+	for _, data := range []kv{{"reuse_for": 1801}, {"ttl": 3599}, {"ttl": 0}, {"reuse_for": -1}, {"reuse_for": "x"}, {"reuse_for": int64(1 << 40)}} {
+		m.refused(400, opUpdate, "roles/ci", data, "reuse_for")
 	}
-	m.refused(400, logical.UpdateOperation, "roles/new", map[string]any{"scopes": "a:b", "reuse_for": "5m"}, "reuse_for of 300s needs a ttl")
-	m.write("roles/ci", map[string]any{"ttl": 600, "reuse_for": 300})
-	m.write("roles/ci", map[string]any{"ttl": 0, "reuse_for": 0})
+	m.refused(400, opUpdate, "roles/new", kv{"scopes": "a:b", "reuse_for": "5m"}, "reuse_for of 300s needs a ttl")
+	m.write("roles/ci", kv{"ttl": 600, "reuse_for": 300})
+	m.write("roles/ci", kv{"ttl": 0, "reuse_for": 0})
 }
 
 // TestReuseRace: many readers, writers and invalidations at once; every token
@@ -729,8 +755,8 @@ func TestReuseSettings(t *testing.T) {
 func TestReuseRace(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/ci", map[string]any{"ttl": "1h", "reuse_for": "30m"})
-	m.sim.SetFault(cabletest.Fault{Delay: time.Millisecond})
+	m.write("roles/ci", kv{"ttl": "1h", "reuse_for": "30m"})
+	m.sim.SetFault(Fault{Delay: time.Millisecond})
 	var version sync.Map // scope -> when it was replaced
 	var wg sync.WaitGroup
 	stop := make(chan struct{})
@@ -739,7 +765,7 @@ func TestReuseRace(t *testing.T) {
 		last := ""
 		for i := range 60 {
 			scope := fmt.Sprintf("v:%d", i)
-			m.write("roles/ci", map[string]any{"scopes": scope})
+			m.write("roles/ci", kv{"scopes": scope})
 			version.Store(last, time.Now())
 			last = scope
 			time.Sleep(2 * time.Millisecond)
@@ -757,8 +783,9 @@ func TestReuseRace(t *testing.T) {
 				default:
 				}
 				start := time.Now()
-				resp, err := m.request(logical.ReadOperation, "creds/ci", nil)
-				if err == nil && resp.IsError() && strings.Contains(resp.Error().Error(), "does not allow this token any more") {
+				resp, err := m.request(opRead, "creds/ci", nil)
+				if err == nil && resp.IsError() &&
+					strings.Contains(resp.Error().Error(), "does not allow this token any more") {
 					continue
 				}
 				if err != nil || resp.IsError() {
@@ -767,7 +794,11 @@ func TestReuseRace(t *testing.T) {
 				}
 				scope := resp.Data["scopes"].([]string)[0]
 				if replaced, ok := version.Load(scope); ok && replaced.(time.Time).Before(start) {
-					t.Errorf("a token of %s, which was replaced %s before the read", scope, start.Sub(replaced.(time.Time)))
+					t.Errorf(
+						"a token of %s, which was replaced %s before the read",
+						scope,
+						start.Sub(replaced.(time.Time)),
+					)
 				}
 			}
 		})

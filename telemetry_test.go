@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"regexp"
 	"strings"
@@ -35,7 +34,7 @@ func TestOutcomes(t *testing.T) {
 	const warn, fail, debug = "warn", "error", "debug"
 	for _, tt := range []struct {
 		outcome     outcome.Outcome
-		fault       cabletest.Fault
+		fault       Fault
 		before      func(m *testMount) // besides the fault
 		level, log  string
 		cable       int // its status
@@ -47,24 +46,24 @@ func TestOutcomes(t *testing.T) {
 		{outcome: outcome.Minted, noFailure: true, level: debug, log: "token minted"},
 		{
 			outcome: outcome.InvalidRequest, notCalled: true, noFailure: true, level: debug, log: "token request refused",
-			before: func(m *testMount) { m.write("roles/ci", map[string]any{"disabled": true}) },
+			before: func(m *testMount) { m.write("roles/ci", kv{"disabled": true}) },
 		},
-		{outcome: outcome.KeyRejected, fault: cabletest.Fault{Status: 401}, level: warn, log: "token request failed", cable: 401},
-		{outcome: outcome.RejectedByCable, fault: cabletest.Fault{Status: 403}, level: warn, log: "token request failed", cable: 403},
-		{outcome: outcome.RateLimited, fault: cabletest.Fault{Status: 429}, level: warn, log: "token request failed", cable: 429},
+		{outcome: outcome.KeyRejected, fault: Fault{Status: 401}, level: warn, log: "token request failed", cable: 401},
+		{outcome: outcome.RejectedByCable, fault: Fault{Status: 403}, level: warn, log: "token request failed", cable: 403},
+		{outcome: outcome.RateLimited, fault: Fault{Status: 429}, level: warn, log: "token request failed", cable: 429},
 		{
-			outcome: outcome.Paused, notCalled: true, fault: cabletest.Fault{Status: 429}, level: debug, log: "token request failed",
-			before: func(m *testMount) { m.refused(429, logical.ReadOperation, "creds/ci", nil) },
+			outcome: outcome.Paused, notCalled: true, fault: Fault{Status: 429}, level: debug, log: "token request failed",
+			before: func(m *testMount) { m.refused(429, opRead, "creds/ci", nil) },
 		},
-		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 503}, level: warn, log: undelivered, cable: 503, undelivered: true},
-		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 500}, level: warn, log: undelivered, cable: 500, undelivered: true},
-		{outcome: outcome.CableError, fault: cabletest.Fault{Status: 408}, level: warn, log: undelivered, cable: 408, undelivered: true},
+		{outcome: outcome.CableError, fault: Fault{Status: 503}, level: warn, log: undelivered, cable: 503, undelivered: true},
+		{outcome: outcome.CableError, fault: Fault{Status: 500}, level: warn, log: undelivered, cable: 500, undelivered: true},
+		{outcome: outcome.CableError, fault: Fault{Status: 408}, level: warn, log: undelivered, cable: 408, undelivered: true},
 		{outcome: outcome.Unreachable, before: func(m *testMount) { m.sim.Close() }, level: warn, log: "token request failed"},
-		{outcome: outcome.Unreachable, fault: cabletest.Fault{Reset: cabletest.ResetAfter}, level: warn, log: undelivered, undelivered: true},
-		{outcome: outcome.TimedOut, fault: cabletest.Fault{Delay: time.Minute}, level: warn, log: undelivered, undelivered: true},
-		{outcome: outcome.InvalidResponse, fault: cabletest.Fault{Body: "<html>"}, level: fail, log: "Cable's response was refused and its token dropped", cable: 200, undelivered: true},
+		{outcome: outcome.Unreachable, fault: Fault{Reset: cabletest.ResetAfter}, level: warn, log: undelivered, undelivered: true},
+		{outcome: outcome.TimedOut, fault: Fault{Delay: time.Minute}, level: warn, log: undelivered, undelivered: true},
+		{outcome: outcome.InvalidResponse, fault: Fault{Body: "<html>"}, level: fail, log: "Cable's response was refused and its token dropped", cable: 200, undelivered: true},
 		{
-			outcome: outcome.GrantMismatch, fault: cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"everything:write"}}},
+			outcome: outcome.GrantMismatch, fault: Fault{Grant: &Grant{Scopes: &[]string{"everything:write"}}},
 			level: fail, log: "Cable's response was refused and its token dropped", cable: 200, undelivered: true,
 		},
 		{
@@ -75,16 +74,18 @@ func TestOutcomes(t *testing.T) {
 		t.Run(string(tt.outcome), func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
-			m.write("config", map[string]any{"request_timeout": 1})
+			m.write("config", kv{"request_timeout": 1})
 			m.sim.SetFault(tt.fault)
 			if tt.before != nil {
 				tt.before(m)
 			}
 			before, logged := m.figures(), len(m.log.String())
-			_, _ = m.request(logical.ReadOperation, "creds/ci", nil)
+			_, _ = m.request(opRead, "creds/ci", nil)
 
 			line := m.logLine(m.log.String()[logged:], tt.log)
-			if line["outcome"] != string(tt.outcome) || line["@level"] != tt.level || line["role"] != "ci" || line["request_id"] != "req-1" || line["mount"] != "cable/" {
+			if line["outcome"] != string(tt.outcome) || line["@level"] != tt.level || line["role"] != "ci" ||
+				line["request_id"] != "req-1" ||
+				line["mount"] != "cable/" {
 				t.Errorf("the line in the log: %v", line)
 			}
 			if _, err := time.ParseDuration(line["duration"].(string)); err != nil {
@@ -110,7 +111,7 @@ func TestOutcomes(t *testing.T) {
 			}
 
 			status := m.read("status")
-			if n := status["token_requests"].(map[string]any)[string(tt.outcome)]; n != int64(1) {
+			if n := status["token_requests"].(kv)[string(tt.outcome)]; n != int64(1) {
 				t.Errorf("status counts %v: %v", n, status["token_requests"])
 			}
 			// What is held is the echo of the 429 before it.
@@ -126,11 +127,13 @@ func TestOutcomes(t *testing.T) {
 				status["last_failure_role"] != "ci" || status["last_failure_at"] == "" {
 				t.Errorf("the last failure in status: %v", status)
 			}
-			if minted := tt.outcome == outcome.Minted; minted != (status["last_mint_at"] != "") || minted != (status["last_mint_role"] == "ci") {
+			if minted := tt.outcome == outcome.Minted; minted != (status["last_mint_at"] != "") ||
+				minted != (status["last_mint_role"] == "ci") {
 				t.Errorf("the last mint in status: %v", status)
 			}
 
-			if tt.outcome == outcome.GrantMismatch && (fmt.Sprint(line["granted_scopes"]) != "[everything:write]" || line["granted_organization"] != cabletest.DefaultOrganizationID || line["expires_at"] == nil) {
+			if tt.outcome == outcome.GrantMismatch &&
+				(fmt.Sprint(line["granted_scopes"]) != "[everything:write]" || line["granted_organization"] != cabletest.DefaultOrganizationID || line["expires_at"] == nil) {
 				t.Errorf("what was granted, in the log: %v", line)
 			}
 		})
@@ -140,8 +143,12 @@ func TestOutcomes(t *testing.T) {
 		m := newConfiguredMount(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, ID: "req-1"})
-		if line := m.logLine(m.log.String(), "token request failed"); line["outcome"] != "canceled" || line["@level"] != "debug" {
+		_, _ = m.b.HandleRequest(
+			ctx,
+			&logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage, ID: "req-1"},
+		)
+		if line := m.logLine(m.log.String(), "token request failed"); line["outcome"] != "canceled" ||
+			line["@level"] != "debug" {
 			t.Errorf("the line in the log: %v", line)
 		}
 		if status := m.read("status"); status["last_failure_at"] != "" {
@@ -151,18 +158,22 @@ func TestOutcomes(t *testing.T) {
 	t.Run("canceled after sending", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
-		m.sim.SetFault(cabletest.Fault{Delay: time.Minute})
+		m.sim.SetFault(Fault{Delay: time.Minute})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/ci", Storage: m.storage, ID: "req-1"})
+			_, _ = m.b.HandleRequest(
+				ctx,
+				&logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage, ID: "req-1"},
+			)
 		}()
 		m.waitUntil(func() bool { return m.sim.CallCount() > 0 })
 		cancel()
 		<-done
 		line := m.logLine(m.log.String(), undelivered)
-		if line["outcome"] != "canceled" || line["@level"] != "warn" || line["undelivered_until"] == nil || line["requested_scopes"] == nil {
+		if line["outcome"] != "canceled" || line["@level"] != "warn" || line["undelivered_until"] == nil ||
+			line["requested_scopes"] == nil {
 			t.Errorf("the line in the log: %v", line)
 		}
 		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
@@ -173,28 +184,31 @@ func TestOutcomes(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
 		life := 200 * time.Hour
-		m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Lifetime: &life}})
+		m.sim.SetFault(Fault{Grant: &Grant{Lifetime: &life}})
 		m.read("creds/ci")
 		line := m.logLine(m.log.String(), "longer lifetime than requested")
 		expiry, err := time.Parse(time.RFC3339, fmt.Sprint(line["expires_at"]))
-		if line["@level"] != "warn" || line["outcome"] != "minted" || line["requested_seconds"] != 3600. || err != nil || time.Until(expiry) < 199*time.Hour {
+		if line["@level"] != "warn" || line["outcome"] != "minted" || line["requested_seconds"] != 3600. ||
+			err != nil ||
+			time.Until(expiry) < 199*time.Hour {
 			t.Errorf("the line in the log: %v", line)
 		}
 	})
 	t.Run("a failure, then a mint", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)
-		m.sim.SetFault(cabletest.Fault{Status: 401, Times: 1})
-		_, _ = m.request(logical.ReadOperation, "creds/ci", nil)
+		m.sim.SetFault(Fault{Status: 401, Times: 1})
+		_, _ = m.request(opRead, "creds/ci", nil)
 		m.read("creds/ci")
-		if status := m.read("status"); status["last_failure_outcome"] != "key_rejected" || status["last_mint_role"] != "ci" {
+		if status := m.read("status"); status["last_failure_outcome"] != "key_rejected" ||
+			status["last_mint_role"] != "ci" {
 			t.Errorf("status: %v", status)
 		}
 	})
 }
 
 // logLine returns the fields of the last line that says text.
-func (m *testMount) logLine(log, text string) (fields map[string]any) {
+func (m *testMount) logLine(log, text string) (fields kv) {
 	m.Helper()
 	for line := range strings.Lines(log) {
 		if strings.Contains(line, text) {
@@ -265,14 +279,14 @@ func TestLogIsLivable(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	logged := len(m.log.String())
-	m.sim.SetFault(cabletest.Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
+	m.sim.SetFault(Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "90"}})
 	long := strings.Repeat("n", 1<<16)
 	for range 50 {
-		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/a..b", nil, `must not contain ".."`)
-		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/"+long, nil, "at most 128 are allowed")
-		m.refused(http.StatusTooManyRequests, logical.ReadOperation, "creds/ci", nil)
-		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/none", nil)
-		m.refused(http.StatusBadRequest, logical.ReadOperation, "creds/ci", map[string]any{"ttl": "1s"})
+		m.refused(400, opRead, "creds/a..b", nil, `must not contain ".."`)
+		m.refused(400, opRead, "creds/"+long, nil, "at most 128 are allowed")
+		m.refused(429, opRead, "creds/ci", nil)
+		m.refused(400, opRead, "creds/none", nil)
+		m.refused(400, opRead, "creds/ci", kv{"ttl": "1s"})
 	}
 	loud := 0
 	for line := range strings.Lines(m.log.String()[logged:]) {
@@ -318,11 +332,11 @@ func TestLogIsDocumented(t *testing.T) {
 func TestLongerGrantIsLoggedOnce(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/other", map[string]any{"scopes": "person:read"})
-	m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(20 * time.Hour)}})
+	m.write("roles/other", kv{"scopes": "person:read"})
+	m.sim.SetFault(Fault{Grant: &Grant{Lifetime: ptr(20 * time.Hour)}})
 	for range 3 {
 		for _, role := range []string{"ci", "other"} {
-			m.wantWarning(m.ok(logical.ReadOperation, "creds/"+role, nil).Warnings, "instead of the requested 3600s")
+			m.wantWarning(m.ok(opRead, "creds/"+role, nil).Warnings, "instead of the requested 3600s")
 		}
 	}
 	if n := strings.Count(m.log.String(), "longer lifetime than requested"); n != 2 {
@@ -348,8 +362,10 @@ func TestRefusedTokenByEitherClock(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
-			m.sim.SetFault(cabletest.Fault{ClockSkew: tt.skew, Grant: &cabletest.Grant{Lifetime: &tt.lifetime, Scopes: &[]string{"everything:write"}}})
-			resp, err := m.request(logical.ReadOperation, "creds/ci", nil)
+			m.sim.SetFault(
+				Fault{ClockSkew: tt.skew, Grant: &Grant{Lifetime: &tt.lifetime, Scopes: &[]string{"everything:write"}}},
+			)
+			resp, err := m.request(opRead, "creds/ci", nil)
 			_, failure := statusOf(resp, err)
 			if failure == nil {
 				t.Fatal("a token was returned")

@@ -26,7 +26,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// Hosts that a standInCable answers for.
+// Hosts of a standInCable.
 const (
 	cableHost   = "api.cable.tech"            // Cable's own, of the default token_url
 	gatewayHost = "cable-gateway.example.com" // an operator's own, with a root of its own

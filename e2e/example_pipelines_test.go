@@ -203,7 +203,7 @@ func TestExampleGitHubActions(t *testing.T) {
 		jwt := p.issuer.sign(t, p.claims, map[string]any{"aud": with["jwtGithubAudience"]})
 		a := m.ok(t, "POST", login, map[string]any{"role": with["role"], "jwt": jwt})
 		outputs = map[string]string{"vault_token": a.Auth.ClientToken}
-		responses := map[string]*answer{}
+		responses := map[string]*response{}
 		for entry := range strings.SplitSeq(strings.TrimSpace(with["secrets"]), ";") {
 			fields := regexp.MustCompile(`^\s*(\S+)\s+(\S+)\s*\|\s*(\S+)\s*$`).FindStringSubmatch(entry)
 			if fields == nil {

@@ -113,7 +113,7 @@ func TestPluginProcess(t *testing.T) {
 		before = after
 	}
 
-	// Each of the reads that are under way while it is killed has an answer.
+	// Each of the reads that are under way while it is killed has a response.
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	statuses := map[int]int{}
@@ -345,7 +345,7 @@ func TestGroupSignal(t *testing.T) {
 
 			m.sim.SetFault(cabletest.Fault{Delay: 2 * time.Second})
 			before := m.sim.CallCount()
-			read := make(chan *answer, 1)
+			read := make(chan *response, 1)
 			go func() {
 				a, _ := v.call(request{method: "GET", path: m.path + "/creds/app", token: v.root})
 				read <- a

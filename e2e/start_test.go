@@ -140,7 +140,7 @@ func TestLockedMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
-	enable := func() *answer { return v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName}) }
+	enable := func() *response { return v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName}) }
 	if a := enable(); a.status != 400 {
 		t.Fatalf("%s: want 400, because the plugin cannot lock memory", a)
 	}

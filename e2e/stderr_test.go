@@ -58,7 +58,7 @@ func (m *mount) flushLog(t *testing.T) {
 // flushes counts, to name the roles.
 var flushes atomic.Int64
 
-// rawServer answers requests as the simulator does, and then misbehaves. The function
+// rawServer responds to requests as the simulator does, and then misbehaves. The function
 // write gets the request, its Authorization header included, and the response, and
 // writes to the connection, in one piece up to each Flush. The returned channel gets a
 // value for each connection that the caller has closed.

@@ -63,8 +63,8 @@ func installAs(path string) (sum string, err error) {
 	return sum, err
 }
 
-// isInstalled returns nil if path is a file with that sum. It gives the file its mode
-// again, because Vault's user cannot read a copy that was made under umask 077.
+// isInstalled returns nil if path is a file with that sum. It corrects the file's mode,
+// because Vault's user cannot read a copy that was made under umask 077.
 func isInstalled(path, sum string) error {
 	info, err := os.Lstat(path)
 	if err != nil {
@@ -81,7 +81,7 @@ func isInstalled(path, sum string) error {
 		return fmt.Errorf("%s is there with other content, and is never replaced: "+
 			"its SHA-256 is %s, this program's is %s", path, got, sum)
 	}
-	if info.Mode().Perm() == 0o755 {
+	if info.Mode().Perm()|0o200 == 0o755 { // 0555 is as good
 		return nil
 	}
 	return os.Chmod(path, 0o755) //nolint:gosec // Vault's user has to run it

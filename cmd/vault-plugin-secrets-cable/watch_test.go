@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -337,9 +338,16 @@ func TestSignal(t *testing.T) {
 				cmd.Env = []string{"TMPDIR=" + t.TempDir()}
 				client := client(io.Discard, cmd)
 				t.Cleanup(client.Kill)
-				if _, err := client.Start(); err != nil {
+				addr, err := client.Start()
+				if err != nil {
 					t.Fatal(err)
 				}
+				// A process without the server's certificate is not the server.
+				stranger, err := net.Dial(addr.Network(), addr.String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer stranger.Close()
 				if connected {
 					protocol, err := client.Client()
 					if err == nil {

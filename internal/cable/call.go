@@ -33,7 +33,7 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	if err == nil {
 		defer func() { _ = resp.Body.Close() }()
 	}
-	sent, refusal := x.end()
+	sent, refusal := x.end(err != nil)
 	if refusal != nil {
 		return nil, noRetry, refusal
 	}

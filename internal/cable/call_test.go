@@ -85,11 +85,17 @@ func TestToken(t *testing.T) {
 	}
 }
 
+// responded returns the error for a status that shows that no token was issued.
+func responded(status int, detail string) Error {
+	return Error{Kind: Responded, StatusCode: status, Detail: detail, Attempts: 1}
+}
+
 // TestFaults pins the error for each way in which Cable can fail, how often Cable was called, and how many tokens were
 // issued. See also TestDecode and TestRetries.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	now := map[string]string{"Retry-After": "0"}
+	html := map[string]string{"Content-Type": "text/html"}
 	unreachable := Error{Kind: Unreachable, Detail: connectionClosed, MaybeIssued: true, Attempts: 1}
 	timedOut := Error{Kind: TimedOut, Detail: budgetRanOut, MaybeIssued: true, Attempts: 1}
 	invalid := func(detail string) Error {
@@ -118,12 +124,7 @@ func TestFaults(t *testing.T) {
 		{"reset before", cabletest.Fault{Reset: cabletest.ResetBefore}, unreachable, 0},
 		{"reset after", cabletest.Fault{Reset: cabletest.ResetAfter}, unreachable, 1},
 		{"half a response", cabletest.Fault{Reset: cabletest.ResetHalf}, unreachable, 1},
-		{
-			"half an error",
-			cabletest.Fault{Status: 401, Reset: cabletest.ResetHalf},
-			Error{Kind: Responded, StatusCode: 401, Attempts: 1},
-			0,
-		},
+		{"half an error", cabletest.Fault{Status: 401, Reset: cabletest.ResetHalf}, responded(401, ""), 0},
 		{"hangs before the response", cabletest.Fault{Delay: time.Hour}, timedOut, 0},
 		{"hangs in the response", cabletest.Fault{Stall: time.Hour}, timedOut, 1},
 		{
@@ -133,12 +134,7 @@ func TestFaults(t *testing.T) {
 			0,
 		},
 		{"8 MiB", cabletest.Fault{BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
-		{
-			"8 MiB of an error",
-			cabletest.Fault{Status: 400, BodySize: 8 << 20},
-			Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1},
-			0,
-		},
+		{"8 MiB of an error", cabletest.Fault{Status: 400, BodySize: 8 << 20}, responded(400, notCables), 0},
 		{
 			"8 MiB of JSON",
 			cabletest.Fault{Body: `{"token":"`, BodySize: 8 << 20},
@@ -154,21 +150,14 @@ func TestFaults(t *testing.T) {
 		{
 			"gzip bomb of an error",
 			cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true},
-			Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1},
+			responded(400, notCables),
 			0,
 		},
-		{
-			"HTML",
-			cabletest.Fault{Body: "<html>sign in</html>", Header: map[string]string{"Content-Type": "text/html"}},
-			invalid(noJSON),
-			1,
-		},
+		{"HTML", cabletest.Fault{Body: "<html>sign in</html>", Header: html}, invalid(noJSON), 1},
 		{
 			"HTML of an error",
-			cabletest.Fault{
-				Status: 403, Body: "<html>blocked</html>", Header: map[string]string{"Content-Type": "text/html"},
-			},
-			Error{Kind: Responded, StatusCode: 403, Detail: notCables, Attempts: 1},
+			cabletest.Fault{Status: 403, Body: "<html>blocked</html>", Header: html},
+			responded(403, notCables),
 			0,
 		},
 		{"empty", cabletest.Fault{Status: 200, Body: " "}, invalid(noJSON), 0},
@@ -193,7 +182,7 @@ func TestFaults(t *testing.T) {
 		{
 			"another coding of an error",
 			cabletest.Fault{Status: 401, Header: encoded("br").Header},
-			Error{Kind: Responded, StatusCode: 401, Detail: "Unauthorized", Attempts: 1},
+			responded(401, "Unauthorized"),
 			0,
 		},
 
@@ -301,6 +290,7 @@ func TestHostileServer(t *testing.T) {
 		return Error{Kind: Unreachable, Detail: detail, MaybeIssued: true, Attempts: 1}
 	}
 	timedOut := Error{Kind: TimedOut, Detail: budgetRanOut, MaybeIssued: true, Attempts: 1}
+	const longHead = "the head of its response is larger than 65536 bytes"
 	for _, tt := range []struct {
 		name    string
 		respond func(conn net.Conn, sent string)
@@ -316,12 +306,12 @@ func TestHostileServer(t *testing.T) {
 		{
 			"endless garbage",
 			func(c net.Conn, _ string) { writeUntilGone(c, strings.Repeat("x", 4096), 0) },
-			unreachable(notHTTP),
+			unreachable(longHead),
 		},
 		{"the request itself", func(c net.Conn, sent string) { _, _ = io.WriteString(c, sent) }, unreachable(notHTTP)},
 		{"the request in the status line", func(c net.Conn, sent string) {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 400 %s\r\nContent-Length: 0\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
-		}, Error{Kind: Responded, StatusCode: 400, Detail: notCables, Attempts: 1}},
+		}, responded(400, notCables)},
 		{"the request as a header's name", func(c net.Conn, sent string) {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n%s\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
 		}, unreachable(notHTTP)},
@@ -344,7 +334,7 @@ func TestHostileServer(t *testing.T) {
 		{"endless header", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n")
 			writeUntilGone(c, "X-Y: "+strings.Repeat("z", 1000)+"\r\n", 0)
-		}, unreachable(notHTTP)},
+		}, unreachable(longHead)},
 		{"dripping header", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n")
 			writeUntilGone(c, "X: y\r\n", 10*time.Millisecond)
@@ -352,7 +342,7 @@ func TestHostileServer(t *testing.T) {
 		{
 			"storm of 1xx",
 			func(c net.Conn, _ string) { writeUntilGone(c, "HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n", 0) },
-			unreachable(notHTTP),
+			unreachable(longHead),
 		},
 		{"dripping 1xx", func(c net.Conn, _ string) {
 			writeUntilGone(c, "HTTP/1.1 102 Processing\r\n\r\n", 10*time.Millisecond)
@@ -361,7 +351,7 @@ func TestHostileServer(t *testing.T) {
 			_, _ = io.WriteString(
 				c, strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 50)+"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n",
 			)
-		}, Error{Kind: Responded, StatusCode: 401, Detail: notCables, Attempts: 1}},
+		}, responded(401, notCables)},
 		// The body of a 101 is the bare connection, so no context ends a read of it.
 		{"another protocol", func(c net.Conn, _ string) {
 			_, _ = io.WriteString(

@@ -28,26 +28,13 @@ const (
 
 // Config configures a Client. RefreshKey is required; every other field has a default, which its zero value selects.
 type Config struct {
-	// RefreshKey is the long-lived credential.
-	RefreshKey Secret
-
-	// TokenURL is the whole endpoint; default DefaultTokenURL. See ParseTokenURL.
-	TokenURL string
-
-	// Bearer sends "Authorization: Bearer <key>" instead of the key alone. Cable's documents show both.
-	Bearer bool
-
-	// CACert contains PEM certificates to trust in addition to the system's; default none. See CheckCACert.
-	CACert string
-
-	// Timeout is the whole budget of one RequestToken; default DefaultTimeout.
-	Timeout time.Duration
-
-	// UserAgent is sent as it is; default none.
-	UserAgent string
-
-	// Pause continues the pause of an earlier Client of the same key and URL; default a new one.
-	Pause *Pause
+	RefreshKey Secret        // the long-lived credential
+	TokenURL   string        // the whole endpoint, see ParseTokenURL; default DefaultTokenURL
+	Bearer     bool          // send "Authorization: Bearer <key>", not the key alone; Cable's documents show both
+	CACert     string        // certificates to trust in addition to the system's, see CheckCACert; default none
+	Timeout    time.Duration // the whole budget of one RequestToken; default DefaultTimeout
+	UserAgent  string        // sent as it is; default none
+	Pause      *Pause        // that of an earlier Client of the same key and URL; default a new one
 
 	// Observe is called after each API call, before RequestToken returns; default none. It must be quick and safe for
 	// concurrent use.
@@ -56,18 +43,10 @@ type Config struct {
 
 // Call is one API call, an HTTP request to Cable. One RequestToken makes up to three.
 type Call struct {
-	// StatusCode is the HTTP status of the response, or 0 if none arrived.
-	StatusCode int
-
-	// Duration is the time until the response's headers arrived or the call failed, by the clock that advanced more:
-	// wall or monotonic.
-	Duration time.Duration
-
-	// Retry reports that an earlier call of the same RequestToken failed.
-	Retry bool
-
-	// PauseBegan reports that the response, a 429, began a pause.
-	PauseBegan bool
+	StatusCode int           // of the response, or 0 if none arrived
+	Duration   time.Duration // until the response's head arrived or the call failed, see Elapsed
+	Retry      bool          // an earlier call of the same RequestToken failed
+	PauseBegan bool          // the response, a 429, began a pause
 }
 
 // Client requests access tokens. It is safe for concurrent use and reuses its connections, so make one per
@@ -88,14 +67,9 @@ type Client struct {
 
 // TokenRequest describes the access token to request.
 type TokenRequest struct {
-	// OrganizationID is the organization that the token is for.
-	OrganizationID string
-
-	// Scopes have the form resource:action.
-	Scopes []string
-
-	// Lifetime is sent in whole seconds, MinLifetime to MaxLifetime.
-	Lifetime time.Duration
+	OrganizationID string        // that the token is for
+	Scopes         []string      // of the form resource:action
+	Lifetime       time.Duration // in whole seconds, MinLifetime to MaxLifetime
 
 	// Start is when the budget, Config.Timeout, began. Zero or a time in the future means when RequestToken is called.
 	Start time.Time
@@ -108,20 +82,12 @@ type TokenRequest struct {
 
 // Token is the access token that Cable issued, not yet compared with the request.
 type Token struct {
-	// Value is the access token.
-	Value Secret
-
-	// Expiry is absolute, in Unix seconds by Cable's clock.
-	Expiry int64
-
-	// OrganizationID and OrganizationName are those of the response.
-	OrganizationID, OrganizationName string
-
-	// ScopesOrganizationID is the organization named inside "scopes", or "".
-	ScopesOrganizationID string
-
-	// Scopes are the granted ones, or nil if the response names none, because the schema does not require them.
-	Scopes []string
+	Value                Secret
+	Expiry               int64    // absolute, in Unix seconds by Cable's clock
+	OrganizationID       string   // of the response
+	OrganizationName     string   // of the response, made safe to show
+	ScopesOrganizationID string   // the one inside "scopes", or ""
+	Scopes               []string // nil if the response names none, because the schema does not require them
 
 	// Date is Cable's clock when it responded, namely the response's Date plus its Age, in whole seconds, rounded down.
 	// It is zero if Date is missing or unreadable.
@@ -131,8 +97,7 @@ type Token struct {
 	// monotonic readings.
 	SentAt, ReceivedAt time.Time
 
-	// Attempts counts the API calls.
-	Attempts int
+	Attempts int // API calls
 }
 
 // New returns a Client, or an error that names the field of cfg that cannot be used. It connects to nothing.

@@ -38,34 +38,29 @@ const (
 
 // String returns a stable lower-case name, for a log field or a label.
 func (k Kind) String() string {
-	names := []string{"unknown", "responded", "paused", "unreachable", "invalid_response", "timed_out", "canceled"}
-	if k < 0 || int(k) >= len(names) {
-		k = 0
+	name, ok := map[Kind]string{
+		Responded: "responded", Paused: "paused", Unreachable: "unreachable", InvalidResponse: "invalid_response",
+		TimedOut: "timed_out", Canceled: "canceled",
+	}[k]
+	if !ok {
+		return "unknown"
 	}
-	return names[k]
+	return name
 }
 
 // Error says why a token request failed. Its text is safe to show, because it contains no secret and no raw body. Of
 // Cable's response it contains only the envelope's message and errors, and the name of a coding, bounded, escaped, and
 // with the refresh key redacted.
 type Error struct {
-	Kind Kind
-
-	// StatusCode is the HTTP status of the response, or 0 if none arrived.
-	StatusCode int
-
-	// Detail is Cable's message, made safe to show, or the fault.
-	Detail string
-
-	// RetryAfter is the time until the pause ends, set if Kind is Paused, or Responded with 429.
-	RetryAfter time.Duration
+	Kind       Kind
+	StatusCode int           // of the response, or 0 if none arrived
+	Detail     string        // Cable's message, made safe to show, or the fault
+	RetryAfter time.Duration // until the pause ends, set if Kind is Paused, or Responded with 429
+	Attempts   int           // API calls
 
 	// MaybeIssued reports that Cable may have issued a token that was not delivered, because the request was sent, and
 	// no response shows that it was refused.
 	MaybeIssued bool
-
-	// Attempts counts the API calls.
-	Attempts int
 
 	// Certificate reports that Kind is Unreachable because the server's certificate was refused, or because the server
 	// refused a client without one. It is a fault of the configuration, not of the network.
@@ -76,11 +71,7 @@ type Error struct {
 func (e *Error) Error() string {
 	switch e.Kind {
 	case Responded:
-		text := fmt.Sprintf("Cable responded %d", e.StatusCode)
-		if e.Detail != "" {
-			text += ": " + e.Detail
-		}
-		return text
+		return strings.TrimSuffix(fmt.Sprintf("Cable responded %d: %s", e.StatusCode, e.Detail), ": ")
 	case Paused:
 		seconds := (e.RetryAfter + time.Second - 1) / time.Second
 		return fmt.Sprintf("paused after Cable's 429: no API call for another %ds", seconds)
@@ -140,6 +131,8 @@ func describe(err error, stage string) string {
 			text = "the TLS connection failed: "
 		}
 		text += strings.TrimPrefix(op.Err.Error(), "tls: ")
+	case says(err, "server response headers exceeded"):
+		text = fmt.Sprintf("the head of its response is larger than %d bytes", maxHeader)
 	case errors.Is(err, errNotLoopback):
 		text = errNotLoopback.Error()
 	case isAny(err, syscall.ECONNREFUSED, wsaECONNREFUSED):

@@ -76,16 +76,17 @@ func (x *exchange) open() {
 	x.refusal = x.allow()
 }
 
-// end returns whether a byte of the call was sent, which does not change any more, and the error of Allow if it
-// refused.
-func (x *exchange) end() (sent bool, refusal error) {
+// end returns whether the call was sent, which does not change any more, and the error of Allow if it refused. A call
+// that failed was sent if a byte of it was, because net/http does not return an error before it has stopped writing. A
+// response may arrive before that.
+func (x *exchange) end(failed bool) (sent bool, refusal error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.panicked != nil {
 		panic(x.panicked)
 	}
 	x.ended = true
-	return x.opened && (x.conn == nil || x.conn.written.Load() > x.before), x.refusal
+	return x.opened && (!failed || x.conn == nil || x.conn.written.Load() > x.before), x.refusal
 }
 
 // state returns how far the call has come, and err with the findings of the handshake. early says that the connection

@@ -186,6 +186,23 @@ func TestEarlyResponse(t *testing.T) {
 	}
 }
 
+// TestEnd pins that a response which overtakes the request does not make it one that was not sent.
+func TestEnd(t *testing.T) {
+	t.Parallel()
+	for _, failed := range []bool{false, true} {
+		x := newExchange(func() error { return nil }, []byte("{}"), false)
+		x.conn = new(countingConn) // to which nothing was written yet
+		if sent, _ := x.end(failed); sent {
+			t.Errorf("failed %t: sent before the gate opened", failed)
+		}
+		x.ended = false
+		x.open()
+		if sent, _ := x.end(failed); sent == failed {
+			t.Errorf("failed %t: sent %t", failed, sent)
+		}
+	}
+}
+
 // faultyConn is a connection whose writes fail with err, or are lost if that is nil, once faulty is set.
 type faultyConn struct {
 	net.Conn

@@ -11,7 +11,8 @@ import (
 )
 
 const (
-	// maxPause bounds a pause that Cable asks for, because a wrong Retry-After must not stop a mount for a day.
+	// maxPause bounds a pause that Cable asks for at five minutes, because a wrong Retry-After must not stop a mount
+	// for a day.
 	maxPause = 5 * time.Minute
 
 	// defaultPause is the pause after a 429 that names no time. Cable publishes no limits, so it only has to be long

@@ -119,7 +119,7 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 		body.read("organization_name", &name))
 	if err == nil && body.has("scopes") {
 		var scopes object
-		if scopes, err = parse(body["scopes"], "scopes.", "organization_id", "scopes"); err == errShape {
+		if scopes, err = parse(body["scopes"], "scopes.", "organization_id", "scopes"); errors.Is(err, errShape) {
 			err = body.read("scopes", new(scopesBody))
 		}
 		err = cmp.Or(err, scopes.read("scopes.organization_id", &t.ScopesOrganizationID),

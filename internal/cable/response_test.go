@@ -431,12 +431,7 @@ func notPrinted(c rune) bool { return !unicode.IsGraphic(c) && c != '\u200c' && 
 // FuzzErrorResponse pins that for any error response, the error is bounded, printable, and without the key.
 func FuzzErrorResponse(f *testing.F) {
 	f.Add(401, []byte(`{"code":401,"message":"unauthorized"}`))
-	f.Add(
-		400,
-		[]byte(
-			`{"message":"`+testKey+`","errors":[{"field":"`+testKey[:15]+`","message":"\u001b[0m"}]}`,
-		),
-	)
+	f.Add(400, []byte(`{"message":"`+testKey+`","errors":[{"field":"`+testKey[:15]+`","message":"\u001b[0m"}]}`))
 	f.Add(503, []byte(strings.Repeat(`{"message":`, 1000)))
 	f.Add(500, []byte("<html>"+testKey))
 	f.Add(302, []byte("{}"))

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	maxRetries = 2
+	maxRetries = 2                      // an API call is retried at most twice
 	retryDelay = 100 * time.Millisecond // before the first retry, doubled for the second; jitter doubles it at most
 	noRetry    = time.Duration(-1)
 )

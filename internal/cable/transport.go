@@ -51,7 +51,7 @@ func newTransport(u, proxy *url.URL, caCert string, head int) (*http.Transport, 
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	return &http.Transport{
-		Proxy:                  http.ProxyURL(proxy),
+		Proxy:                  http.ProxyURL(proxy), // proxies come from the environment, see environmentProxy
 		DialContext:            counted(dialer.DialContext),
 		TLSClientConfig:        tlsConfig,
 		TLSHandshakeTimeout:    dialTimeout,

@@ -87,25 +87,17 @@ func TestFaultOrder(t *testing.T) {
 		faults []cabletest.Fault
 		want   []int
 	}{
-		"none": {want: []int{200, 200}},
-		"until cleared": {
-			faults: []cabletest.Fault{status(500)}, want: []int{500, 500, 500},
-		},
-		"times": {
-			faults: []cabletest.Fault{times(status(500), 2)}, want: []int{500, 500, 200, 200},
-		},
+		"none":          {want: []int{200, 200}},
+		"until cleared": {faults: []cabletest.Fault{status(500)}, want: []int{500, 500, 500}},
+		"times":         {faults: []cabletest.Fault{times(status(500), 2)}, want: []int{500, 500, 200, 200}},
 		"in order": {
 			faults: []cabletest.Fault{times(status(500), 1), times(status(503), 2)}, want: []int{500, 503, 503, 200},
 		},
-		"every": {
-			faults: []cabletest.Fault{every(status(500), 3)}, want: []int{200, 200, 500, 200, 200, 500},
-		},
+		"every": {faults: []cabletest.Fault{every(status(500), 3)}, want: []int{200, 200, 500, 200, 200, 500}},
 		"every and times": {
 			faults: []cabletest.Fault{times(every(status(500), 2), 1), status(503)}, want: []int{200, 500, 503},
 		},
-		"behave once": {
-			faults: []cabletest.Fault{{Times: 1}, status(503)}, want: []int{200, 503},
-		},
+		"behave once": {faults: []cabletest.Fault{{Times: 1}, status(503)}, want: []int{200, 503}},
 		"default": {
 			opts:   cabletest.Options{Default: status(418)},
 			faults: []cabletest.Fault{times(every(status(500), 2), 1)}, want: []int{418, 500, 418},
@@ -184,10 +176,7 @@ func TestFaultGrant(t *testing.T) {
 			fault:   cabletest.Fault{Grant: &cabletest.Grant{OmitToken: true}},
 			replace: [2]string{`"token":"TOKEN",`, ``},
 		},
-		"token": {
-			fault:   cabletest.Fault{Grant: &cabletest.Grant{Token: ptr("")}},
-			replace: [2]string{`TOKEN`, ``},
-		},
+		"token": {fault: cabletest.Fault{Grant: &cabletest.Grant{Token: ptr("")}}, replace: [2]string{`TOKEN`, ``}},
 		"expiry left out": {
 			fault:   cabletest.Fault{Grant: &cabletest.Grant{OmitExpiry: true}},
 			replace: [2]string{`"expiry":1711929600,`, ``},

@@ -5,7 +5,6 @@ package mount
 
 import (
 	"context"
-	"runtime/debug"
 	"sync"
 	"time"
 )
@@ -19,7 +18,7 @@ const patience = time.Second
 // Sharing these calls lowered the plugin's CPU time per mint from 1.67 to 1.57 of that of an engine that does nothing,
 // and per reused token from 1.06 to 0.85.
 type LeaseSetting struct {
-	read func() time.Duration
+	read func() (time.Duration, error)
 
 	mu       sync.Mutex
 	underWay *leaseCall // the last call that began, or nil if it has ended
@@ -28,14 +27,15 @@ type LeaseSetting struct {
 
 // leaseCall is one call to Vault.
 type leaseCall struct {
-	began time.Time
-	done  chan struct{} // closed when the fields below are set
-	ttl   time.Duration
-	panic *Panic
+	began  time.Time
+	done   chan struct{} // closed when result is set
+	result result[time.Duration]
 }
 
 // NewLeaseSetting returns the setting that read reads.
-func NewLeaseSetting(read func() time.Duration) *LeaseSetting { return &LeaseSetting{read: read} }
+func NewLeaseSetting(read func() time.Duration) *LeaseSetting {
+	return &LeaseSetting{read: func() (time.Duration, error) { return read(), nil }}
+}
 
 // Get returns the setting as it is now; 0 if Vault did not report it. It gives up when ctx ends, and re-panics if the
 // call panicked.
@@ -57,10 +57,7 @@ func (s *LeaseSetting) Get(ctx context.Context) (time.Duration, error) {
 	for {
 		select {
 		case <-call.done:
-			if call.panic != nil {
-				panic(call.panic)
-			}
-			return call.ttl, nil
+			return call.result.get() // every request that waits for the call gets its panic
 		case <-ctx.Done():
 			return 0, context.Cause(ctx)
 		case <-hung:
@@ -79,7 +76,8 @@ func (s *LeaseSetting) beginLocked() {
 	s.underWay, s.next = call, nil
 	call.began = time.Now()
 	go func() {
-		call.run(s.read)
+		call.result = resultOf(s.read)
+		close(call.done)
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.underWay != call {
@@ -90,15 +88,4 @@ func (s *LeaseSetting) beginLocked() {
 			s.beginLocked()
 		}
 	}()
-}
-
-// run calls Vault. Every request that waits for the call gets its panic.
-func (c *leaseCall) run(read func() time.Duration) {
-	defer func() {
-		if value := recover(); value != nil {
-			c.panic = &Panic{Value: value, Stack: debug.Stack()}
-		}
-		close(c.done)
-	}()
-	c.ttl = read()
 }

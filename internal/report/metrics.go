@@ -84,14 +84,12 @@ func newMetrics() *metrics {
 		return auto.NewCounterVec(prometheus.CounterOpts{Namespace: metricsNamespace, Name: name, Help: help}, labels)
 	}
 	gauge := func(name, help string, labels prometheus.Labels) prometheus.Gauge {
-		return auto.NewGauge(prometheus.GaugeOpts{
-			Namespace: metricsNamespace, Name: name, Help: help, ConstLabels: labels,
-		})
+		return auto.NewGauge(
+			prometheus.GaugeOpts{Namespace: metricsNamespace, Name: name, Help: help, ConstLabels: labels})
 	}
 	histogram := func(name, help string, buckets ...float64) prometheus.Histogram {
-		return auto.NewHistogram(prometheus.HistogramOpts{
-			Namespace: metricsNamespace, Name: name, Help: help, Buckets: buckets,
-		})
+		return auto.NewHistogram(
+			prometheus.HistogramOpts{Namespace: metricsNamespace, Name: name, Help: help, Buckets: buckets})
 	}
 	// Up to the longest request_timeout; a healthy Cable responds in tens of milliseconds.
 	durations := []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20, 30, 60}
@@ -99,18 +97,15 @@ func newMetrics() *metrics {
 
 	m.tokenRequests = counters("token_requests_total",
 		"Token requests that ended, by role and outcome.", "role", "outcome")
-	m.tokenRequestsInFlight = gauge("token_requests_in_flight",
-		"Token requests that are waiting for Cable.", nil)
+	m.tokenRequestsInFlight = gauge("token_requests_in_flight", "Token requests that are waiting for Cable.", nil)
 	m.tokenRequestDuration = histogram("token_request_duration_seconds",
 		"Time of a token request in the engine, retries included, if Cable was called.", durations...)
 	m.apiCalls = counters("api_calls_total",
 		"API calls to Cable, by HTTP status; none if Cable did not respond.", "code")
 	m.apiCallDuration = histogram("api_call_duration_seconds",
 		"Time from sending an API call to the headers of Cable's response, if there was one.", durations...)
-	m.apiRetries = counter("api_retries_total",
-		"API calls to Cable that retry an earlier one.")
-	m.pauses = counter("pauses_total",
-		"Pauses that began with Cable's 429.")
+	m.apiRetries = counter("api_retries_total", "API calls to Cable that retry an earlier one.")
+	m.pauses = counter("pauses_total", "Pauses that began with Cable's 429.")
 	m.grantMismatches = counter("grant_mismatches_total",
 		"Tokens that were dropped because Cable granted something other than requested.")
 	m.undeliveredTokens = counter("undelivered_tokens_total",
@@ -131,12 +126,10 @@ func newMetrics() *metrics {
 	m.reusedTokenReaders = histogram("reused_token_readers",
 		"Reads that a shared token was returned to, observed when it is dropped.",
 		1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000)
-	m.panics = counter("panics_total",
-		"Requests that failed because of an internal error in the engine.")
-	gauge("build_info", "The build of the engine, as labels; always 1.",
-		prometheus.Labels{
-			"version": version.String(), "commit": version.Commit(), "goversion": runtime.Version(),
-		}).Set(1)
+	m.panics = counter("panics_total", "Requests that failed because of an internal error in the engine.")
+	gauge("build_info", "The build of the engine, as labels; always 1.", prometheus.Labels{
+		"version": version.String(), "commit": version.Commit(), "goversion": runtime.Version(),
+	}).Set(1)
 	m.registry.MustRegister(
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
@@ -152,8 +145,20 @@ func newMetrics() *metrics {
 	return m
 }
 
-// apiCallEnded counts an API call to Cable.
-func (m *metrics) apiCallEnded(c cable.Call) {
+// CallBegan counts a token request that waits for Cable, until ended is called.
+func (p *Reporter) CallBegan() (ended func()) {
+	p.metrics.tokenRequestsInFlight.Inc()
+	return p.metrics.tokenRequestsInFlight.Dec
+}
+
+// SharedTokenDropped counts the readers of a shared token that is dropped.
+func (p *Reporter) SharedTokenDropped(readers int) {
+	p.metrics.reusedTokenReaders.Observe(float64(readers))
+}
+
+// APICallEnded counts an API call to Cable.
+func (p *Reporter) APICallEnded(c cable.Call) {
+	m := p.metrics
 	counter, ok := m.apiCallsByCode[c.StatusCode]
 	switch {
 	case ok:
@@ -219,8 +224,9 @@ func (m *metrics) roleLabel(r *TokenRequest) string {
 	return r.Role
 }
 
-// roleGone drops the series of a role.
-func (m *metrics) roleGone(name string) {
+// RoleGone drops the series of a role that was deleted, or may have been.
+func (p *Reporter) RoleGone(name string) {
+	m := p.metrics
 	m.rolesMu.Lock()
 	defer m.rolesMu.Unlock()
 	if m.roles[name] {
@@ -253,8 +259,7 @@ func ConfigMetrics(c *state.Config, pausedUntil time.Time) prometheus.Gatherer {
 	}
 	send("disabled", "Whether the mount is disabled.", truth(c.Disabled))
 	send("paused", "Whether token requests are paused after Cable's 429.", truth(time.Now().Before(pausedUntil)))
-	send("refresh_key_version", "The version of the refresh key in use, counted from 1.",
-		float64(c.RefreshKeyVersion))
+	send("refresh_key_version", "The version of the refresh key in use, counted from 1.", float64(c.RefreshKeyVersion))
 	if at := c.RefreshKeyUpdatedAt; !at.IsZero() {
 		send("refresh_key_updated_timestamp_seconds", "When the refresh key was written, in Unix seconds.",
 			float64(at.Unix()))

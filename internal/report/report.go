@@ -13,6 +13,7 @@ package report
 
 import (
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
@@ -27,22 +28,45 @@ import (
 )
 
 // undeliveredPhrase is what operators search the log for.
-const undeliveredPhrase = "token request failed after it was sent; " +
-	"Cable may have issued a token that was not delivered"
+const undeliveredPhrase = "token request failed after it was sent; Cable may have issued a token that was not delivered"
 
 // Reporter reports for one mount on one node, from when it was set up there.
 type Reporter struct {
 	logger  func() hclog.Logger
 	metrics *metrics
-	tally   *tally
+	node    string
+	since   time.Time
 
-	mu     sync.Mutex
-	longer map[string]time.Time // when a longer grant was last logged, by role
+	mu          sync.Mutex
+	longer      map[string]time.Time // when a longer grant was last logged, by role
+	counts      map[outcome.Outcome]int64
+	lastMint    ended
+	lastFailure ended
+	leasesEnded int64
+}
+
+// ended is a token request as status shows it.
+type ended struct {
+	at          time.Time // zero if there was none
+	role        string
+	outcome     outcome.Outcome
+	cableStatus int // 0 without a response
 }
 
 // New returns the reporter of a new mount.
 func New(logger func() hclog.Logger) *Reporter {
-	return &Reporter{logger: logger, metrics: newMetrics(), tally: newTally(), longer: make(map[string]time.Time)}
+	node, err := os.Hostname()
+	if err != nil {
+		node = "unknown"
+	}
+	return &Reporter{
+		logger:  logger,
+		metrics: newMetrics(),
+		node:    node,
+		since:   time.Now(),
+		longer:  make(map[string]time.Time),
+		counts:  make(map[outcome.Outcome]int64),
+	}
 }
 
 // Source names the request that a report is about.
@@ -137,12 +161,28 @@ func (p *Reporter) TokenRequestEnded(r TokenRequest) {
 	}
 	if r.Kind != SharedCall {
 		p.metrics.tokenRequestEnded(&r, o)
-		p.tally.count(o)
 	}
 	if r.Kind != Reader {
 		p.metrics.callEnded(&r, o)
 	}
-	p.tally.keepLast(&r, o)
+	p.keep(&r, o)
+}
+
+// keep counts a token request for status, and keeps it as the last mint or the last failure, if it is one. A shared
+// call is kept even if its readers have left.
+func (p *Reporter) keep(r *TokenRequest, o outcome.Outcome) {
+	last := ended{at: time.Now(), role: r.roleName(), outcome: o}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r.Kind != SharedCall {
+		p.counts[o]++
+	}
+	if o == outcome.Minted {
+		p.lastMint = last
+	} else if r.Failure != nil && o.IsFailure() {
+		last.cableStatus = r.Failure.CableStatus
+		p.lastFailure = last
+	}
 }
 
 // logReader writes the line of a reader of a shared token.
@@ -230,32 +270,13 @@ func (p *Reporter) isNewLongerGrant(role string) bool {
 	return true
 }
 
-// CallBegan counts a token request that waits for Cable, until ended is called.
-func (p *Reporter) CallBegan() (ended func()) {
-	p.metrics.tokenRequestsInFlight.Inc()
-	return p.metrics.tokenRequestsInFlight.Dec
-}
-
-// APICallEnded counts an API call.
-func (p *Reporter) APICallEnded(c cable.Call) { p.metrics.apiCallEnded(c) }
-
-// SharedTokenDropped counts the readers of a shared token that is dropped.
-func (p *Reporter) SharedTokenDropped(readers int) {
-	p.metrics.reusedTokenReaders.Observe(float64(readers))
-}
-
-// RoleGone drops the series of a role that was deleted, or may have been.
-func (p *Reporter) RoleGone(name string) { p.metrics.roleGone(name) }
-
 // ConfigWritten reports a write of config.
 func (p *Reporter) ConfigWritten(s Source, c *state.Config) {
 	p.log(s).Info("config written", "refresh_key_version", c.RefreshKeyVersion, "disabled", c.Disabled)
 }
 
 // ConfigDeleted reports the deletion of config.
-func (p *Reporter) ConfigDeleted(s Source) {
-	p.log(s).Info("config deleted")
-}
+func (p *Reporter) ConfigDeleted(s Source) { p.log(s).Info("config deleted") }
 
 // RoleWritten reports a write of a role.
 func (p *Reporter) RoleWritten(s Source, name string, r *state.Role) {
@@ -266,7 +287,7 @@ func (p *Reporter) RoleWritten(s Source, name string, r *state.Role) {
 // RoleDeleted reports the deletion of a role.
 func (p *Reporter) RoleDeleted(s Source, name string) {
 	p.log(s).Info("role deleted", "role", name)
-	p.metrics.roleGone(name)
+	p.RoleGone(name)
 }
 
 // WriteFailed reports a write that failed in Vault's storage. trial is the token that verify_role minted in vain, "" if
@@ -296,7 +317,9 @@ func (p *Reporter) Panicked(s Source, value any, stack []byte) {
 func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64, expired bool) {
 	log := p.log(s).With("role", role, "organization", fields.Organization.Redact(organization))
 	p.metrics.leasesEnded.Inc()
-	p.tally.leaseEnded()
+	p.mu.Lock()
+	p.leasesEnded++
+	p.mu.Unlock()
 	if expiry == 0 {
 		log.Info("lease ended; token expiry unknown")
 		return
@@ -309,6 +332,36 @@ func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64,
 	} else {
 		log.Debug("lease ended", "expires_at", outcome.UnixTime(expiry))
 	}
+}
+
+// Status returns what status shows of the past, for this node since the mount was set up there.
+func (p *Reporter) Status() map[string]any {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	requests := make(map[string]any, len(p.counts))
+	for o, n := range p.counts {
+		requests[string(o)] = n
+	}
+	return map[string]any{
+		"node":                      p.node,
+		"since":                     outcome.Time(p.since),
+		"last_mint_at":              milliseconds(p.lastMint.at),
+		"last_mint_role":            p.lastMint.role,
+		"last_failure_at":           milliseconds(p.lastFailure.at),
+		"last_failure_role":         p.lastFailure.role,
+		"last_failure_outcome":      string(p.lastFailure.outcome),
+		"last_failure_cable_status": p.lastFailure.cableStatus,
+		"token_requests":            requests,
+		"leases_ended":              p.leasesEnded,
+	}
+}
+
+// milliseconds formats a time in RFC 3339 with millisecond precision, so that times can be ordered.
+func milliseconds(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format("2006-01-02T15:04:05.000Z07:00")
 }
 
 func seconds(d time.Duration) int64 { return int64(d / time.Second) }

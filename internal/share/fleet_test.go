@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -217,11 +218,11 @@ func (f fleet) outageCovered() time.Duration {
 
 // fleets are compared in the table.
 var fleets = []fleet{
-	{name: "ttl=1h without reuse", ttl: time.Hour, threshold: 0.9},
-	{name: "ttl=1h reuse_for=30m", ttl: time.Hour, reuseFor: 30 * time.Minute, threshold: 0.9},
-	{name: "ttl=1h reuse_for=5m", ttl: time.Hour, reuseFor: 5 * time.Minute, threshold: 0.9},
-	{name: "ttl=24h reuse_for=12h", ttl: 24 * time.Hour, reuseFor: 12 * time.Hour, threshold: 0.9},
-	{name: "ttl=1h reuse_for=5m, threshold 0.5", ttl: time.Hour, reuseFor: 5 * time.Minute, threshold: 0.5},
+	{name: "`ttl=1h` without reuse", ttl: time.Hour, threshold: 0.9},
+	{name: "`ttl=1h reuse_for=30m`", ttl: time.Hour, reuseFor: 30 * time.Minute, threshold: 0.9},
+	{name: "`ttl=1h reuse_for=5m`", ttl: time.Hour, reuseFor: 5 * time.Minute, threshold: 0.9},
+	{name: "`ttl=24h reuse_for=12h`", ttl: 24 * time.Hour, reuseFor: 12 * time.Hour, threshold: 0.9},
+	{name: "`ttl=1h reuse_for=5m`, threshold 0.5", ttl: time.Hour, reuseFor: 5 * time.Minute, threshold: 0.5},
 }
 
 // TestFleet protects the bounds that docs/performance.md states, whenever an
@@ -272,31 +273,57 @@ func (f fleet) outages(leaderLost time.Duration) string {
 		some += min(d.expired, 1)
 		expired += d.expired
 	}
+	if some == 0 {
+		return "0"
+	}
 	return fmt.Sprintf("%d (%d %%)", some, (expired*100+12*f.agents)/(24*f.agents))
 }
 
 // printFleet prints the table of docs/performance.md.
 func printFleet() {
-	sizes := []int{10, 1000, 100_000, 1_000_000}
-	rows := make([]string, 2*len(sizes)*len(fleets))
+	var days []fleet
+	for _, n := range []int{10, 1000, 100_000, 1_000_000} {
+		for i, f := range fleets {
+			f.agents = n
+			for _, f.start = range []time.Duration{time.Hour, time.Second} {
+				if n == 1_000_000 || i < 3 && f.start == time.Hour {
+					days = append(days, f)
+				}
+			}
+		}
+	}
+	rows := make([]string, len(days))
 	free := make(chan struct{}, runtime.GOMAXPROCS(0))
 	var wg sync.WaitGroup
-	for i := range rows {
-		f := fleets[i/2%len(fleets)]
-		f.agents, f.start = sizes[i/2/len(fleets)], choose(i, time.Hour, time.Second)
+	for i, f := range days {
 		free <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-free }()
 			d := f.day(8*time.Hour, 16*time.Hour)
-			rows[i] = fmt.Sprintf("| %d | %s | %s | %d | %d | %d | %d | %d | %d | %s | %s |",
-				f.agents, f.name, choose(i, "over an hour", "at once"), d.calls, d.peakCalls, d.reads, d.peakReads,
-				d.failedReads, (d.reads-d.failedReads)/d.tokens, f.outages(24*time.Hour), f.outages(10*time.Minute))
+			start := map[time.Duration]string{time.Hour: "over an hour", time.Second: "at once"}[f.start]
+			row := []string{thousands(f.agents), f.name, start}
+			for _, n := range []int{
+				d.calls, d.peakCalls, d.reads, d.peakReads, d.failedReads, (d.reads - d.failedReads) / d.tokens,
+			} {
+				row = append(row, thousands(n))
+			}
+			row = append(row, f.outages(24*time.Hour), f.outages(10*time.Minute))
+			rows[i] = "| " + strings.Join(row, " | ") + " |"
 		})
 	}
 	wg.Wait()
 	fmt.Println("| Agents | role | first reads | calls to Cable | most in 1 s | reads | most in 1 s | failed reads " +
 		"| readers per token | outages that leave Agents without a token | with the leader lost |\n|" +
 		strings.Repeat(" --- |", 11) + "\n" + strings.Join(rows, "\n"))
+}
+
+// thousands formats a number as 1,000,000.
+func thousands(n int) string {
+	s := strconv.Itoa(n)
+	for i := len(s) - 3; i > 0; i -= 3 {
+		s = s[:i] + "," + s[i:]
+	}
+	return s
 }
 
 // choose returns the option for a case of a table.

@@ -49,32 +49,26 @@ func RoleName(key string) (name string, ok bool) {
 	return name, true
 }
 
-// Config is the configuration of a mount.
+// Config is the configuration of a mount. Fields that storedConfig has, too, are stored from there.
 type Config struct {
-	RefreshKey          cable.Secret
-	RefreshKeyVersion   int
-	RefreshKeyUpdatedAt time.Time
-	TokenURL            string
-	AuthScheme          string
-	OrganizationID      string
-	RequestTimeout      time.Duration // budget of one token request
-	CACert              string
-	Disabled            bool
+	RefreshKey          cable.Secret  `json:"refresh_key"`
+	RefreshKeyVersion   int           `json:"refresh_key_version"`
+	RefreshKeyUpdatedAt time.Time     `json:"refresh_key_updated_at"`
+	TokenURL            string        `json:"token_url"`
+	AuthScheme          string        `json:"auth_scheme"`
+	OrganizationID      string        `json:"organization_id,omitempty"`
+	RequestTimeout      time.Duration `json:"request_timeout"` // budget of one token request
+	CACert              string        `json:"ca_cert,omitempty"`
+	Disabled            bool          `json:"disabled,omitempty"`
 
 	unknown unknown
 }
 
-// storedConfig is a Config as it is stored. Only Encode and decodeConfig handle the refresh key in printable form.
+// storedConfig is a Config as it is stored. Only Encode and DecodeConfig handle the refresh key in printable form.
 type storedConfig struct {
-	RefreshKey          string    `json:"refresh_key"`
-	RefreshKeyVersion   int       `json:"refresh_key_version"`
-	RefreshKeyUpdatedAt time.Time `json:"refresh_key_updated_at"`
-	TokenURL            string    `json:"token_url"`
-	AuthScheme          string    `json:"auth_scheme"`
-	OrganizationID      string    `json:"organization_id,omitempty"`
-	RequestTimeout      int64     `json:"request_timeout"` // seconds
-	CACert              string    `json:"ca_cert,omitempty"`
-	Disabled            bool      `json:"disabled,omitempty"`
+	*Config
+	RefreshKey     string `json:"refresh_key"`
+	RequestTimeout int64  `json:"request_timeout"` // seconds
 }
 
 // NewConfig returns the defaults.
@@ -84,17 +78,7 @@ func NewConfig() *Config {
 
 // Encode returns the entry as it is stored.
 func (c *Config) Encode() ([]byte, error) {
-	return encode(storedConfig{
-		RefreshKey:          c.RefreshKey.Reveal(),
-		RefreshKeyVersion:   c.RefreshKeyVersion,
-		RefreshKeyUpdatedAt: c.RefreshKeyUpdatedAt,
-		TokenURL:            c.TokenURL,
-		AuthScheme:          c.AuthScheme,
-		OrganizationID:      c.OrganizationID,
-		RequestTimeout:      int64(c.RequestTimeout / time.Second),
-		CACert:              c.CACert,
-		Disabled:            c.Disabled,
-	}, c.unknown)
+	return encode(storedConfig{c, c.RefreshKey.Reveal(), int64(c.RequestTimeout / time.Second)}, c.unknown)
 }
 
 // DecodeConfig reads a stored configuration; nil of nil. Its errors quote nothing.
@@ -103,27 +87,13 @@ func DecodeConfig(raw []byte) (*Config, error) {
 		return nil, nil
 	}
 	c := NewConfig()
-	stored := storedConfig{
-		TokenURL:       c.TokenURL,
-		AuthScheme:     c.AuthScheme,
-		RequestTimeout: int64(c.RequestTimeout / time.Second),
-	}
-	unknown, err := decode(raw, &stored)
-	if err != nil || stored.RefreshKey == "" {
+	stored := storedConfig{Config: c, RequestTimeout: int64(c.RequestTimeout / time.Second)}
+	var err error
+	if c.unknown, err = decode(raw, &stored); err != nil || stored.RefreshKey == "" {
 		return nil, errors.New("the stored configuration cannot be read: delete config and write it again")
 	}
-	return &Config{
-		RefreshKey:          cable.NewSecret(stored.RefreshKey),
-		RefreshKeyVersion:   stored.RefreshKeyVersion,
-		RefreshKeyUpdatedAt: stored.RefreshKeyUpdatedAt,
-		TokenURL:            stored.TokenURL,
-		AuthScheme:          stored.AuthScheme,
-		OrganizationID:      stored.OrganizationID,
-		RequestTimeout:      seconds(stored.RequestTimeout),
-		CACert:              stored.CACert,
-		Disabled:            stored.Disabled,
-		unknown:             unknown,
-	}, nil
+	c.RefreshKey, c.RequestTimeout = cable.NewSecret(stored.RefreshKey), seconds(stored.RequestTimeout)
+	return c, nil
 }
 
 // client is the configuration of a client.
@@ -151,41 +121,32 @@ func (c *Config) SameDestination(other *Config) bool {
 
 // Role is a role. Lifetimes are 0 if not set.
 type Role struct {
-	OrganizationID string
-	Scopes         []string // sorted, without duplicates
-	TTL            time.Duration
-	MaxTTL         time.Duration
-	ReuseFor       time.Duration
-	Disabled       bool
+	OrganizationID string        `json:"organization_id,omitempty"`
+	Scopes         []string      `json:"scopes"` // sorted, without duplicates
+	TTL            time.Duration `json:"ttl,omitempty"`
+	MaxTTL         time.Duration `json:"max_ttl,omitempty"`
+	ReuseFor       time.Duration `json:"reuse_for,omitempty"`
+	Disabled       bool          `json:"disabled,omitempty"`
 
 	// EarlierUntil is the Unix time until which tokens may be valid that were minted under an earlier, higher max_ttl;
 	// 0 if there was none.
-	EarlierUntil int64
+	EarlierUntil int64 `json:"earlier_until,omitempty"`
 
 	unknown unknown
 }
 
-// storedRole is a Role as it is stored. Lifetimes are in seconds.
+// storedRole is a Role as it is stored, with its lifetimes in seconds.
 type storedRole struct {
-	OrganizationID string   `json:"organization_id,omitempty"`
-	Scopes         []string `json:"scopes"`
-	TTL            int64    `json:"ttl,omitempty"`
-	MaxTTL         int64    `json:"max_ttl,omitempty"`
-	ReuseFor       int64    `json:"reuse_for,omitempty"`
-	Disabled       bool     `json:"disabled,omitempty"`
-	EarlierUntil   int64    `json:"earlier_until,omitempty"`
+	*Role
+	TTL      int64 `json:"ttl,omitempty"`
+	MaxTTL   int64 `json:"max_ttl,omitempty"`
+	ReuseFor int64 `json:"reuse_for,omitempty"`
 }
 
 // Encode returns the entry as it is stored.
 func (r *Role) Encode() ([]byte, error) {
 	return encode(storedRole{
-		OrganizationID: r.OrganizationID,
-		Scopes:         r.Scopes,
-		TTL:            int64(r.TTL / time.Second),
-		MaxTTL:         int64(r.MaxTTL / time.Second),
-		ReuseFor:       int64(r.ReuseFor / time.Second),
-		Disabled:       r.Disabled,
-		EarlierUntil:   r.EarlierUntil,
+		r, int64(r.TTL / time.Second), int64(r.MaxTTL / time.Second), int64(r.ReuseFor / time.Second),
 	}, r.unknown)
 }
 
@@ -194,22 +155,15 @@ func DecodeRole(name string, raw []byte) (*Role, error) {
 	if raw == nil {
 		return nil, nil
 	}
-	var stored storedRole
-	unknown, err := decode(raw, &stored)
-	if err != nil {
+	r := new(Role)
+	stored := storedRole{Role: r}
+	var err error
+	if r.unknown, err = decode(raw, &stored); err != nil {
 		return nil, fmt.Errorf("the stored role %s cannot be read: delete it and write it again",
 			fields.RoleName.Quote(name))
 	}
-	return &Role{
-		OrganizationID: stored.OrganizationID,
-		Scopes:         stored.Scopes,
-		TTL:            seconds(stored.TTL),
-		MaxTTL:         seconds(stored.MaxTTL),
-		ReuseFor:       seconds(stored.ReuseFor),
-		Disabled:       stored.Disabled,
-		EarlierUntil:   stored.EarlierUntil,
-		unknown:        unknown,
-	}, nil
+	r.TTL, r.MaxTTL, r.ReuseFor = seconds(stored.TTL), seconds(stored.MaxTTL), seconds(stored.ReuseFor)
+	return r, nil
 }
 
 // MaxLifetime is the longest lifetime that the role allows.
@@ -254,8 +208,10 @@ func decode(raw []byte, stored any) (unknown, error) {
 		return nil, err
 	}
 	for _, field := range reflect.VisibleFields(reflect.TypeOf(stored).Elem()) {
-		key, _, _ := strings.Cut(field.Tag.Get("json"), ",")
-		delete(rest, key)
+		if tag, ok := field.Tag.Lookup("json"); ok {
+			key, _, _ := strings.Cut(tag, ",")
+			delete(rest, key)
+		}
 	}
 	return rest, nil
 }

@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -178,12 +179,13 @@ func passed(t time.Time) bool {
 }
 
 // retryAfter returns the wait that a Retry-After header asks for, in seconds or as a
-// date, else wait.
+// date of 29 bytes, else wait. A proxy may have joined two of them with a comma.
 func retryAfter(header string, wait time.Duration) time.Duration {
 	var asked time.Duration
-	if seconds, err := strconv.Atoi(header); err == nil {
+	first, _, _ := strings.Cut(header, ",")
+	if seconds, err := strconv.Atoi(first); err == nil {
 		asked = time.Duration(max(0, min(seconds, int(longestWait/time.Second)))) * time.Second
-	} else if date, err := http.ParseTime(header); err == nil {
+	} else if date, err := http.ParseTime(header[:min(len(header), 29)]); err == nil {
 		asked = min(time.Until(date), longestWait)
 	}
 	if asked <= 0 {

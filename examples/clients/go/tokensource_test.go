@@ -45,9 +45,21 @@ func TestEnded(t *testing.T) {
 func TestRetryAfter(t *testing.T) {
 	in := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
 	for header, want := range map[string]time.Duration{
-		"": retryWait, "8": 8 * time.Second, "0": retryWait, "-3": retryWait, "-99999999999": retryWait, "soon": retryWait,
-		"99999": longestWait, "9223372036854775807": longestWait, "99999999999999999999": retryWait,
-		in(time.Minute): time.Minute, in(-time.Minute): retryWait, in(24 * time.Hour): longestWait,
+		"":                     retryWait,
+		"8":                    8 * time.Second,
+		"8, 8":                 8 * time.Second,
+		"0":                    retryWait,
+		"-3":                   retryWait,
+		"-99999999999":         retryWait,
+		"soon":                 retryWait,
+		"99999":                longestWait,
+		"9223372036854775807":  longestWait,
+		"99999999999999999999": retryWait,
+		in(time.Minute):        time.Minute,
+		in(-time.Minute):       retryWait,
+		in(24 * time.Hour):     longestWait,
+
+		in(time.Minute) + ", " + in(time.Minute): time.Minute,
 	} {
 		if got := retryAfter(header, retryWait); got > want || got < want-2*time.Second {
 			t.Errorf("%q: %s, want %s", header, got, want)

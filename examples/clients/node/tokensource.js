@@ -39,7 +39,7 @@ export class TokenSource {
   constructor(path = 'cable/creds/reports') {
     const { VAULT_ADDR, VAULT_TOKEN, VAULT_NAMESPACE, VAULT_CACERT } = process.env;
     this.#path = path;
-    this.#url = new URL(`${VAULT_ADDR.replace(/\/+$/, '')}/v1/${path}`);
+    this.#url = new URL(`${VAULT_ADDR?.replace(/\/+$/, '')}/v1/${path}`);
     this.#options = {
       agent: false, // a connection for each read
       ca: VAULT_CACERT ? readFileSync(VAULT_CACERT) : undefined,
@@ -116,8 +116,10 @@ function isNetwork({ name, code, syscall }) {
   return syscall !== undefined && code !== 'EPROTO';
 }
 
-// Returns the milliseconds that a Retry-After header asks for: seconds, or a date.
-function retryAfter(header, wait) {
-  const asked = /^\d+$/.test(header) ? header * 1000 : Date.parse(header) - Date.now();
+// Returns the milliseconds that a Retry-After header asks for, in seconds or as a
+// date of 29 characters. A proxy may have joined two of them with a comma.
+function retryAfter(header = '', wait) {
+  const [seconds] = header.split(',');
+  const asked = /^\d+$/.test(seconds) ? seconds * 1000 : Date.parse(header.slice(0, 29)) - Date.now();
   return asked > 0 ? Math.min(asked, LONGEST_WAIT) : wait;
 }

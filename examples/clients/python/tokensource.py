@@ -32,6 +32,8 @@ class TokenSource:
 
     def __init__(self, path="cable/creds/reports"):
         self._path = path
+        self._vault = os.environ["VAULT_ADDR"], os.environ["VAULT_TOKEN"]
+        self._namespace = os.environ.get("VAULT_NAMESPACE")
         self._secret, self._valid_until, self._next_read = None, now(), now()
         self._start()
         if hasattr(os, "register_at_fork"):
@@ -39,9 +41,8 @@ class TokenSource:
 
     def _start(self):
         """Makes the parts that a forked process does not share with its parent."""
-        self._client = hvac.Client(  # sends each request once, and reads VAULT_CACERT
-            os.environ["VAULT_ADDR"], os.environ["VAULT_TOKEN"], namespace=os.environ.get("VAULT_NAMESPACE")
-        )
+        # It sends each request once, and reads VAULT_CACERT.
+        self._client = hvac.Client(*self._vault, namespace=self._namespace)
         self._client.session.hooks["response"].append(self._note)
         self._changed = threading.Condition()
         self._reading, self._error = False, None
@@ -121,7 +122,10 @@ def passed(moment):
 
 
 def retry_after(header, default):
-    """Returns the seconds that a Retry-After header asks for: a number or a date, which may stand there twice."""
+    """Returns the seconds that a Retry-After header asks for, as a number or as a date of 29 characters.
+
+    The header may stand there twice, joined with a comma.
+    """
     try:
         seconds = float(header.partition(",")[0])
     except Exception:
