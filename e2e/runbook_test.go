@@ -376,7 +376,11 @@ func (r *runbook) upgradeSteps() map[string]step {
 			want:  []string{"Success! Registered plugin"},
 			after: func(string) { r.runs(pluginVersion) },
 		},
-		"upgrade": {want: prints(nextVersion), after: func(string) { r.isTuned(nextVersion) }},
+		"upgrade": {
+			before: r.testFailedReload,
+			want:   prints(nextVersion),
+			after:  func(string) { r.isTuned(nextVersion) },
+		},
 		"roll-back": {
 			before: func() {
 				list := r.run("vault plugin list secret")
@@ -401,6 +405,10 @@ func (r *runbook) upgradeSteps() map[string]step {
 		},
 		"unpin": {
 			skip: lacks(vaulttest.PinnedVersions),
+			before: func() {
+				r.run("rm " + r.installed(nextVersion))
+				r.refuses("vault plugin reload -plugin="+pluginName+" -scope=global", "no such file or directory")
+			},
 			want: prints(pluginVersion),
 			after: func(string) {
 				r.runs(pluginVersion)
@@ -420,6 +428,34 @@ func (r *runbook) testStopsBeforeItOverwrites() {
 	if readFile(r.t, r.installed(pluginVersion)) != before {
 		r.t.Error("the running version's file was overwritten")
 	}
+}
+
+// testFailedReload shows that an upgrade whose file is missing leaves the old version
+// running, and loses the mount at the next restart, unless it is rolled back as the
+// runbook says; later, that takes a step-down, too.
+func (r *runbook) testFailedReload() {
+	r.t.Helper()
+	file := r.installed(nextVersion)
+	r.run("mv " + file + " saved")
+	reload, _, _ := strings.Cut(named(r.t, "docs/runbook.md")["upgrade"], "vault read")
+	r.refuses(reload, "no such file or directory")
+	r.runs(pluginVersion)
+	r.block("roll-back")
+	r.sealAndUnseal()
+	r.runs(pluginVersion)
+
+	r.refuses(reload, "no such file or directory")
+	r.sealAndUnseal()
+	if a := r.v.do(r.t, "GET", "cable/status", nil); a.status != 404 {
+		r.t.Errorf("an upgrade that was not rolled back, after a restart: %s", a)
+	}
+	r.block("roll-back")
+	r.runs(pluginVersion)
+	r.cannotWrite("vault write cable/roles/reports ttl=15m")
+	r.block("step-down")
+	r.untilActive()
+	r.block("write-again")
+	r.run("mv saved " + file)
 }
 
 func (r *runbook) keySteps() map[string]step {
@@ -800,57 +836,6 @@ func testQuotas(r *runbook) {
 	}
 	r.ok("DELETE", quotas+"wide", nil)
 	r.ok("DELETE", quotas+"narrow", nil)
-}
-
-// TestFailedReload shows that an upgrade whose file is missing leaves the old version
-// running, and loses the mount at the next restart, unless it is rolled back as the
-// runbook says. The same holds with a pin.
-func TestFailedReload(t *testing.T) {
-	t.Parallel()
-	r := newRunbook(t)
-	reload, _, _ := strings.Cut(named(t, "docs/runbook.md")["upgrade"], "vault read")
-	serves := func(status int) {
-		t.Helper()
-		a := r.v.do(t, "GET", "cable/status", nil)
-		if a.status != status || status == 200 && a.Data["version"] != pluginVersion {
-			t.Errorf("%s, want %d", a, status)
-		}
-	}
-
-	r.hasBinary(suite.plugin)
-	r.block("install", "register")
-	r.hasBinary(mustNext(t))
-	r.block("install-next", "register-next")
-	if err := os.Remove(r.installed(nextVersion)); err != nil {
-		t.Fatal(err)
-	}
-	r.refuses(reload, "no such file or directory")
-	serves(200)
-	r.block("roll-back")
-	r.sealAndUnseal()
-	serves(200)
-
-	// Without rolling back the mount is lost; rolling back later takes a
-	// step-down, too.
-	r.refuses(reload, "no such file or directory")
-	r.sealAndUnseal()
-	serves(404)
-	r.block("roll-back")
-	serves(200)
-	r.cannotWrite("vault write cable/roles/reports scopes=person:read")
-	r.block("step-down")
-	r.untilActive()
-	r.run("vault write cable/roles/reports scopes=person:read")
-
-	if reason := lacks(vaulttest.PinnedVersions); reason != "" {
-		t.Run("with a pin", func(t *testing.T) { t.Skip(reason) })
-		return
-	}
-	r.run("vault write sys/plugins/pins/secret/" + pluginName + ` version="$version"`)
-	r.refuses("vault plugin reload -plugin="+pluginName+" -scope=global", "no such file or directory")
-	r.block("unpin")
-	r.sealAndUnseal()
-	serves(200)
 }
 
 // testValidFromAudit runs the page's search of the audit log for different times. It
