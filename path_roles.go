@@ -133,8 +133,8 @@ func (b *backend) pathRolesWrite(ctx context.Context, r *request) (*logical.Resp
 	case stored == nil && op == logical.PatchOperation:
 		return nil, noSuchRole(r.role)
 	case stored == nil && op == logical.UpdateOperation, stored != nil && op == logical.CreateOperation:
-		return nil, outcome.Refuse("role %s was changed meanwhile by another request, so nothing was stored: write again",
-			fields.RoleName.Quote(r.role))
+		return nil, outcome.Refuse("role %s was changed meanwhile by another request, so nothing was stored: "+
+			"write again", fields.RoleName.Quote(r.role))
 	}
 	before, next, err := mergeRole(stored, r)
 	if err != nil {
@@ -216,8 +216,8 @@ func changeLifetimes(role *state.Role, changes fields.Input) error {
 			continue
 		}
 		if v != 0 && (v < lifetime.Min || v > lifetime.Max) {
-			return outcome.Refuse("%s is %s: Cable's tokens are valid for %s to %s; write one of those, or 0 for the default",
-				field.name, lifetime.Format(v), lifetime.Format(lifetime.Min), lifetime.Format(lifetime.Max))
+			return outcome.Refuse("%s is %s: Cable's tokens are valid for %s to %s; write one of those, or 0 for the "+
+				"default", field.name, lifetime.Format(v), lifetime.Format(lifetime.Min), lifetime.Format(lifetime.Max))
 		}
 		*field.value = v
 	}
@@ -233,8 +233,8 @@ func changeLifetimes(role *state.Role, changes fields.Input) error {
 		if role.TTL == 0 {
 			ttl = "is not set"
 		}
-		return outcome.Refuse("reuse_for of %s needs a ttl of at least twice that, and ttl %s: lower reuse_for or set ttl",
-			lifetime.Format(role.ReuseFor), ttl)
+		return outcome.Refuse("reuse_for of %s needs a ttl of at least twice that, and ttl %s: lower reuse_for or set "+
+			"ttl", lifetime.Format(role.ReuseFor), ttl)
 	}
 	return nil
 }
@@ -265,8 +265,8 @@ func scopeWarnings(scopes []string) []string {
 			"scopes that are not of the form resource:action were stored: "+fields.Scope.QuoteAll(shape))
 	}
 	if len(unknown) > 0 {
-		warnings = append(warnings,
-			"scopes that Cable's reference does not name were stored, and Cable may reject them: "+fields.Scope.QuoteAll(unknown))
+		warnings = append(warnings, "scopes that Cable's reference does not name were stored, and Cable may reject "+
+			"them: "+fields.Scope.QuoteAll(unknown))
 	}
 	return warnings
 }
@@ -293,12 +293,11 @@ func roleTokensValidUntil(role *state.Role) string {
 
 // noSuchRole is the refusal for a role that does not exist.
 func noSuchRole(name string) error {
-	quoted := fields.RoleName.Quote(name)
 	path := "roles/"
 	if fields.RoleName.Redact(name) == name {
 		path += name
 	}
-	return outcome.Refuse("role %s does not exist: write it to %s", quoted, path)
+	return outcome.Refuse("role %s does not exist: write it to %s", fields.RoleName.Quote(name), path)
 }
 
 // pathRolesDelete handles DELETE roles/<name>.
@@ -324,10 +323,8 @@ func (b *backend) pathRolesDelete(ctx context.Context, r *request) (*logical.Res
 		return nil, err
 	}
 	b.report.RoleDeleted(r.source(), r.role)
-	resp := new(logical.Response)
-	resp.AddWarning(fmt.Sprintf("role %q is deleted: no token is minted for it any more; %s",
-		r.role, roleTokensValidUntil(role)))
-	return resp, nil
+	return &logical.Response{Warnings: []string{fmt.Sprintf(
+		"role %q is deleted: no token is minted for it any more; %s", r.role, roleTokensValidUntil(role))}}, nil
 }
 
 // pathRolesListNames handles LIST roles.

@@ -75,7 +75,8 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 		"token_requests": always(field(framework.TypeKVPairs, "Token requests that ended, by outcome.")),
 		"leases_ended":   always(field(framework.TypeInt64, "Leases that were revoked or expired.")),
 		"uncertain_entries": always(field(framework.TypeStringSlice,
-			"Entries whose last write failed in Vault's storage, so that they are read from storage for each request.")),
+			"Entries whose last write failed in Vault's storage, so that they are read from storage for each "+
+				"request.")),
 	}
 }
 

@@ -34,14 +34,11 @@ const (
 	// roles beyond maxMeteredRoles. No role can have such a name.
 	unknownRole = "(unknown)"
 	otherRoles  = "(other)"
-
-	// noResponse stands in the code label for a call that Cable did not respond to.
-	noResponse = "none"
 )
 
-// meteredCodes are the HTTP statuses with their own series, created at zero so that increase() sees the first one.
-// Others are counted by their class, such as "4xx", and an impossible status as "other".
-var meteredCodes = []int{200, 400, 401, 403, 404, 408, 429, 500, 502, 503, 504}
+// meteredCodes are the HTTP statuses with their own series, created at zero so that increase() sees the first one; 0
+// stands for a call that Cable did not respond to.
+var meteredCodes = []int{0, 200, 400, 401, 403, 404, 408, 429, 500, 502, 503, 504}
 
 // metrics are the figures of a mount in its own registry.
 type metrics struct {
@@ -51,7 +48,6 @@ type metrics struct {
 	tokenRequestsInFlight prometheus.Gauge
 	tokenRequestDuration  prometheus.Histogram
 	apiCalls              *prometheus.CounterVec // code
-	apiCallsByCode        map[int]prometheus.Counter
 	apiCallDuration       prometheus.Histogram
 	apiRetries            prometheus.Counter
 	pauses                prometheus.Counter
@@ -71,11 +67,7 @@ type metrics struct {
 
 // newMetrics returns the metrics of a new mount.
 func newMetrics() *metrics {
-	m := &metrics{
-		registry:       prometheus.NewRegistry(),
-		apiCallsByCode: make(map[int]prometheus.Counter),
-		roles:          make(map[string]bool),
-	}
+	m := &metrics{registry: prometheus.NewRegistry(), roles: make(map[string]bool)}
 	auto := promauto.With(m.registry)
 	counter := func(name, help string) prometheus.Counter {
 		return auto.NewCounter(prometheus.CounterOpts{Namespace: metricsNamespace, Name: name, Help: help})
@@ -134,9 +126,8 @@ func newMetrics() *metrics {
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
 	for _, code := range meteredCodes {
-		m.apiCallsByCode[code] = m.apiCalls.WithLabelValues(strconv.Itoa(code))
+		m.apiCalls.WithLabelValues(codeLabel(code))
 	}
-	m.apiCalls.WithLabelValues(noResponse)
 	for _, o := range outcome.All() {
 		if (&outcome.Failure{Outcome: o, Attempts: 1}).MeansDown() {
 			m.reuseFallbacks.WithLabelValues(string(o))
@@ -159,17 +150,7 @@ func (p *Reporter) SharedTokenDropped(readers int) {
 // APICallEnded counts an API call to Cable.
 func (p *Reporter) APICallEnded(c cable.Call) {
 	m := p.metrics
-	counter, ok := m.apiCallsByCode[c.StatusCode]
-	switch {
-	case ok:
-	case c.StatusCode == 0:
-		counter = m.apiCalls.WithLabelValues(noResponse)
-	case c.StatusCode < 100 || c.StatusCode > 599:
-		counter = m.apiCalls.WithLabelValues("other")
-	default:
-		counter = m.apiCalls.WithLabelValues(strconv.Itoa(c.StatusCode/100) + "xx")
-	}
-	counter.Inc()
+	m.apiCalls.WithLabelValues(codeLabel(c.StatusCode)).Inc()
 	if c.StatusCode != 0 {
 		m.apiCallDuration.Observe(c.Duration.Seconds())
 	}
@@ -178,6 +159,20 @@ func (p *Reporter) APICallEnded(c cable.Call) {
 	}
 	if c.PauseBegan {
 		m.pauses.Inc()
+	}
+}
+
+// codeLabel is the label for the status of an API call. A status without its own series is counted by its class.
+func codeLabel(status int) string {
+	switch {
+	case status == 0:
+		return "none"
+	case slices.Contains(meteredCodes, status):
+		return strconv.Itoa(status)
+	case status < 100 || status > 599:
+		return "other"
+	default:
+		return strconv.Itoa(status/100) + "xx"
 	}
 }
 

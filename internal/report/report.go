@@ -139,14 +139,6 @@ func (r *TokenRequest) attempts() int {
 	return r.Token.Attempts
 }
 
-// roleName returns the role's name, or a word for a role that does not exist.
-func (r *TokenRequest) roleName() string {
-	if !r.RoleExists {
-		return unknownRole
-	}
-	return r.Role
-}
-
 // TokenRequestEnded reports how a token request ended. A shared call is reported once; each of its readers has its
 // outcome counted and a line at debug level.
 func (p *Reporter) TokenRequestEnded(r TokenRequest) {
@@ -171,7 +163,10 @@ func (p *Reporter) TokenRequestEnded(r TokenRequest) {
 // keep counts a token request for status, and keeps it as the last mint or the last failure, if it is one. A shared
 // call is kept even if its readers have left.
 func (p *Reporter) keep(r *TokenRequest, o outcome.Outcome) {
-	last := ended{at: time.Now(), role: r.roleName(), outcome: o}
+	last := ended{at: time.Now(), role: r.Role, outcome: o}
+	if !r.RoleExists {
+		last.role = unknownRole
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if r.Kind != SharedCall {

@@ -21,7 +21,6 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/lifetime"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/mount"
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 const (
@@ -94,18 +93,6 @@ func DecodeConfig(raw []byte) (*Config, error) {
 	}
 	c.RefreshKey, c.RequestTimeout = cable.NewSecret(stored.RefreshKey), seconds(stored.RequestTimeout)
 	return c, nil
-}
-
-// client is the configuration of a client.
-func (c *Config) client() cable.Config {
-	return cable.Config{
-		RefreshKey: c.RefreshKey,
-		TokenURL:   c.TokenURL,
-		Bearer:     c.AuthScheme == AuthSchemeBearer,
-		CACert:     c.CACert,
-		Timeout:    c.RequestTimeout,
-		UserAgent:  "vault-plugin-secrets-cable/" + version.String(),
-	}
 }
 
 // NarrowedBy reports whether next, written in place of the configuration, takes something away from readers: it
