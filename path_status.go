@@ -20,11 +20,8 @@ import (
 )
 
 const (
-	// maxStatusRoles bounds how many roles a read of status checks: each may be a read from Vault's storage.
-	maxStatusRoles = 1000
-
-	// statusTimeout bounds how long status and metrics wait for storage, which may be what is wrong.
-	statusTimeout = 2 * time.Second
+	maxStatusRoles = 1000            // that a read of status checks, because each may be a read from Vault's storage
+	statusTimeout  = 2 * time.Second // of status and metrics for storage, which may be at fault
 )
 
 func (b *backend) pathStatus() *framework.Path {

@@ -24,16 +24,12 @@ import (
 // outcome and cause are closed lists.
 
 const (
-	// metricsNamespace begins the name of each metric of the engine's own.
 	metricsNamespace = "vault_cable"
+	maxMeteredRoles  = 1000 // each has a series per outcome that it has seen
 
-	// maxMeteredRoles bounds the series. Each role has one per outcome that it has seen.
-	maxMeteredRoles = 1000
-
-	// unknownRole and otherRoles stand in the role label for a name that is no role's or could not be read, and for
-	// roles beyond maxMeteredRoles. No role can have such a name.
-	unknownRole = "(unknown)"
-	otherRoles  = "(other)"
+	// Role labels that are no role's name.
+	unknownRole = "(unknown)" // for a role that does not exist or could not be read
+	otherRoles  = "(other)"   // for roles beyond maxMeteredRoles
 )
 
 // meteredCodes are the HTTP statuses with their own series, created at zero so that increase() sees the first one; 0

@@ -32,11 +32,10 @@ import (
 )
 
 const (
-	// maxRoles bounds the roles of a mount that share at a time.
-	maxRoles = 4096
-
-	// fallbackLifetime is the least remaining lifetime of a previous token that is returned while Cable is down.
-	fallbackLifetime = time.Minute
+	maxRoles         = 4096        // of a mount, that share at a time
+	fallbackLifetime = time.Minute // least remaining lifetime of a token that is returned while Cable is down
+	minBackoff       = 5 * time.Second
+	maxBackoff       = time.Minute
 
 	// patience is how long a shared call may run before readers with a usable previous token stop waiting for it,
 	// except the first after a success.
@@ -45,9 +44,6 @@ const (
 	// leaseMargin is how much sooner the lease of a reused token ends than that of the read that minted. That one may
 	// have lost a second by rounding, and Vault starts to count when it stores a lease, a little later than the engine.
 	leaseMargin = 2 * time.Second
-
-	minBackoff = 5 * time.Second
-	maxBackoff = time.Minute
 )
 
 // Roles are the roles of a mount that share tokens.
