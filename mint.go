@@ -235,10 +235,7 @@ func (b *backend) narrow(
 
 // organization is the role's, or else the configuration's.
 func organization(set state.Settings) string {
-	if set.Role.OrganizationID != "" {
-		return set.Role.OrganizationID
-	}
-	return set.Config.OrganizationID
+	return cmp.Or(set.Role.OrganizationID, set.Config.OrganizationID)
 }
 
 // allow returns the gate of an API call: once a write that disables, deletes or narrows has returned, no call is sent

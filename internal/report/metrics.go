@@ -238,18 +238,13 @@ func ConfigMetrics(c *state.Config, pausedUntil time.Time) prometheus.Gatherer {
 		gauge.Set(value)
 		registry.MustRegister(gauge)
 	}
-	truth := func(b bool) float64 {
-		if b {
-			return 1
-		}
-		return 0
-	}
-	send("configured", "Whether config is written.", truth(c != nil))
+	truth := map[bool]float64{true: 1}
+	send("configured", "Whether config is written.", truth[c != nil])
 	if c == nil {
 		return registry
 	}
-	send("disabled", "Whether the mount is disabled.", truth(c.Disabled))
-	send("paused", "Whether token requests are paused after Cable's 429.", truth(time.Now().Before(pausedUntil)))
+	send("disabled", "Whether the mount is disabled.", truth[c.Disabled])
+	send("paused", "Whether token requests are paused after Cable's 429.", truth[time.Now().Before(pausedUntil)])
 	send("refresh_key_version", "The version of the refresh key in use, counted from 1.", float64(c.RefreshKeyVersion))
 	if at := c.RefreshKeyUpdatedAt; !at.IsZero() {
 		send("refresh_key_updated_timestamp_seconds", "When the refresh key was written, in Unix seconds.",

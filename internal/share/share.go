@@ -190,9 +190,11 @@ func (rs *Roles) Down() map[string]any {
 	defer rs.mu.Unlock()
 	down := make(map[string]any)
 	for name, s := range rs.roles {
-		if o := s.down(); o != "" {
-			down[name] = string(o)
+		s.mu.Lock()
+		if s.failures > 0 && s.last.isFallback(time.Now(), lifetime.Max) {
+			down[name] = string(s.failure.Outcome)
 		}
+		s.mu.Unlock()
 	}
 	return down
 }
@@ -405,16 +407,6 @@ func (s *role) retireIfIdle(now time.Time) bool {
 	s.retired = true
 	s.dropLocked()
 	return true
-}
-
-// down returns the outcome of the last call if readers get the previous token because of it, or "".
-func (s *role) down() outcome.Outcome {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.failures == 0 || !s.last.isFallback(time.Now(), lifetime.Max) {
-		return ""
-	}
-	return s.failure.Outcome
 }
 
 // release ends a reader's hold on a token.
