@@ -207,14 +207,14 @@ func inQuery(f *framework.FieldSchema) *framework.FieldSchema {
 	return f
 }
 
-// reads declares an operation whose response, so described, contains these fields.
+// reads declares an operation, with the description and the data of its response.
 func (b *backend) reads(
-	h handler, summary, description string, fields map[string]*framework.FieldSchema,
+	h handler, summary, description string, data map[string]*framework.FieldSchema,
 ) *framework.PathOperation {
 	return &framework.PathOperation{
 		Callback:  b.handle(h),
 		Summary:   summary,
-		Responses: map[int][]framework.Response{http.StatusOK: {{Description: description, Fields: fields}}},
+		Responses: map[int][]framework.Response{http.StatusOK: {{Description: description, Fields: data}}},
 	}
 }
 

@@ -27,9 +27,6 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
-// undeliveredPhrase is what operators search the log for.
-const undeliveredPhrase = "token request failed after it was sent; Cable may have issued a token that was not delivered"
-
 // Reporter reports for one mount on one node, from when it was set up there.
 type Reporter struct {
 	logger  func() hclog.Logger
@@ -197,7 +194,8 @@ func (p *Reporter) logTokenRequest(r *TokenRequest, o outcome.Outcome) {
 	case o == outcome.GrantMismatch, o == outcome.InvalidResponse:
 		phrase = "Cable's response was refused and its token dropped"
 	case r.Failure.UndeliveredUntil > 0:
-		level, phrase = max(level, hclog.Warn), undeliveredPhrase
+		level = max(level, hclog.Warn)
+		phrase = "token request failed after it was sent; Cable may have issued a token that was not delivered"
 	case o == outcome.InvalidRequest:
 		phrase = "token request refused"
 	}

@@ -21,6 +21,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -158,11 +159,7 @@ func (rs *Roles) makeRoomLocked() bool {
 	now := time.Now()
 	if now.Sub(rs.checked) >= time.Second {
 		rs.checked = now
-		for name, s := range rs.roles {
-			if s.retireIfIdle(now) {
-				delete(rs.roles, name)
-			}
-		}
+		maps.DeleteFunc(rs.roles, func(_ string, s *role) bool { return s.retireIfIdle(now) })
 	}
 	return len(rs.roles) < maxRoles
 }
