@@ -22,6 +22,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
 )
 
+// The bounds of a lifetime are those of Cable.
 const (
 	Min = cable.MinLifetime // 300s
 	Max = cable.MaxLifetime // 86400s

@@ -32,6 +32,7 @@ import (
 // Outcome is the word for how a token request ended.
 type Outcome string
 
+// The outcomes are a closed list.
 const (
 	Minted          Outcome = "minted"
 	Reused          Outcome = "reused"            // the role's shared token was returned

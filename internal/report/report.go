@@ -92,6 +92,7 @@ func (p *Reporter) log(s Source) hclog.Logger {
 // Kind is the part that a token request has in minting its token.
 type Kind int
 
+// The kinds of token requests.
 const (
 	Direct     Kind = iota // it mints for its caller
 	Trial                  // it mints for verify_role, and no caller gets the token

@@ -23,6 +23,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/mount"
 )
 
+// Storage keys, and the values and bounds of stored fields.
 const (
 	// ConfigKey is the storage key of the configuration. The entry contains the refresh key, and is seal-wrapped.
 	ConfigKey = "config"
