@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"net/http"
 	"runtime/debug"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -74,7 +73,7 @@ func newBackend() *backend {
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
-		Help:           strings.TrimSpace(backendHelp),
+		Help:           backendHelp,
 		RunningVersion: version.String(),
 		PathsSpecial:   &logical.Paths{SealWrapStorage: []string{state.ConfigKey}},
 		Paths: []*framework.Path{
@@ -245,13 +244,11 @@ func tokensValidUntil(now time.Time, most time.Duration) string {
 		outcome.Time(now.Add(most+state.MaxRequestTimeout))
 }
 
-const backendHelp = `
-The Cable secrets engine mints short-lived access tokens for Cable
+const backendHelp = `The Cable secrets engine mints short-lived access tokens for Cable
 (cable.tech) from one long-lived refresh key that stays in Vault.
 
 Write the refresh key to config, define an organization, scopes and lifetimes
 in roles/<name>, and read creds/<name> for an access token.
 
 Cable cannot revoke a token. Revoking its lease makes Vault forget it; the
-token itself is valid until the expiry that came with it.
-`
+token itself is valid until the expiry that came with it.`

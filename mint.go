@@ -34,9 +34,6 @@ type params struct {
 	scopes []string // nil if the caller named none
 }
 
-// isDefault reports whether the caller named no parameter.
-func (p params) isDefault() bool { return !p.hasTTL && p.scopes == nil }
-
 // attempt is one pass through the steps. Its fields are set as far as it came.
 type attempt struct {
 	kind      report.Kind
@@ -98,7 +95,7 @@ func (b *backend) try(ctx context.Context, r *request, p params) (a attempt, err
 		return a, err
 	}
 	isShared := false
-	if a.set.Role.ReuseFor > 0 && p.isDefault() {
+	if a.set.Role.ReuseFor > 0 && !p.hasTTL && p.scopes == nil { // reads without parameters share
 		isShared, err = b.share(ctx, r, &a)
 	}
 	if !isShared {
@@ -238,10 +235,7 @@ func (b *backend) narrow(
 
 // organization is the role's, or else the configuration's.
 func organization(set state.Settings) string {
-	if set.Role.OrganizationID != "" {
-		return set.Role.OrganizationID
-	}
-	return set.Config.OrganizationID
+	return cmp.Or(set.Role.OrganizationID, set.Config.OrganizationID)
 }
 
 // allow returns the gate of an API call: once a write that disables, deletes or narrows has returned, no call is sent

@@ -48,7 +48,7 @@ func (b *backend) pathConfig() *framework.Path {
 				"Delete the configuration, and with it the refresh key."),
 		},
 		HelpSynopsis:    "Store the refresh key and how to reach Cable.",
-		HelpDescription: strings.TrimSpace(configHelp),
+		HelpDescription: configHelp,
 	}
 }
 
@@ -366,8 +366,7 @@ func (b *backend) pathConfigDelete(ctx context.Context, r *request) (*logical.Re
 		"written again; " + tokensValidUntil(time.Now(), lifetime.Max)}}, nil
 }
 
-const configHelp = `
-The refresh key is stored once and never returned. A write keeps the fields
+const configHelp = `The refresh key is stored once and never returned. A write keeps the fields
 that it does not name; the merged result is stored, and only then used. What a
 read returns can be written back.
 
@@ -379,5 +378,4 @@ With verify_role, one token of five minutes is minted for that role with the
 new settings before they are stored; if that fails, nothing is stored.
 
 disabled=true disables the mount: every token request is refused. Tokens that
-were minted before stay valid until their expiry: Cable cannot revoke them.
-`
+were minted before stay valid until their expiry: Cable cannot revoke them.`

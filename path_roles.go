@@ -32,7 +32,7 @@ func (b *backend) pathRolesList() *framework.Path {
 				map[string]*framework.FieldSchema{"keys": field(framework.TypeStringSlice, "The names.")}),
 		},
 		HelpSynopsis:    "List the roles.",
-		HelpDescription: strings.TrimSpace(rolesListHelp),
+		HelpDescription: rolesListHelp,
 	}
 }
 
@@ -56,7 +56,7 @@ func (b *backend) pathRoles() *framework.Path {
 			logical.DeleteOperation: b.deletes(b.pathRolesDelete, "Delete a role."),
 		},
 		HelpSynopsis:    "Define which tokens a role may mint.",
-		HelpDescription: strings.TrimSpace(rolesHelp),
+		HelpDescription: rolesHelp,
 	}
 }
 
@@ -207,19 +207,19 @@ func mergeRole(stored []byte, r *request) (before, next *state.Role, err error) 
 
 // changeLifetimes lays the changes of lifetimes over a role, and judges them.
 func changeLifetimes(role *state.Role, changes fields.Input) error {
-	for _, field := range []struct {
+	for _, bound := range []struct {
 		name  string
 		value *time.Duration
 	}{{"ttl", &role.TTL}, {"max_ttl", &role.MaxTTL}} {
-		v, ok := changes.Duration(field.name)
+		v, ok := changes.Duration(bound.name)
 		if !ok {
 			continue
 		}
 		if v != 0 && (v < lifetime.Min || v > lifetime.Max) {
 			return outcome.Refuse("%s is %s: Cable's tokens are valid for %s to %s; write one of those, or 0 for the "+
-				"default", field.name, lifetime.Format(v), lifetime.Format(lifetime.Min), lifetime.Format(lifetime.Max))
+				"default", bound.name, lifetime.Format(v), lifetime.Format(lifetime.Min), lifetime.Format(lifetime.Max))
 		}
-		*field.value = v
+		*bound.value = v
 	}
 	if (changes.Has("ttl") || changes.Has("max_ttl")) && role.TTL > role.MaxLifetime() {
 		return outcome.Refuse("ttl of %s is above max_ttl of %s: lower ttl or raise max_ttl",
@@ -354,13 +354,10 @@ func (b *backend) pathRolesListNames(ctx context.Context, r *request) (*logical.
 	return logical.ListResponse(names), nil
 }
 
-const rolesListHelp = `
-The names are sorted. "after" returns names that sort after the given one;
-"limit" caps the count.
-`
+const rolesListHelp = `The names are sorted. "after" returns names that sort after the given one;
+"limit" caps the count.`
 
-const rolesHelp = `
-A role names an organization, the scopes of its tokens, and their lifetimes. A
+const rolesHelp = `A role names an organization, the scopes of its tokens, and their lifetimes. A
 read of creds/<name> returns a token for it, so permission to read that path is
 permission to have the role's tokens.
 
@@ -375,5 +372,4 @@ token with a warning. Every write of the role or of config, even one that change
 nothing, drops the shared token.
 
 Deleting or disabling a role stops minting. Tokens that were minted before stay
-valid until their expiry: Cable cannot revoke them.
-`
+valid until their expiry: Cable cannot revoke them.`

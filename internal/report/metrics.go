@@ -24,16 +24,12 @@ import (
 // outcome and cause are closed lists.
 
 const (
-	// metricsNamespace begins the name of each metric of the engine's own.
 	metricsNamespace = "vault_cable"
+	maxMeteredRoles  = 1000 // each has a series per outcome that it has seen
 
-	// maxMeteredRoles bounds the series. Each role has one per outcome that it has seen.
-	maxMeteredRoles = 1000
-
-	// unknownRole and otherRoles stand in the role label for a name that is no role's or could not be read, and for
-	// roles beyond maxMeteredRoles. No role can have such a name.
-	unknownRole = "(unknown)"
-	otherRoles  = "(other)"
+	// Role labels that are no role's name.
+	unknownRole = "(unknown)" // for a role that does not exist or could not be read
+	otherRoles  = "(other)"   // for roles beyond maxMeteredRoles
 )
 
 // meteredCodes are the HTTP statuses with their own series, created at zero so that increase() sees the first one; 0
@@ -242,18 +238,13 @@ func ConfigMetrics(c *state.Config, pausedUntil time.Time) prometheus.Gatherer {
 		gauge.Set(value)
 		registry.MustRegister(gauge)
 	}
-	truth := func(b bool) float64 {
-		if b {
-			return 1
-		}
-		return 0
-	}
-	send("configured", "Whether config is written.", truth(c != nil))
+	truth := map[bool]float64{true: 1}
+	send("configured", "Whether config is written.", truth[c != nil])
 	if c == nil {
 		return registry
 	}
-	send("disabled", "Whether the mount is disabled.", truth(c.Disabled))
-	send("paused", "Whether token requests are paused after Cable's 429.", truth(time.Now().Before(pausedUntil)))
+	send("disabled", "Whether the mount is disabled.", truth[c.Disabled])
+	send("paused", "Whether token requests are paused after Cable's 429.", truth[time.Now().Before(pausedUntil)])
 	send("refresh_key_version", "The version of the refresh key in use, counted from 1.", float64(c.RefreshKeyVersion))
 	if at := c.RefreshKeyUpdatedAt; !at.IsZero() {
 		send("refresh_key_updated_timestamp_seconds", "When the refresh key was written, in Unix seconds.",

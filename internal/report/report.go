@@ -119,18 +119,6 @@ type TokenRequest struct {
 	Shared    share.Result       // of a Reader
 }
 
-// Outcome names how the request ended.
-func (r *TokenRequest) Outcome() outcome.Outcome {
-	switch {
-	case r.Failure != nil:
-		return r.Failure.Outcome
-	case r.Shared.Reused:
-		return outcome.Reused
-	default:
-		return outcome.Minted
-	}
-}
-
 // attempts counts the API calls.
 func (r *TokenRequest) attempts() int {
 	if r.Failure != nil {
@@ -142,7 +130,12 @@ func (r *TokenRequest) attempts() int {
 // TokenRequestEnded reports how a token request ended. A shared call is reported once; each of its readers has its
 // outcome counted and a line at debug level.
 func (p *Reporter) TokenRequestEnded(r TokenRequest) {
-	o := r.Outcome()
+	o := outcome.Minted
+	if r.Failure != nil {
+		o = r.Failure.Outcome
+	} else if r.Shared.Reused {
+		o = outcome.Reused
+	}
 	if r.Kind == Reader && (r.Failure == nil || r.Shared.CallFailed) {
 		p.logReader(&r, o)
 	} else {

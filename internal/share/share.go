@@ -32,11 +32,10 @@ import (
 )
 
 const (
-	// maxRoles bounds the roles of a mount that share at a time.
-	maxRoles = 4096
-
-	// fallbackLifetime is the least remaining lifetime of a previous token that is returned while Cable is down.
-	fallbackLifetime = time.Minute
+	maxRoles         = 4096        // of a mount, that share at a time
+	fallbackLifetime = time.Minute // least remaining lifetime of a token that is returned while Cable is down
+	minBackoff       = 5 * time.Second
+	maxBackoff       = time.Minute
 
 	// patience is how long a shared call may run before readers with a usable previous token stop waiting for it,
 	// except the first after a success.
@@ -45,9 +44,6 @@ const (
 	// leaseMargin is how much sooner the lease of a reused token ends than that of the read that minted. That one may
 	// have lost a second by rounding, and Vault starts to count when it stores a lease, a little later than the engine.
 	leaseMargin = 2 * time.Second
-
-	minBackoff = 5 * time.Second
-	maxBackoff = time.Minute
 )
 
 // Roles are the roles of a mount that share tokens.
@@ -194,9 +190,11 @@ func (rs *Roles) Down() map[string]any {
 	defer rs.mu.Unlock()
 	down := make(map[string]any)
 	for name, s := range rs.roles {
-		if o := s.down(); o != "" {
-			down[name] = string(o)
+		s.mu.Lock()
+		if s.failures > 0 && s.last.isFallback(time.Now(), lifetime.Max) {
+			down[name] = string(s.failure.Outcome)
 		}
+		s.mu.Unlock()
 	}
 	return down
 }
@@ -245,34 +243,34 @@ func (s *role) read(ctx context.Context, r Reader) (Result, error) {
 }
 
 // wait waits for a shared call on behalf of one reader. again says that the reader must start over.
-func (s *role) wait(ctx context.Context, t *token, r Reader, outOfPatience <-chan time.Time) (_ Result, err error, again bool) {
+func (s *role) wait(
+	ctx context.Context, t *token, r Reader, outOfPatience <-chan time.Time,
+) (result Result, err error, again bool) {
+	var f *outcome.Failure
 	select {
 	case <-t.done:
+		f = outcome.Classify(t.err)
 	case <-outOfPatience:
-		s.release(t)
-		result, err := s.fallBack(notInTime("the API call is still under way"), r, true)
-		return result, err, false
+		f = notInTime("the API call is still under way")
 	case <-ctx.Done():
-		s.release(t)
 		if cause := context.Cause(ctx); !errors.Is(cause, outcome.ErrBudget) {
+			s.release(t)
 			return Result{Waited: true}, cause, false
 		}
-		result, err := s.fallBack(notInTime("request_timeout ran out"), r, true)
+		f = notInTime("request_timeout ran out")
+	}
+	if f == nil && t.requested <= r.Lifetime {
+		result, err = s.deliver(t, r, Result{Waited: true})
 		return result, err, false
 	}
+	s.release(t)
 	switch {
-	case errors.Is(t.err, outcome.ErrChanged):
-		s.release(t)
-		return Result{}, outcome.ErrChanged, false
-	case t.err != nil:
-		s.release(t)
-		result, err := s.fallBack(outcome.Classify(t.err), r, true)
-		return result, err, false
-	case t.requested > r.Lifetime: // the ceiling was lowered meanwhile
-		s.release(t)
+	case f == nil: // the ceiling was lowered meanwhile
 		return Result{}, nil, true
+	case errors.Is(f, outcome.ErrChanged):
+		return Result{}, outcome.ErrChanged, false
 	}
-	result, err := s.deliver(t, r, Result{Waited: true})
+	result, err = s.fallBack(f, r, true)
 	return result, err, false
 }
 
@@ -338,7 +336,8 @@ func (s *role) backingOff(now time.Time) *outcome.Failure {
 	}
 	later := *s.failure
 	later.RetryAfter = max(wait, s.failure.RetryAfter-now.Sub(s.failedAt))
-	later.Message += fmt.Sprintf("; this role makes no API call for another %ds", outcome.WholeSeconds(later.RetryAfter))
+	later.Message += fmt.Sprintf("; this role makes no API call for another %ds",
+		outcome.WholeSeconds(later.RetryAfter))
 	return &later
 }
 
@@ -408,16 +407,6 @@ func (s *role) retireIfIdle(now time.Time) bool {
 	s.retired = true
 	s.dropLocked()
 	return true
-}
-
-// down returns the outcome of the last call if readers get the previous token because of it, or "".
-func (s *role) down() outcome.Outcome {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.failures == 0 || !s.last.isFallback(time.Now(), lifetime.Max) {
-		return ""
-	}
-	return s.failure.Outcome
 }
 
 // release ends a reader's hold on a token.

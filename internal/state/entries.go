@@ -27,8 +27,7 @@ const (
 	// ConfigKey is the storage key of the configuration. The entry contains the refresh key, and is seal-wrapped.
 	ConfigKey = "config"
 
-	// rolesPrefix begins the storage key of a role; its name follows.
-	rolesPrefix = "roles/"
+	rolesPrefix = "roles/" // of a role's storage key, before its name
 
 	AuthSchemeRaw    = "raw"    // Authorization: <key>, as in Cable's v2 curl example
 	AuthSchemeBearer = "bearer" // Authorization: Bearer <key>, as in its v1 pages

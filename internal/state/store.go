@@ -439,14 +439,9 @@ func (s *Store) changeLocked(key string, drop bool) *record {
 }
 
 const (
-	// writeTimeout bounds a write from when it begins to store.
-	writeTimeout = 10 * time.Second
+	writeTimeout = 10 * time.Second // of a write, from when it begins to store
+	lockTimeout  = 10 * time.Second // of the wait for another write of the same entry
 
-	// lockTimeout bounds the wait for another write of the same entry.
-	lockTimeout = 10 * time.Second
-)
-
-const (
 	errLockTimeout  = outcome.Timeout("it has not ended within 10s; nothing was stored, try again")
 	errWriteTimeout = outcome.Timeout("Vault's storage did not respond to the write within 10s, " +
 		"and whether it was stored is not known: write it again")
