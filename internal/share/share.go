@@ -423,11 +423,12 @@ func (s *role) settleLocked(t *token) {
 	}
 }
 
-// isFresh reports whether the token may be returned: its call was sent at most reuseFor ago, at least half of its
-// lifetime remains, and no more than most was requested for it.
+// isFresh reports whether the token may be returned, namely if its call was sent at most reuseFor ago, at least half of
+// its lifetime remains, no more than most was requested for it, and there is time for a lease.
 func (t *token) isFresh(now time.Time, reuseFor, most time.Duration) bool {
 	return t != nil && t.requested <= most && cable.Elapsed(t.minted.SentAt, now) <= reuseFor &&
-		t.remaining(now) >= t.usable()/2 // at least half of its lifetime remains
+		t.remaining(now) >= t.usable()/2 && // at least half of its lifetime remains
+		t.lease(now, true) >= time.Second
 }
 
 // isFallback reports whether the token may be returned while Cable is down.
