@@ -397,14 +397,10 @@ func (s *Store) Invalidate(key string) {
 	s.settleLocked(key)
 }
 
-// wrote notes how a write of an entry ended. The shared token of the entry is dropped in any case.
-func (s *Store) wrote(key string, narrows, stored bool) {
+// writeFailed notes that a write of an entry failed, which drops the entry's shared token.
+func (s *Store) writeFailed(key string, narrows bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if stored {
-		s.settleLocked(key)
-		return
-	}
 	s.changeLocked(key, false).certain = false
 	switch {
 	case narrows:
@@ -536,10 +532,19 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 	defer context.AfterFunc(e.store.ctx, func() { cancel(errClosed) })()
 	written := make(chan struct{})
 	e.written = written
+	var once sync.Once // a write fails once, and not after it has succeeded
+	failed := func() { e.store.writeFailed(e.key, narrows) }
 	_, err := mount.Call(ctx, func() (any, error) {
 		stored := false
 		defer close(written)
-		defer func() { e.store.wrote(e.key, narrows, stored) }() // also if storage panics
+		defer func() {
+			if !stored { // even if storage panics
+				once.Do(failed)
+				return
+			}
+			once.Do(func() {})
+			e.store.Invalidate(e.key)
+		}()
 		var err error
 		if raw == nil {
 			err = e.storage.Delete(ctx, e.key)
@@ -549,10 +554,8 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 		stored = err == nil
 		return nil, err
 	})
-	select {
-	case <-written:
-	default: // abandoned
-		e.store.wrote(e.key, narrows, false)
+	if err != nil {
+		once.Do(failed) // the call was abandoned
 	}
 	return err
 }
