@@ -76,9 +76,12 @@ func (x *exchange) open() {
 	x.refusal = x.allow()
 }
 
+// maxAlert exceeds the bytes of the alert with which crypto/tls ends a connection, and is less than any call has.
+const maxAlert = 128
+
 // end returns whether the call was sent, which does not change any more, and the error of Allow if it refused. A call
-// that failed was sent if a byte of it was, because net/http does not return an error before it has stopped writing. A
-// response may arrive before that.
+// that failed was sent if more than an alert was, because net/http does not return an error before it has stopped
+// writing. A response may arrive before that.
 func (x *exchange) end(failed bool) (sent bool, refusal error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -86,7 +89,7 @@ func (x *exchange) end(failed bool) (sent bool, refusal error) {
 		panic(x.panicked)
 	}
 	x.ended = true
-	return x.opened && (!failed || x.conn == nil || x.conn.written.Load() > x.before), x.refusal
+	return x.opened && (!failed || x.conn == nil || x.conn.written.Load()-x.before > maxAlert), x.refusal
 }
 
 // state returns how far the call has come, and err with the findings of the handshake. early says that the connection
