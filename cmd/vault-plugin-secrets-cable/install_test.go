@@ -69,6 +69,9 @@ func TestInstall(t *testing.T) {
 		"umask 077":            {script: `umask 077 && exec "$0" "$@"`},
 		"the same file":        {before: write(string(content), 0o755)},
 		"the same file, umask": {before: write(string(content), 0o600)},
+		"the same file, setuid": {before: func(path string) error {
+			return errors.Join(write(string(content), 0o755)(path), os.Chmod(path, 0o755|os.ModeSetuid))
+		}},
 		"the same file, for all to write": {before: func(path string) error {
 			return errors.Join(write(string(content), 0o755)(path), os.Chmod(path, 0o777))
 		}},
