@@ -371,15 +371,21 @@ func describe(key string) string {
 	return key
 }
 
-// Uncertain returns the storage keys of the entries whose last write failed, as far as they are known, sorted. The
-// names of roles are redacted if needed.
+// Uncertain returns the storage keys of the entries whose last write failed, sorted; "roles/*" if these were too many to
+// know each. The names of roles are redacted if needed.
 func (s *Store) Uncertain() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	keys := slices.AppendSeq([]string{}, maps.Keys(s.uncertain)) // a list, even if it is empty
 	keys = slices.AppendSeq(keys, maps.Keys(s.narrowed))
+	if s.uncertain == nil {
+		keys = append(keys, RoleKey("*"))
+	}
+	if !s.config.certain {
+		keys = append(keys, ConfigKey)
+	}
 	for i, key := range keys {
-		if name, ok := RoleName(key); ok {
+		if name, ok := RoleName(key); ok && name != "*" {
 			keys[i] = RoleKey(fields.RoleName.Redact(name))
 		}
 	}
