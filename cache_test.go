@@ -325,6 +325,22 @@ func TestDisabledMeanwhile(t *testing.T) {
 			}
 		})
 	}
+	t.Run("verify_role", func(t *testing.T) { // whose trial has read config before that was disabled
+		t.Parallel()
+		m := newConfiguredMount(t)
+		gate := newGate(m.storage, "config", false)
+		done := make(chan error, 1)
+		go func() {
+			_, err := m.on(gate, opUpdate, "config", kv{"verify_role": "ci", "request_timeout": 10})
+			done <- err
+		}()
+		<-gate.reached
+		m.write("config", kv{"disabled": true})
+		close(gate.proceed)
+		if err := <-done; err == nil || m.sim.CallCount() > 0 {
+			t.Errorf("%v, Cable was called %d times", err, m.sim.CallCount())
+		}
+	})
 	t.Run("changed, not disabled", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)

@@ -170,15 +170,20 @@ func (s *Store) Settings(
 	return set, err
 }
 
-// RoleSettings returns the settings without the configuration, to try another one.
-func (s *Store) RoleSettings(ctx context.Context, storage logical.Storage, role string) (Settings, error) {
+// ConfigVersion returns the version of the configuration, or an error if its token requests fail.
+func (s *Store) ConfigVersion() (Version, error) {
 	s.mu.Lock()
-	set := Settings{name: role, Version: Version{config: s.config.number}}
-	err := s.narrowedLocked(ConfigKey)
-	s.mu.Unlock()
-	if err == nil {
-		set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, RoleKey(role))
-	}
+	defer s.mu.Unlock()
+	return Version{config: s.config.number}, s.narrowedLocked(ConfigKey)
+}
+
+// RoleSettings returns the settings without the configuration, to try another one, which was derived from bytes that
+// were read since the configuration had that version.
+func (s *Store) RoleSettings(
+	ctx context.Context, storage logical.Storage, role string, since Version,
+) (set Settings, err error) {
+	set = Settings{name: role, Version: since}
+	set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, RoleKey(role))
 	return set, err
 }
 

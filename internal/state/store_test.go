@@ -337,7 +337,10 @@ func testFailedWrite(t *testing.T, failure, change, settle string) {
 		for range 2 {
 			var err error
 			set, err = s.get(c.role)
-			_, trialErr := s.RoleSettings(t.Context(), s, c.role)
+			since, trialErr := s.ConfigVersion()
+			if trialErr == nil {
+				_, trialErr = s.RoleSettings(t.Context(), s, c.role, since)
+			}
 			if c.narrows {
 				if err == nil || !strings.Contains(err.Error(), "write it again") || trialErr == nil {
 					t.Errorf("a token request, %v, or verify_role, %v, does not fail", err, trialErr)
