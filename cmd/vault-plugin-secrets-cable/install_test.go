@@ -106,28 +106,26 @@ func TestInstall(t *testing.T) {
 			if tt.script != "" {
 				cmd = exec.Command("/bin/sh", "-c", tt.script, plugin, "--install="+dir)
 			}
-			var stdout, stderr strings.Builder
-			cmd.Stdout, cmd.Stderr = &stdout, &stderr
-			err := cmd.Run()
-			t.Log(stderr.String())
+			stdout, stderr, status := run(cmd)
+			t.Log(stderr)
 			if tt.error == "" {
 				want := fmt.Sprintf("%x  %s\n", sha256.Sum256(program), path)
-				if err != nil || stdout.String() != want {
-					t.Fatalf("%v, standard output %q, want %q", err, &stdout, want)
+				if status != 0 || stdout != want {
+					t.Fatalf("exit status %d, standard output %q, want %q", status, stdout, want)
 				}
 				remedy := "run: setcap cap_ipc_lock=+ep " + path + "\n"
-				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr.String(), remedy) {
-					t.Errorf("standard error: %q", &stderr)
+				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr, remedy) {
+					t.Errorf("standard error: %q", stderr)
 				}
 				onlyInstalled(t, dir)
 				return
 			}
-			if cmd.ProcessState.ExitCode() != 1 || stdout.Len() > 0 {
-				t.Errorf("%v, standard output %q", err, &stdout)
+			if status != 1 || stdout != "" {
+				t.Errorf("exit status %d, standard output %q", status, stdout)
 			}
-			if got := stderr.String(); !strings.HasPrefix(got, "vault-plugin-secrets-cable was not installed: ") ||
-				runtime.GOOS != "windows" && !strings.Contains(got, tt.error) {
-				t.Errorf("standard error: %q, want %q", got, tt.error)
+			if !strings.HasPrefix(stderr, "vault-plugin-secrets-cable was not installed: ") ||
+				runtime.GOOS != "windows" && !strings.Contains(stderr, tt.error) {
+				t.Errorf("standard error: %q, want %q", stderr, tt.error)
 			}
 			if after, _ := os.ReadDir(dir); fmt.Sprint(after) != fmt.Sprint(before) {
 				t.Errorf("the folder has %v, before %v", after, before)

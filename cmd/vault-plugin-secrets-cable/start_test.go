@@ -4,7 +4,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -13,7 +12,6 @@ import (
 	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -81,27 +79,23 @@ func TestCannotStart(t *testing.T) {
 				tt.command = []string{plugin}
 			}
 			needProgram(t, tt.command[0])
-			var stdout, stderr strings.Builder
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-			defer cancel()
-			cmd := exec.CommandContext(ctx, tt.command[0], tt.command[1:]...)
-			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			cmd := exec.Command(tt.command[0], tt.command[1:]...)
 			cmd.Env = underVault(append([]string{"VAULT_LOG_LEVEL=error"}, tt.env...)...)
-			_ = cmd.Run()
-			if status := cmd.ProcessState.ExitCode(); status != 1 || stdout.Len() > 0 {
-				t.Errorf("exit status %d, standard output: %q", status, &stdout)
+			stdout, stderr, status := run(cmd)
+			if status != 1 || stdout != "" {
+				t.Errorf("exit status %d, standard output: %q", status, stdout)
 			}
-			t.Log(stderr.String())
-			lines := logLines(t, stderr.String())
+			t.Log(stderr)
+			lines := logLines(t, stderr)
 			if len(lines) != 1 || lines[0]["@level"] != "error" || lines[0]["@message"] != "plugin cannot run" {
-				t.Fatalf("log: %q, want one line at error level", &stderr)
+				t.Fatalf("log: %q, want one line at error level", stderr)
 			}
 			for field, want := range map[string]string{"error": tt.error, "remedy": tt.remedy} {
 				if got, _ := lines[0][field].(string); !regexp.MustCompile(want).MatchString(got) {
 					t.Errorf("%s: %q, want %q", field, got, want)
 				}
 			}
-			if strings.Contains(stderr.String(), canary) {
+			if strings.Contains(stderr, canary) {
 				t.Error("the line repeats the certificate")
 			}
 		})

@@ -28,12 +28,7 @@ func TestStderr(t *testing.T) {
 		"VAULT_LOG_LEVEL=trace", // of the logger, so that there are lines
 	}
 	var stderr bytes.Buffer
-	client := client(&stderr, cmd)
-	t.Cleanup(client.Kill)
-	protocol, err := client.Client()
-	if err != nil {
-		t.Fatal(err)
-	}
+	client, protocol := connect(t, &stderr, cmd)
 	for range 10 {
 		if err := protocol.Ping(); err != nil {
 			t.Error(err)
@@ -57,11 +52,7 @@ func TestCrash(t *testing.T) {
 	pidFile := filepath.Join(t.TempDir(), "pid")
 	var stderr bytes.Buffer
 	const script = `echo $$ >"$1"; TMPDIR=${1%/*} exec "$0"`
-	client := client(&stderr, exec.Command("/bin/sh", "-c", script, build(t), pidFile))
-	t.Cleanup(client.Kill)
-	if _, err := client.Client(); err != nil {
-		t.Fatal(err)
-	}
+	client, _ := connect(t, &stderr, exec.Command("/bin/sh", "-c", script, build(t), pidFile))
 	if err := readProcess(t, pidFile).Signal(syscall.SIGQUIT); err != nil {
 		t.Fatal(err)
 	}

@@ -246,12 +246,7 @@ func TestServerRuns(t *testing.T) {
 			t.Parallel()
 			file := filepath.Join(t.TempDir(), "pid")
 			var stderr bytes.Buffer
-			client := client(&stderr, exec.Command("/bin/sh", "-c", tt.script, plugin, file))
-			t.Cleanup(client.Kill)
-			protocol, err := client.Client()
-			if err != nil {
-				t.Fatal(err)
-			}
+			_, protocol := connect(t, &stderr, exec.Command("/bin/sh", "-c", tt.script, plugin, file))
 			if tt.signal != nil {
 				process := readProcess(t, file)
 				for range 5 {
