@@ -255,9 +255,16 @@ func TestByHand(t *testing.T) {
 		{[]string{"--version"}, 0, isBuild, ""},
 	}
 	for _, args := range [][]string{
-		{canary}, {"-refresh-key=" + canary}, {"-version", canary}, {"-version=" + canary}, {"-help", canary},
-		{"-install"}, {"-install="}, {"-install", ""}, // of a variable that is not set
-		{"-install", "/nonexistent", canary}, {"-install", "/nonexistent", "-version"},
+		{canary},
+		{"-refresh-key=" + canary},
+		{"-version", canary},
+		{"-version=" + canary},
+		{"-help", canary},
+		{"-install"},
+		{"-install="},
+		{"-install", ""}, // of a variable that is not set
+		{"-install", "/nonexistent", canary},
+		{"-install", "/nonexistent", "-version"},
 	} {
 		tests = append(tests, byHandTest{args, 2, "", wrong})
 	}

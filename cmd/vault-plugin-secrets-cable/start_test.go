@@ -37,20 +37,27 @@ func TestCannotStart(t *testing.T) {
 		error, remedy string // regular expressions
 	}{
 		"memory cannot be locked": {
-			nobody, []string{cert, "VAULT_PLUGIN_MLOCK_ENABLED=true"}, "locking memory: cannot allocate memory",
+			nobody,
+			[]string{cert, "VAULT_PLUGIN_MLOCK_ENABLED=true"},
+			"locking memory: cannot allocate memory",
 			`"setcap cap_ipc_lock=\+ep ` + plugin + `", again after each upgrade .* disable_mlock = true`,
 		},
 		"no folder for the socket": {
-			nil, []string{cert, "TMPDIR=/nonexistent/folder"},
+			nil,
+			[]string{cert, "TMPDIR=/nonexistent/folder"},
 			"open /nonexistent/folder/plugin.*: no such file or directory",
 			"a socket in /nonexistent/folder: let Vault's user create files there, .* -env=TMPDIR=FOLDER",
 		},
 		"no such folder of a container's": {
-			nil, []string{cert, "PLUGIN_UNIX_SOCKET_DIR=/nonexistent/sockets"}, "open /nonexistent/sockets/plugin",
+			nil,
+			[]string{cert, "PLUGIN_UNIX_SOCKET_DIR=/nonexistent/sockets"},
+			"open /nonexistent/sockets/plugin",
 			"a socket in /nonexistent/sockets:",
 		},
 		"folder with too long a path": {
-			nil, []string{cert, "TMPDIR=" + long}, "invalid argument",
+			nil,
+			[]string{cert, "TMPDIR=" + long},
+			"invalid argument",
 			"a socket in " + long + ":.* of at most 80 characters",
 		},
 		"no such group of the socket": {
@@ -58,11 +65,13 @@ func TestCannotStart(t *testing.T) {
 		},
 		"no descriptors": {
 			[]string{"/bin/sh", "-c", `ulimit -n 8 && exec "$0"`, plugin},
-			[]string{cert}, "too many open files", "limit of open files .*LimitNOFILE",
+			[]string{cert},
+			"too many open files", "limit of open files .*LimitNOFILE",
 		},
 		"no certificate": {nil, nil, "PLUGIN_CLIENT_CERT is not set", leaveEnvironment},
 		"garbled certificate": {
-			nil, []string{"PLUGIN_CLIENT_CERT=-----BEGIN " + canary},
+			nil,
+			[]string{"PLUGIN_CLIENT_CERT=-----BEGIN " + canary},
 			"PLUGIN_CLIENT_CERT contains no certificate", leaveEnvironment,
 		},
 	}
