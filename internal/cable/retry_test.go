@@ -143,7 +143,7 @@ func TestRetryAfter(t *testing.T) {
 		{"Fri, 31 Dec 9999 23:59:59 GMT", "", MaxLifetime}, // by the local clock
 		{date, "", 0},
 	} {
-		got, ok := retryAfter(&http.Response{Header: http.Header{"Retry-After": {tt.text}, "Date": {tt.date}}})
+		got, ok := retryAfter(http.Header{"Retry-After": {tt.text}, "Date": {tt.date}})
 		if ok != (tt.want >= 0) || got != max(0, tt.want) {
 			t.Errorf("%q at %q: %s, %t; want %s", tt.text, tt.date, got, ok, tt.want)
 		}
@@ -342,7 +342,7 @@ func FuzzRetryAfter(f *testing.F) {
 		f.Add(s[0], s[1])
 	}
 	f.Fuzz(func(t *testing.T, after, date string) {
-		wait, ok := retryAfter(&http.Response{Header: http.Header{"Retry-After": {after}, "Date": {date}}})
+		wait, ok := retryAfter(http.Header{"Retry-After": {after}, "Date": {date}})
 		if wait < 0 || wait > MaxLifetime || !ok && wait != 0 {
 			t.Errorf("%q at %q: %s %v", after, date, wait, ok)
 		}

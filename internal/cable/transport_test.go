@@ -548,14 +548,11 @@ func TestAlerts(t *testing.T) {
 		{alert(40), true, false, false},
 		{alert(80), true, false, false},
 		{errors.New(tls.AlertError(116).Error()), true, false, false},
-		{errors.New(`malformed HTTP response "` + unparsed + `"`), true, false, false},
+		{errors.New(`malformed HTTP response "tls: failed to parse certificate from server"`), true, false, false},
 	} {
-		x := newExchange(nil, nil, false)
-		x.stage, x.fresh, x.answered = atResponse, tt.fresh, tt.answered
 		r := &request{client: newClientAt(t, Config{}), caller: t.Context()}
-		e := r.failure(t.Context(), x, true, tt.err)
-		if e.Certificate != tt.certificate || e.MaybeIssued == tt.certificate ||
-			isPermanent(e, tt.err) != tt.certificate {
+		e := r.failure(t.Context(), progress{stage: atResponse, sent: true, early: tt.fresh && !tt.answered}, tt.err)
+		if e.Certificate != tt.certificate || e.MaybeIssued == tt.certificate {
 			t.Errorf("%v, new %t, answered %t: %+v", tt.err, tt.fresh, tt.answered, e)
 		}
 	}
@@ -858,7 +855,7 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		} {
 			for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
 				_, got := throughEnvironment(t, nowhere, name+"="+value)
-				unreachable(t, badProxy(name).Error(), 1, got)
+				unreachable(t, fmt.Sprintf(notAProxy, name), 1, got)
 			}
 			setProxies(t, "HTTPS_PROXY="+value, "NO_PROXY=10.0.0.0/8,.exempt")
 			direct("https://127.0.0.1/")
