@@ -39,7 +39,7 @@ func TestToken(t *testing.T) {
 	}{
 		{"as requested", cabletest.Fault{}, requested},
 		{"no scopes", grant(cabletest.Grant{OmitScopes: true}), Token{}},
-		{"an empty list", grant(cabletest.Grant{Scopes: &[]string{}}), Token{ScopesOrganizationID: org, Scopes: []string{}}},
+		{"no scope", grant(cabletest.Grant{Scopes: &[]string{}}), Token{ScopesOrganizationID: org, Scopes: []string{}}},
 		{"another grant", grant(another), Token{ScopesOrganizationID: other, Scopes: []string{"b:c", "a:b"}}},
 		{"a clock that is years off", cabletest.Fault{ClockSkew: -100_000 * time.Hour}, requested},
 		{"slow, after a 429", cabletest.Fault{Delay: 50 * time.Millisecond}, requested},
