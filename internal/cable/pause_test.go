@@ -85,27 +85,24 @@ func TestPause(t *testing.T) {
 // TestPauseLength pins how long a pause is. See also TestRetryAfter.
 func TestPauseLength(t *testing.T) {
 	t.Parallel()
-	for retryAfter, want := range map[string]time.Duration{
-		"": defaultPause, "soon": defaultPause, "1": time.Second, "300": maxPause, "301": maxPause,
-		"9223372036854775807": maxPause,
-	} {
-		t.Run(retryAfter, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				sim, c := newMemory(t, Config{Timeout: 500 * time.Millisecond})
-				sim.SetFault(rateLimit(1, retryAfter))
-				if e := mustFail(t, t.Context(), c); e.StatusCode != 429 || e.RetryAfter != want {
-					t.Errorf("status %d, retry after %s, want %s", e.StatusCode, e.RetryAfter, want)
-				}
-				time.Sleep(want - 1)
-				if e := mustFail(t, t.Context(), c); e.Kind != Paused || e.RetryAfter != 1 {
-					t.Errorf("just before the end: %+v", e)
-				}
-				time.Sleep(time.Nanosecond)
-				mustMint(t, c)
-			})
-		})
-	}
+	synctest.Test(t, func(t *testing.T) {
+		for retryAfter, want := range map[string]time.Duration{
+			"": defaultPause, "soon": defaultPause, "1": time.Second, "300": maxPause, "301": maxPause,
+			"9223372036854775807": maxPause,
+		} {
+			sim, c := newMemory(t, Config{Timeout: 500 * time.Millisecond})
+			sim.SetFault(rateLimit(1, retryAfter))
+			if e := mustFail(t, t.Context(), c); e.StatusCode != 429 || e.RetryAfter != want {
+				t.Errorf("%q: status %d, retry after %s, want %s", retryAfter, e.StatusCode, e.RetryAfter, want)
+			}
+			time.Sleep(want - 1)
+			if e := mustFail(t, t.Context(), c); e.Kind != Paused || e.RetryAfter != 1 {
+				t.Errorf("%q: just before the end: %+v", retryAfter, e)
+			}
+			time.Sleep(time.Nanosecond)
+			mustMint(t, c)
+		}
+	})
 }
 
 // TestPauseNeverShrinks pins that a pause is extended by a later 429, but never shortened, because calls that were

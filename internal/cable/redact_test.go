@@ -37,16 +37,9 @@ func TestClean(t *testing.T) {
 		{"grüße ✓", "grüße ✓"},
 		{strings.Repeat("x", 600), strings.Repeat("x", 512)},
 		{strings.Repeat("x", 511) + "é", strings.Repeat("x", 511)},
-		{strings.Repeat("x", 505) + testKey, strings.Repeat("x", 505) + "[redact"[:7]},
+		{strings.Repeat("x", 505) + testKey, strings.Repeat("x", 505) + "[redact"}, // a cut leaves no part of the key
 	} {
-		got := r.clean(tt.in)
-		if tt.in == strings.Repeat("x", 505)+testKey {
-			if strings.Contains(got, testKey[:4]) || len(got) > 512 {
-				t.Errorf("a cut left a part of the key: %q", got[500:])
-			}
-			continue
-		}
-		if got != tt.want {
+		if got := r.clean(tt.in); got != tt.want {
 			t.Errorf("clean(%.60q) = %q, want %q", tt.in, got, tt.want)
 		}
 	}
@@ -81,21 +74,6 @@ func TestRedactProperties(t *testing.T) {
 		if other := rapid.StringMatching(`[a-f ]{0,60}`).Draw(rt, "other"); !r.contains(other) &&
 			r.redact(other) != other {
 			rt.Fatalf("%q was changed", other)
-		}
-	})
-}
-
-// TestDetailIsBounded pins that, whatever a message contains, the detail is bounded, valid and printable.
-func TestDetailIsBounded(t *testing.T) {
-	t.Parallel()
-	r := newRedactor(NewSecret(testKey))
-	rapid.Check(t, func(rt *rapid.T) {
-		text := string(rapid.SliceOf(rapid.Byte()).Draw(rt, "text")) + strings.Repeat(
-			testKey, rapid.IntRange(0, 30).Draw(rt, "keys"),
-		)
-		got := r.clean(text)
-		if len(got) > maxText || !utf8.ValidString(got) || strings.ContainsAny(got, "\n\r\x1b\x00") || r.contains(got) {
-			rt.Fatalf("%q", got)
 		}
 	})
 }

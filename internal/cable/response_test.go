@@ -151,7 +151,7 @@ func TestCableClock(t *testing.T) {
 		}
 		got, err := cableClock(header, tt.duration)
 		if !got.Equal(want) || err != nil && err.Error() != tt.err || err == nil && tt.err != "" {
-			t.Errorf("Date %q, Age %q, call of %s: %s, %v; want %s, %q", tt.date, tt.age, tt.duration, got, err, want, tt.err)
+			t.Errorf("Date %q, Age %q, call of %s: %s, %v", tt.date, tt.age, tt.duration, got, err)
 		}
 	}
 }

@@ -160,71 +160,52 @@ func TestRetriesAreSpread(t *testing.T) {
 // lasts to its end, which would hide how Cable responded.
 func TestBudget(t *testing.T) {
 	t.Parallel()
-	for _, retryAfter := range []string{"0", "1"} {
-		t.Run(retryAfter, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				const budget = 2 * time.Second
-				for delay := time.Duration(0); delay < budget; delay += 9 * time.Millisecond {
-					sim, c := newMemory(t, Config{Timeout: budget})
-					f := rateLimit(0, retryAfter)
-					f.Delay = delay
-					sim.SetFault(f)
-					start := time.Now()
-					_, err := c.RequestToken(t.Context(), testRequest())
-					if took := time.Since(start); took > budget {
-						t.Errorf("delay %s: took %s", delay, took)
-					}
-					var e *Error
-					if !errors.As(err, &e) || e.Attempts != sim.CallCount() || e.Attempts < 1 || e.Attempts > 3 {
-						t.Fatalf("delay %s: %+v after %d calls", delay, err, sim.CallCount())
-					}
-					if e.Kind != Responded && (e.Kind != TimedOut || !e.MaybeIssued) {
-						t.Errorf("delay %s: %s: %s, want Cable's 429", delay, e.Kind, e)
-					}
-				}
-			})
-		})
-	}
+	synctest.Test(t, func(t *testing.T) {
+		const budget = 2 * time.Second
+		for delay := time.Duration(0); delay < 2*budget; delay += 9 * time.Millisecond {
+			sim, c := newMemory(t, Config{Timeout: budget})
+			f := rateLimit(0, fmt.Sprint(int(delay/budget)))
+			f.Delay = delay % budget
+			sim.SetFault(f)
+			start := time.Now()
+			e := mustFail(t, t.Context(), c)
+			if took := time.Since(start); took > budget || e.Attempts != sim.CallCount() || e.Attempts < 1 ||
+				e.Attempts > 3 || e.Kind != Responded && (e.Kind != TimedOut || !e.MaybeIssued) {
+				t.Errorf("%+v: %+v after %s and %d calls; want Cable's 429", f, e, took, sim.CallCount())
+			}
+		}
+	})
 }
 
 // TestCallerLeavesInAWait pins that neither the wait for a retry nor the spread after a pause lasts longer than the
 // caller.
 func TestCallerLeavesInAWait(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct {
-		name  string
-		pause time.Duration
-		want  string
-	}{
-		{"retry", 0, "the caller left after Cable responded 429"},
-		{"spread", time.Second, "the caller left before a request was sent"},
+	for pause, want := range map[time.Duration]string{
+		0:           "the caller left after Cable responded 429", // in the wait for a retry
+		time.Second: "the caller left before a request was sent", // in the spread
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				sim, c := newMemory(t, Config{Timeout: time.Hour})
-				sim.SetFault(rateLimit(0, "600"))
-				if tt.pause > 0 {
-					c.pause.begin(tt.pause)
-					time.Sleep(tt.pause)
-				}
-				ctx, cancel := context.WithCancel(t.Context())
-				defer cancel()
-				var wg sync.WaitGroup
-				wg.Go(func() {
-					if e := mustFail(t, ctx, c); e.Kind != Canceled || e.Detail != tt.want || e.MaybeIssued {
-						t.Errorf("got %+v, want canceled: %s", e, tt.want)
-					}
-				})
-				synctest.Wait()
-				start := time.Now()
-				cancel()
-				wg.Wait()
-				if took := time.Since(start); took != 0 {
-					t.Errorf("it continued for %s", took)
+		synctest.Test(t, func(t *testing.T) {
+			sim, c := newMemory(t, Config{Timeout: time.Hour})
+			sim.SetFault(rateLimit(0, "600"))
+			if pause > 0 {
+				c.pause.begin(pause)
+				time.Sleep(pause)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				if e := mustFail(t, ctx, c); e.Kind != Canceled || e.Detail != want || e.MaybeIssued {
+					t.Errorf("got %+v, want canceled: %s", e, want)
 				}
 			})
+			synctest.Wait()
+			start := time.Now()
+			cancel()
+			wg.Wait()
+			if took := time.Since(start); took != 0 {
+				t.Errorf("it continued for %s", took)
+			}
 		})
 	}
 }
