@@ -237,6 +237,8 @@ func TestHostileServer(t *testing.T) {
 		chunked   = ok + "Transfer-Encoding: chunked\r\n"
 		body      = `{"token":"t","expiry":1}`
 		longHead  = "the head of its response is larger than 65536 bytes"
+		noHTTP1   = "it does not speak HTTP/1.1, and HTTP/2 is not supported"
+		settings  = "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a"
 		drip      = 10 * time.Millisecond
 		hangs     = time.Duration(-1)
 		switching = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -254,6 +256,7 @@ func TestHostileServer(t *testing.T) {
 		pause time.Duration // between, or hangs
 		want  Error
 	}{
+		{"SETTINGS of HTTP/2 (RFC 9113, 6.5)", settings, "", hangs, unreachable(noHTTP1)},
 		{"silence, then gone", "", "", 0, unreachable(connectionClosed)},
 		{"silence", "", "", hangs, timedOut},
 		{"no HTTP", "SSH-2.0-OpenSSH_9.6\r\n\r\n", "", 0, unreachable(notHTTP)},

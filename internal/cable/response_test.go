@@ -264,14 +264,15 @@ func TestOrganizationName(t *testing.T) {
 	}
 }
 
-// TestErrorBodies pins that an error contains only the message of an envelope of at most 64 KiB.
+// TestErrorBodies pins that an error contains only the message of an envelope of at most 64 KiB, even if the rest has
+// another type, and says so if it is not Cable's envelope, with a code and a message.
 func TestErrorBodies(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
 	long := strings.Repeat("é", 300)
 	for body, want := range flatten(map[string][]string{
 		"": {
-			``, `<html>no</html>`, `{}`, `null`, `"text"`, `[{"message":"no"}]`, `{"message":7}`, `{"message":"no"`,
+			``, `{"error":"invalid_scope"}`, `<html>no</html>`, `{}`, `null`, `"text"`, `[{"message":"no"}]`, `{"message":7}`, `{"message":"no"`,
 			`{"message":"no"} trailing`, strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3),
 			`{"message":"` + strings.Repeat("x", maxErrorBody-12) + `"}`,
 		},
@@ -280,7 +281,7 @@ func TestErrorBodies(t *testing.T) {
 			`{"message":"no","secret":"s3cr"}`,
 		},
 		"no: ": {`{"message":"no","errors":[{}]}`},
-		"only": {`{"errors":[{"message":"only"}]}`},
+		"only": {`{"errors":[{"message":"only"}]}`, `{"code":400,"message":7,"errors":[{"message":"only"}]}`},
 		"f: ":  {`{"errors":[{"field":"f"}]}`},
 
 		"no: f: m; x":             {`{"message":"no","errors":[{"field":"f","message":"m"},{"message":"x"}]}`},
@@ -294,30 +295,20 @@ func TestErrorBodies(t *testing.T) {
 		"xx" + strings.Repeat("日", 170):    {`{"message":"xx` + strings.Repeat("日", 300) + `"}`},
 		strings.Repeat(`\x01`, 128):        {`{"message":"` + strings.Repeat(`\u0001`, 1000) + `"}`},
 	}) {
-		if got, _ := c.envelope([]byte(body)); got != want {
-			t.Errorf("%.80q: %q, want %q", body, got, want)
+		detail := want + " (" + notCables + ")"
+		if want == "" {
+			detail = notCables
+		}
+		if got := c.errorDetail([]byte(body)); got != detail { // none has a code
+			t.Errorf("%.80q: %q, want %q", body, got, detail)
 		}
 	}
-}
-
-// TestErrorDetail pins the words about an error response that is not Cable's envelope, and that a message is kept if
-// the rest has another type.
-func TestErrorDetail(t *testing.T) {
-	t.Parallel()
-	c := newClientAt(t, Config{})
-	for body, want := range map[string]string{
-		`{"code":400,"message":"no"}`:                              "no",
-		"\xef\xbb\xbf" + `{"code":400,"message":"no"}`:             "no",
-		`{"code":"400","message":"no","errors":{}}`:                "no",
-		`{"code":400,"message":"no","errors":["scopes: unknown"]}`: "no",
-		`{"code":400,"message":7,"errors":[{"message":"only"}]}`:   "only (" + notCables + ")",
-		`{"message":"Missing Authentication Token"}`:               "Missing Authentication Token (" + notCables + ")",
-		`{"error":"invalid_scope","error_description":"no"}`:       notCables,
-		`<html>blocked</html>`:                                     notCables,
-		``:                                                         notCables,
+	for _, body := range []string{
+		`{"code":400,"message":"no"}`, "\xef\xbb\xbf" + `{"code":400,"message":"no"}`,
+		`{"code":"400","message":"no","errors":{}}`, `{"code":400,"message":"no","errors":["scopes: unknown"]}`,
 	} {
-		if got := c.errorDetail([]byte(body)); got != want {
-			t.Errorf("%s: %q, want %q", body, got, want)
+		if got := c.errorDetail([]byte(body)); got != "no" {
+			t.Errorf("%s: %q, want Cable's message alone", body, got)
 		}
 	}
 }

@@ -514,20 +514,6 @@ func TestStages(t *testing.T) {
 	}
 }
 
-// TestHTTP2Alone pins the error for a server that speaks HTTP/2 although it was not offered.
-func TestHTTP2Alone(t *testing.T) {
-	t.Parallel()
-	url, _ := rawServer(t, func(conn net.Conn) {
-		_, _ = io.WriteString(conn, "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a")
-		hang(conn) // after SETTINGS (RFC 9113, 6.5)
-	})
-	e := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: url}))
-	// The frame may be read before the request is written.
-	if e.Kind != Unreachable || e.Detail != "it does not speak HTTP/1.1, and HTTP/2 is not supported" {
-		t.Errorf("%+v", e)
-	}
-}
-
 // TestCACert pins that ca_cert adds an authority, and that a server's own certificate can be one.
 func TestCACert(t *testing.T) {
 	t.Parallel()
