@@ -12,7 +12,6 @@ import (
 	"net/http/httptrace"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -436,36 +435,6 @@ func TestStart(t *testing.T) {
 	token, err := newClient(t, srv, Config{Timeout: hour}).RequestToken(t.Context(), tr)
 	const detail = "the budget of 1h0m0s ran out after the request was sent, waiting for the response"
 	diffError(t, sent(TimedOut, detail), checkError(t, token, err))
-}
-
-// TestCallersAreIndependent pins that a caller that leaves does not end the calls of others on the same connection.
-func TestCallersAreIndependent(t *testing.T) {
-	t.Parallel()
-	arrived, release := make(chan struct{}, 20), make(chan struct{})
-	srv := cabletest.NewTLSServer(t, &cabletest.Options{Log: func(cabletest.Call) {
-		arrived <- struct{}{}
-		<-release
-	}})
-	c := newClient(t, srv, Config{})
-	ctx, leave := context.WithCancel(t.Context())
-	var left, stayed sync.WaitGroup
-	for range 10 {
-		left.Go(func() {
-			diffError(t, sent(Canceled, "the caller left after the request was sent"), mustFail(t, ctx, c))
-		})
-		stayed.Go(func() {
-			if _, err := c.RequestToken(t.Context(), testRequest()); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	for range 20 {
-		<-arrived
-	}
-	leave()
-	left.Wait()
-	close(release)
-	stayed.Wait()
 }
 
 // TestObserve pins that each call is observed once.

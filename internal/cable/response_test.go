@@ -242,28 +242,6 @@ func TestLookalikes(t *testing.T) {
 	}
 }
 
-// TestOrganizationName pins that the organization's name, which the caller compares with nothing, is safe to show and
-// store, because it is bounded and printable.
-func TestOrganizationName(t *testing.T) {
-	t.Parallel()
-	c := newClientAt(t, Config{})
-	for name, want := range map[string]string{
-		"Cable Financial Services": "Cable Financial Services",
-		"Ünïcode & Söhne 日本 🏦":     "Ünïcode & Söhne 日本 🏦",
-		"":                         "",
-		"Société\u00a0Générale\u3000\u202f👨\u200d💻": "Société\u00a0Générale\u3000\u202f👨\u200d💻",
-		"می\u200cخواهم":                             "می\u200cخواهم",
-		"a\u2028b\u2029c\u2066d\ufeffe\u00adf":      `a\u2028b\u2029c\u2066d\ufeffe\u00adf`,
-		"\x1b[2Jgone\u202egnp.exe\r\n":              `\x1b[2Jgone\u202egnp.exe\r\n`,
-		strings.Repeat("é", 1000):                   strings.Repeat("é", maxText/2),
-	} {
-		raw, _ := json.Marshal(map[string]any{"token": "t", "expiry": 1, "organization_name": name})
-		if got, err := c.decode(raw, testRequest()); err != nil || got.OrganizationName != want {
-			t.Errorf("%.40q: %+v, %v; want %.40q", name, got, err, want)
-		}
-	}
-}
-
 // TestErrorBodies pins that an error contains only the message of an envelope of at most 64 KiB, even if the rest has
 // another type, and says so if it is not Cable's envelope, with a code and a message.
 func TestErrorBodies(t *testing.T) {
@@ -272,8 +250,8 @@ func TestErrorBodies(t *testing.T) {
 	long := strings.Repeat("é", 300)
 	for body, want := range flatten(map[string][]string{
 		"": {
-			``, `{"error":"invalid_scope"}`, `<html>no</html>`, `{}`, `null`, `"text"`, `[{"message":"no"}]`, `{"message":7}`, `{"message":"no"`,
-			`{"message":"no"} trailing`, strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3),
+			``, `{"error":"invalid_scope"}`, `<html>no</html>`, `{}`, `null`, `"text"`, `[{"message":"no"}]`,
+			`{"message":7}`, `{"message":"no"`, `{"message":"no"} trailing`, strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3),
 			`{"message":"` + strings.Repeat("x", maxErrorBody-12) + `"}`,
 		},
 		"no": {

@@ -46,18 +46,6 @@ func TestRetryOverNetwork(t *testing.T) {
 	}
 }
 
-// TestRefusedConnection pins that a connection that could not be made is retried, whether or not there was one before.
-func TestRefusedConnection(t *testing.T) {
-	t.Parallel()
-	srv := cabletest.NewServer(t, nil)
-	c := newClient(t, srv, Config{})
-	mustMint(t, c)
-	c.Close()
-	srv.Close()
-	diffError(t, unsent(Unreachable, "connection refused", 3), mustFail(t, t.Context(), c))
-	checkCounts(t, srv, 1, 1)
-}
-
 // TestRetries pins which Retry-After of a 429 fits the budget, how often and after which time the call is then retried,
 // and that it can succeed.
 func TestRetries(t *testing.T) {
@@ -128,7 +116,7 @@ func TestRetryAfter(t *testing.T) {
 		{date, date, 0}, {later, date, time.Minute}, {"Sunday, 31-Mar-24 23:01:00 GMT", date, time.Minute},
 		{"Thu, 28 Mar 2024 23:00:00 GMT", date, 0}, {far, date, MaxLifetime},
 		{far, "Mon, 01 Jan 0001 00:00:00 GMT", MaxLifetime}, // more than a Duration has
-		{far, "", MaxLifetime}, {date, "", 0}, // by the local clock
+		{far, "", MaxLifetime}, {date, "", 0},               // by the local clock
 	} {
 		got, ok := retryAfter(http.Header{"Retry-After": {tt.text}, "Date": {tt.date}})
 		if ok != (tt.want >= 0) || got != max(0, tt.want) {
