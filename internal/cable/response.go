@@ -124,10 +124,8 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 	if len(token) > maxToken {
 		return nil, fmt.Errorf("its token has %d bytes: at most %d are accepted", len(token), maxToken)
 	}
-	for _, c := range []byte(token) {
-		if c <= ' ' || c >= 0x7f {
-			return nil, errors.New("its token contains characters that a header cannot carry")
-		}
+	if strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return nil, errors.New("its token contains characters that a header cannot carry")
 	}
 	if body.Expiry == nil || string(body.Expiry) == "null" {
 		return nil, errors.New("it contains no expiry")

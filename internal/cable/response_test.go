@@ -250,8 +250,9 @@ func TestErrorBodies(t *testing.T) {
 	long := strings.Repeat("é", 300)
 	for body, want := range flatten(map[string][]string{
 		"": {
-			``, `{"error":"invalid_scope"}`, `<html>no</html>`, `{}`, `null`, `"text"`, `[{"message":"no"}]`,
-			`{"message":7}`, `{"message":"no"`, `{"message":"no"} trailing`, strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3),
+			``, `{"error":"no"}`, `<html>no</html>`, `{}`, `null`, `"text"`, `[{"message":"no"}]`,
+			`{"message":7}`, `{"message":"no"`, `{"message":"no"} trailing`,
+			strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3),
 			`{"message":"` + strings.Repeat("x", maxErrorBody-12) + `"}`,
 		},
 		"no": {

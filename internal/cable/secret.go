@@ -82,10 +82,6 @@ type spellings struct {
 func newRedactor(secret Secret) redactor {
 	key := secret.Reveal()
 	k := &spellings{windows: make(map[string]struct{})}
-	r := redactor{func() *spellings { return k }}
-	if key == "" {
-		return r
-	}
 	inHex := hex.EncodeToString([]byte(key))
 	quoted := strconv.Quote(key)
 	inJSON, _ := json.Marshal(key) // a string always marshals
@@ -104,7 +100,7 @@ func newRedactor(secret Secret) redactor {
 			k.windows[s[i:i+redactWindow]] = struct{}{}
 		}
 	}
-	return r
+	return redactor{func() *spellings { return k }}
 }
 
 // percents matches a byte in URL encoding, which some servers write in lower case.
