@@ -94,7 +94,7 @@ func (r *runbook) block(names ...string) (out string) {
 }
 
 // ok sends a request that must succeed.
-func (r *runbook) ok(method, path string, body map[string]any) *answer {
+func (r *runbook) ok(method, path string, body map[string]any) *response {
 	r.t.Helper()
 	return r.v.ok(r.t, method, path, body)
 }
@@ -106,7 +106,7 @@ func (r *runbook) set(path string, fields map[string]any) {
 }
 
 // read requests a token, which may fail.
-func (r *runbook) read() *answer {
+func (r *runbook) read() *response {
 	r.t.Helper()
 	return r.v.do(r.t, "GET", "cable/creds/reports", nil)
 }

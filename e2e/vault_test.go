@@ -87,9 +87,6 @@ type request struct {
 	header       map[string]string
 }
 
-// answer is the old name of response.
-type answer = response
-
 // response is Vault's response to a request.
 type response struct {
 	status int
