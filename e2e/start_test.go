@@ -85,7 +85,7 @@ func TestCannotStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
-	v.register(t, "no-folder", map[string]any{"env": []string{"TMPDIR=/nonexistent"}})
+	v.register(t, "no-folder", "TMPDIR=/nonexistent")
 	a := v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
 	if a.status != 400 {
 		t.Errorf("%s: want 400", a)
@@ -94,7 +94,7 @@ func TestCannotStart(t *testing.T) {
 	v.cannotRun(t, "open /nonexistent/plugin",
 		"the plugin needs a socket in /nonexistent: let Vault's user create files there")
 	// The remedy.
-	v.register(t, "no-folder", map[string]any{"env": []string{"TMPDIR=" + suite.dir}})
+	v.register(t, "no-folder", "TMPDIR="+suite.dir)
 	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
 }
 
