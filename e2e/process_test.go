@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -66,7 +65,7 @@ func (v *vaultServer) pluginProcesses(t *testing.T) (pids []int) {
 
 // TestPluginProcess checks that two mounts share one process. When it is killed, Vault
 // starts another, and both mounts mint again after a few failed reads, as after a
-// reload. No token is returned twice.
+// reload. TestStorm kills it under load.
 func TestPluginProcess(t *testing.T) {
 	t.Parallel()
 	v := ownServer(t)
@@ -113,56 +112,7 @@ func TestPluginProcess(t *testing.T) {
 		before = after
 	}
 
-	// Each of the reads that are under way while it is killed has a response.
-	var wg sync.WaitGroup
-	var mu sync.Mutex
-	statuses := map[int]int{}
-	seen := map[string]bool{}
-	mounts[0].sim.SetFault(cabletest.Fault{Delay: 20 * time.Millisecond})
-	noticed := make(chan struct{}) // that it is gone
-	for range 4 {
-		wg.Go(func() {
-			for more := 25; more > 0; {
-				select {
-				case <-noticed:
-					more--
-				default:
-				}
-				a, err := v.call(request{method: "GET", path: mounts[0].path + "/creds/app", token: v.root})
-				mu.Lock()
-				switch {
-				case err != nil:
-					t.Error(err)
-				case a.status == 200 && (seen[a.token()] || a.LeaseID == "" || a.token() == ""):
-					t.Errorf("no lease, or a token twice: %s", a.LeaseID)
-				case a.status == 200:
-					seen[a.token()] = true
-				}
-				statuses[a.status]++
-				mu.Unlock()
-			}
-		})
-	}
-	waitFor(t, 20*time.Second, "some reads", func() bool { return mounts[0].sim.CallCount() > 20 })
-	killed, err := os.FindProcess(before[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := killed.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	// Whether one fails is a matter of chance, because Vault repeats some requests.
-	waitFor(t, 20*time.Second, "another process", func() bool {
-		now := v.pluginProcesses(t)
-		return len(now) == 1 && now[0] != before[0]
-	})
-	close(noticed)
-	wg.Wait()
-	t.Logf("statuses while it was killed: %v", statuses)
-	if statuses[200] < 50 || len(statuses) > 2 || len(statuses) == 2 && statuses[500] == 0 {
-		t.Errorf("statuses while it was killed: %v", statuses)
-	}
-	mounts[0].sim.ClearFaults()
+	kill(t, before[0])
 	readsAgain("the kill")
 
 	t.Log(v.cli(t, "plugin", "reload", "-plugin="+pluginName))

@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -225,6 +226,25 @@ func (m *mount) configure(t testing.TB, extra ...map[string]any) {
 func (m *mount) read(t testing.TB) *response {
 	t.Helper()
 	return m.ok(t, "GET", m.path+"/creds/app", nil)
+}
+
+// readAll reads n tokens at once.
+func (m *mount) readAll(t *testing.T, n int) []*response {
+	t.Helper()
+	responses := make([]*response, n)
+	var wg sync.WaitGroup
+	for i := range responses {
+		wg.Go(func() {
+			a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: m.root})
+			if err != nil {
+				t.Error(err)
+				a = new(response)
+			}
+			responses[i] = a
+		})
+	}
+	wg.Wait()
+	return responses
 }
 
 // logHas reports whether one line of the server's log contains all parts.
