@@ -20,7 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
@@ -101,15 +100,12 @@ users: [{name: admin, user: {token: %s}}]
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
-	watch(t, v)
 	sum, err := plugin.Sum()
 	if err != nil {
 		t.Fatal(err)
 	}
 	v.ok(t, "POST", "sys/plugins/catalog/auth/kubernetes", map[string]any{"sha256": sum, "command": authPlugin})
-	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
-	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName})
-	m.configure(t)
+	m := newMountOf(t, v)
 
 	k := &kubernetes{shell: newShell(t, v, map[string]string{"kubectl": filepath.Join(bin, "kubectl")}), m: m}
 	k.env = append(k.env, "KUBECONFIG="+file("kubeconfig"), "NO_PROXY=127.0.0.1")

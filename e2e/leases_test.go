@@ -81,13 +81,10 @@ func TestVaultEndsLeases(t *testing.T) {
 	m := newMount(t, sharedServer(t), nil)
 	m.configure(t)
 	creds := m.path + "/creds/app"
-	m.ok(t, "PUT", "sys/policies/acl/"+m.path,
-		map[string]any{"policy": fmt.Sprintf("path %q { capabilities = [\"read\"] }", creds)})
-	token := m.ok(t, "POST", "auth/token/create", map[string]any{
-		"policies": []string{m.path}, "ttl": "3s", "explicit_max_ttl": "3s",
-	}).Auth.ClientToken
-	if a, err := m.call(request{method: "GET", path: creds, token: token}); err != nil || a.status != 200 {
-		t.Fatalf("%s, %v", a, err)
+	m.writePolicy(t, m.path, fmt.Sprintf("path %q { capabilities = [\"read\"] }", creds))
+	token := m.tokenWith(t, m.path, map[string]any{"ttl": "3s", "explicit_max_ttl": "3s"})
+	if a := m.as(t, token, "GET", creds, nil); a.status != 200 {
+		t.Fatal(a)
 	}
 	m.sim.SetFault(cabletest.Fault{Grant: &cabletest.Grant{Lifetime: ptr(5 * time.Second)}})
 	for range 3 {

@@ -108,11 +108,8 @@ type promServer struct{ url string }
 func startPrometheus(t *testing.T, m *mount) *promServer {
 	t.Helper()
 	bin, dir := needPrometheus(t), t.TempDir()
-	policy := fmt.Sprintf(`path "%s/metrics" { capabilities = ["read"] }`, m.path)
-	m.ok(t, "PUT", "sys/policies/acl/"+m.path, map[string]any{"policy": policy})
-	token := m.ok(t, "POST", "auth/token/create", map[string]any{
-		"policies": []string{m.path}, "no_default_policy": true,
-	}).Auth.ClientToken
+	m.writePolicy(t, m.path, fmt.Sprintf(`path "%s/metrics" { capabilities = ["read"] }`, m.path))
+	token := m.tokenWith(t, m.path, nil)
 	tokenFile := filepath.Join(dir, "token")
 	if err := os.WriteFile(tokenFile, []byte(token+"\n"), 0o600); err != nil {
 		t.Fatal(err)

@@ -338,17 +338,9 @@ func TestNamespaces(t *testing.T) {
 	}
 
 	// A policy and a quota of the root namespace name it.
-	policy := `path "team-a/cable/creds/reports" { capabilities = ["read"] }`
-	r.ok("PUT", "sys/policies/acl/reader", map[string]any{"policy": policy})
-	token := r.ok("POST", "auth/token/create", map[string]any{"policies": []string{"reader"}}).Auth.ClientToken
-	read := func() int {
-		t.Helper()
-		a, err := r.v.call(request{method: "GET", path: "team-a/cable/creds/reports", token: token})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return a.status
-	}
+	r.v.writePolicy(t, "reader", `path "team-a/cable/creds/reports" { capabilities = ["read"] }`)
+	token := r.v.tokenWith(t, "reader", nil)
+	read := func() int { return r.v.as(t, token, "GET", "team-a/cable/creds/reports", nil).status }
 	if got := read(); got != 200 {
 		t.Errorf("a read by a policy of the root namespace: status %d", got)
 	}

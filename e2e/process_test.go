@@ -246,17 +246,6 @@ exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec s
 	}
 }
 
-// newMountOf enables and configures the engine on a server that the test ends, so
-// that the mount is not disabled at the test's end.
-func newMountOf(t *testing.T, v *vaultServer) *mount {
-	t.Helper()
-	watch(t, v)
-	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
-	v.ok(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": pluginName})
-	m.configure(t)
-	return m
-}
-
 // TestGroupSignal sends a signal to the whole process group of Vault, as a terminal, a
 // container's init and systemd do. Vault waits for the requests under way, and the plugin
 // serves them, so a reader gets its token. Then the plugin ends with Vault.

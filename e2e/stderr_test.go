@@ -29,15 +29,6 @@ func (v *vaultServer) register(t *testing.T, name string, env ...string) {
 	})
 }
 
-// enable is newMount for a plugin of another name and a simulator that exists.
-func (v *vaultServer) enable(t *testing.T, plugin string, sim *cabletest.Server) *mount {
-	t.Helper()
-	m := &mount{vaultServer: v, path: fmt.Sprintf("cable-%d", mounts.Add(1)), sim: sim}
-	v.ok(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": plugin})
-	t.Cleanup(func() { v.ok(t, "DELETE", "sys/mounts/"+m.path, nil) })
-	return m
-}
-
 // flushLog returns when all that the plugin has written to standard error so far
 // is in the server's log, because the pipe keeps the order and the last line is known.
 func (m *mount) flushLog(t *testing.T) {
