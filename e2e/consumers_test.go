@@ -134,7 +134,8 @@ func (s *shell) start(t *testing.T, name string, args ...string) (stop func()) {
 	case s.exists(".bin/" + name):
 		name = s.place(".bin/" + name)
 	}
-	return runUntilEnd(t, s.dir, env, name, args...)
+	stop, _ = runUntilEnd(t, s.dir, env, name, args...)
+	return stop
 }
 
 // TestClientsThatRetry counts how often each client sends a request to which the
@@ -243,8 +244,8 @@ func TestReadersTokens(t *testing.T) {
 	}
 }
 
-// TestReferencePage runs the commands in the text of docs/reference.md. The response
-// to a read can be written back, and lists go page by page.
+// TestReferencePage runs the command in the text of docs/reference.md: the response to a
+// read can be written back.
 func TestReferencePage(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
@@ -272,9 +273,5 @@ func TestReferencePage(t *testing.T) {
 		if after := data(path); after != before {
 			t.Errorf("%s: %s, want %s", command, after, before)
 		}
-	}
-	a := m.ok(t, "GET", "cable/roles?list=true&after=app&limit=1", nil)
-	if got := fmt.Sprint(a.Data["keys"]); got != "[copy]" {
-		t.Errorf("the roles after app, one of them: %s", got)
 	}
 }

@@ -159,9 +159,7 @@ func newOpenBao(t *testing.T) *openBao {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(b.folder, "seal.key"), bytes.Repeat([]byte{7}, 32), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, filepath.Join(b.folder, "seal.key"), strings.Repeat("7", 32))
 	b.shell = &shell{t: t}
 	t.Cleanup(b.stop)
 	return b
@@ -232,9 +230,7 @@ initialize "access" {
 func (b *openBao) configure(change func(string) string) {
 	b.t.Helper()
 	file := filepath.Join(b.folder, "vault.hcl")
-	if err := os.WriteFile(file, []byte(change(readFile(b.t, file))), 0o600); err != nil {
-		b.t.Fatal(err)
-	}
+	writeFile(b.t, file, change(readFile(b.t, file)))
 	if err := b.v.Process.Signal(syscall.SIGHUP); err != nil {
 		b.t.Fatal(err)
 	}

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -24,43 +23,49 @@ import (
 func ownServer(t *testing.T, env ...string) *vaultServer {
 	t.Helper()
 	needVault(t)
-	v, err := startDevServer(t.TempDir(), env...)
-	if err != nil {
+	v := &vaultServer{plugins: pluginFolder(t), env: env}
+	if err := v.startDev(t.TempDir()); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
 	return v
 }
 
-// pluginProcesses returns the ids of the plugin processes that the server
-// started.
-func (v *vaultServer) pluginProcesses(t *testing.T) (pids []int) {
+// runUntilEnd runs a program in a folder until the test ends or stop is called. Its
+// output, which is in the file log, is shown if the test fails.
+func runUntilEnd(t *testing.T, dir string, env []string, name string, args ...string) (stop func(), log string) {
 	t.Helper()
-	stats, err := filepath.Glob("/proc/[0-9]*/stat")
-	if err != nil || len(stats) == 0 {
-		skipUnlessRequired(t, errors.New("no /proc: the plugin's processes cannot be found"))
+	cmd := exec.CommandContext(suite.ctx, name, args...)
+	cmd.Env, cmd.Dir = env, dir
+	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, path := range stats {
-		stat, err := os.ReadFile(path)
-		if err != nil {
-			continue // it has ended
-		}
-		// The fields are pid, (name), state, parent and more. The name is cut at 15 bytes,
-		// and may contain anything.
-		name, rest, _ := strings.Cut(string(stat[bytes.IndexByte(stat, '(')+1:]), ") ")
-		fields := strings.Fields(rest)
-		if !strings.HasPrefix(pluginName, name) || len(fields) < 2 ||
-			fields[0] == "Z" || fields[1] != strconv.Itoa(v.Process.Pid) {
-			continue
-		}
-		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		pids = append(pids, pid)
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
 	}
-	slices.Sort(pids)
-	return pids
+	stopped := false
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		_ = cmd.Process.Signal(os.Interrupt)
+		timer := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() })
+		_ = cmd.Wait()
+		timer.Stop()
+		_ = out.Close()
+		text := readFile(t, out.Name())
+		if secret := findSecret(text, false); secret != "" {
+			t.Errorf("the output of %s holds %s", filepath.Base(name), secret)
+		}
+		if t.Failed() {
+			t.Logf("%s: %s", filepath.Base(name), text[max(0, len(text)-2000):])
+		}
+	}
+	t.Cleanup(stop)
+	return stop, out.Name()
 }
 
 // TestPluginProcess checks that two mounts share one process. When it is killed, Vault
@@ -142,6 +147,13 @@ func processes(t *testing.T, file string) (pids []int) {
 	return pids
 }
 
+// pluginProcesses returns the ids of the plugin processes of a server with a plugin
+// folder of its own.
+func (v *vaultServer) pluginProcesses(t *testing.T) (pids []int) {
+	t.Helper()
+	return processes(t, filepath.Join(v.plugins, pluginName))
+}
+
 // process returns the id of the server's process, which may be the child of a
 // script.
 func (v *vaultServer) process(t *testing.T) int {
@@ -182,17 +194,16 @@ func writeScript(t *testing.T, path, text string) {
 
 // pluginFolder makes a plugin folder of the test's own, so that the processes of
 // its plugin are known by their file.
-func pluginFolder(t *testing.T) (folder, plugin string) {
+func pluginFolder(t *testing.T) (folder string) {
 	t.Helper()
 	folder, err := filepath.EvalSymlinks(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	plugin = filepath.Join(folder, pluginName)
-	if err := os.Link(filepath.Join(suite.plugins, pluginName), plugin); err != nil {
+	if err := os.Link(filepath.Join(suite.plugins, pluginName), filepath.Join(folder, pluginName)); err != nil {
 		t.Fatal(err)
 	}
-	return folder, plugin
+	return folder
 }
 
 // needNamespace skips the test if no PID namespace can be made, which takes root, on
@@ -213,8 +224,7 @@ func TestVaultKilled(t *testing.T) {
 			t.Parallel()
 			needVault(t)
 			dir := t.TempDir()
-			folder, plugin := pluginFolder(t)
-			v := &vaultServer{plugins: folder}
+			v := &vaultServer{plugins: pluginFolder(t)}
 			if namespace { // as in a container with an init process, which outlives Vault
 				needNamespace(t)
 				v.binary = filepath.Join(dir, "vault-script")
@@ -229,18 +239,18 @@ exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec s
 			m := newMountOf(t, v)
 			m.read(t)
 			t.Cleanup(func() {
-				for _, pid := range processes(t, plugin) { // the test has failed
+				for _, pid := range v.pluginProcesses(t) { // the test has failed
 					kill(t, pid)
 				}
 			})
-			if plugins := processes(t, plugin); len(plugins) != 1 {
+			if plugins := v.pluginProcesses(t); len(plugins) != 1 {
 				t.Fatalf("plugin processes %v, want one", plugins)
 			}
 			server := v.process(t)
 			kill(t, server)
 			waitFor(t, 10*time.Second, "Vault ends", func() bool { return !runs(server) })
 			start := time.Now()
-			waitFor(t, 10*time.Second, "the plugin ends", func() bool { return len(processes(t, plugin)) == 0 })
+			waitFor(t, 10*time.Second, "the plugin ends", func() bool { return len(v.pluginProcesses(t)) == 0 })
 			t.Logf("ended after %s", time.Since(start).Round(10*time.Millisecond))
 		})
 	}
@@ -259,8 +269,7 @@ func TestGroupSignal(t *testing.T) {
 				skipUnlessRequired(t, err)
 			}
 			dir := t.TempDir()
-			folder, plugin := pluginFolder(t)
-			v := &vaultServer{plugins: folder, binary: filepath.Join(dir, "vault-script")}
+			v := &vaultServer{plugins: pluginFolder(t), binary: filepath.Join(dir, "vault-script")}
 			writeScript(t, v.binary, "exec setsid "+suite.vault+` "$@"`) // a process group of its own
 			// NOTE: in dev mode SIGHUP makes Vault panic.
 			if err := v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "data")}, suite.plugin); err != nil {
@@ -269,7 +278,7 @@ func TestGroupSignal(t *testing.T) {
 			t.Cleanup(v.stop)
 			m := newMountOf(t, v)
 			m.read(t)
-			plugins := processes(t, plugin)
+			plugins := v.pluginProcesses(t)
 			send := func(signal string) {
 				if _, err := run("/bin/sh", "-c", fmt.Sprintf("kill -%s -%d", signal, v.Process.Pid)); err != nil {
 					t.Error(err)
@@ -278,7 +287,7 @@ func TestGroupSignal(t *testing.T) {
 			send("HUP") // Vault reads its configuration again
 			waitFor(t, 10*time.Second, "the server has seen SIGHUP", func() bool { return v.logHas(" reload triggered") })
 			m.read(t)
-			if got := processes(t, plugin); len(got) != 1 || !slices.Equal(got, plugins) {
+			if got := v.pluginProcesses(t); len(got) != 1 || !slices.Equal(got, plugins) {
 				t.Errorf("plugin processes %v after SIGHUP, want %v", got, plugins)
 			}
 
@@ -295,7 +304,7 @@ func TestGroupSignal(t *testing.T) {
 				t.Errorf("the read under way: %s, want a token", a)
 			}
 			<-v.Exited
-			waitFor(t, 10*time.Second, "the plugin ends", func() bool { return len(processes(t, plugin)) == 0 })
+			waitFor(t, 10*time.Second, "the plugin ends", func() bool { return len(v.pluginProcesses(t)) == 0 })
 		})
 	}
 }

@@ -24,7 +24,8 @@ func TestArguments(t *testing.T) {
 	v := ownServer(t)
 	const plugin = pluginName + "-arguments"
 	v.cli(t, "plugin", "register", "-sha256="+suite.sha256, "-command="+pluginName, "-version="+pluginVersion,
-		"-args=-version", "-args=-ca-cert=/"+cabletest.RefreshKeyMarker, "-args="+cabletest.TokenMarker, "secret", plugin)
+		"-args=-version", "-args=-ca-cert=/"+cabletest.RefreshKeyMarker, "-args="+cabletest.TokenMarker,
+		"secret", plugin)
 	m := v.mountAt(t, "cable", plugin, cabletest.NewServer(t, nil))
 	m.configure(t)
 	m.read(t)
