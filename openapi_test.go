@@ -15,7 +15,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// oasDocument is what a client generator reads of an OpenAPI document.
+// oasDocument is the part of an OpenAPI document that a client generator reads.
 type oasDocument struct {
 	Paths      map[string]map[string]json.RawMessage `json:"paths"`
 	Components struct {
@@ -64,7 +64,7 @@ func document(t testing.TB) *oasDocument {
 	return doc
 }
 
-// operation returns what the document says of an operation.
+// operation returns an operation of the document.
 func (d *oasDocument) operation(t testing.TB, path, method string) *oasOperation {
 	t.Helper()
 	op := new(oasOperation)
@@ -83,7 +83,7 @@ func (d *oasDocument) resolve(s oasSchema) oasSchema {
 }
 
 // check compares a decoded JSON value with a schema, as a generated client does.
-func (d *oasDocument) check(t testing.TB, what string, s oasSchema, value any) {
+func (d *oasDocument) check(t testing.TB, name string, s oasSchema, value any) {
 	t.Helper()
 	s = d.resolve(s)
 	kind := ""
@@ -101,31 +101,30 @@ func (d *oasDocument) check(t testing.TB, what string, s oasSchema, value any) {
 		kind = "array"
 		for _, e := range v {
 			if s.Items != nil {
-				d.check(t, what+"[]", *s.Items, e)
+				d.check(t, name+"[]", *s.Items, e)
 			}
 		}
 	case kv:
 		kind = "object"
-		for _, name := range slices.Sorted(maps.Keys(v)) {
-			if property, ok := s.Properties[name]; ok {
-				d.check(t, what+"."+name, property, v[name])
+		for _, key := range slices.Sorted(maps.Keys(v)) {
+			if property, ok := s.Properties[key]; ok {
+				d.check(t, name+"."+key, property, v[key])
 			} else if len(s.Properties) > 0 {
-				t.Errorf("%s.%s is not in the document", what, name)
+				t.Errorf("%s.%s is not in the document", name, key)
 			}
 		}
-		for _, name := range s.Required {
-			if _, ok := v[name]; !ok {
-				t.Errorf("%s lacks %s", what, name)
+		for _, key := range s.Required {
+			if _, ok := v[key]; !ok {
+				t.Errorf("%s lacks %s", name, key)
 			}
 		}
 	}
 	if kind != s.Type {
-		t.Errorf("%s is sent as %s and documented as %s", what, kind, s.Type)
+		t.Errorf("%s is sent as %s and documented as %s", name, kind, s.Type)
 	}
 }
 
-// TestResponsesDecode: a client that is generated from the document decodes each
-// response, whatever is set and has happened.
+// TestResponsesDecode checks that a client that is generated from the document decodes each response.
 func TestResponsesDecode(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
@@ -170,8 +169,8 @@ func TestResponsesDecode(t *testing.T) {
 	}
 }
 
-// TestDocumentDefaultsResetNothing: a client that applies the document's
-// defaults to a partial write changes nothing but what it names.
+// TestDocumentDefaultsResetNothing checks that a client that applies the document's defaults to a partial write changes
+// nothing but the fields that it names.
 func TestDocumentDefaultsResetNothing(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
