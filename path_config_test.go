@@ -389,7 +389,8 @@ func FuzzStoredConfig(f *testing.F) {
 		cfg.RefreshKey = cable.NewSecret(cabletest.RefreshKeyMarker) // one that nothing else looks like
 		printed, _ := json.Marshal(cfg)
 		shown := fmt.Sprintf("%v %+v %#v %s", cfg, *cfg, cfg, printed)
-		if marker := cabletest.RefreshKeyMarker; strings.Contains(shown, marker) && !bytes.Contains(raw, []byte(marker)) {
+		marker := cabletest.RefreshKeyMarker
+		if strings.Contains(shown, marker) && !bytes.Contains(raw, []byte(marker)) {
 			t.Error("printing the entry shows the key")
 		}
 	})
