@@ -607,16 +607,6 @@ func TestStandby(t *testing.T) {
 	}
 }
 
-// diffJSON compares two values by their JSON.
-func diffJSON(a, b any) string {
-	x, _ := json.Marshal(a)
-	y, _ := json.Marshal(b)
-	if bytes.Equal(x, y) {
-		return ""
-	}
-	return fmt.Sprintf("%s\n%s", x, y)
-}
-
 // TestNoLeaks pins that a mount leaves no goroutine behind, whatever happened to its mints. It does not run beside
 // others, because it counts.
 func TestNoLeaks(t *testing.T) {

@@ -371,7 +371,7 @@ func TestExampleVaultProxy(t *testing.T) {
 // the real program.
 func TestExampleConsulTemplate(t *testing.T) {
 	t.Parallel()
-	dir := needTool(t, "consul-template")
+	dir := needTool(t, "consumers/consul-template")
 	s, m := newExample(t, "consul-template")
 	if err := os.Symlink(filepath.Join(dir, "consul-template"), s.place(".bin/consul-template")); err != nil {
 		t.Fatal(err)

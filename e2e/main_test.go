@@ -174,7 +174,7 @@ func needTool(t testing.TB, name string) (dir string) {
 func needExamples(t testing.TB) {
 	t.Helper()
 	if os.Getenv("EXAMPLES") != "all" {
-		t.Skip("its consumer takes minutes to build, or has to be installed: make examples runs it")
+		t.Skip("`make examples` runs it, because its consumer takes minutes to build or has to be installed")
 	}
 }
 

@@ -337,7 +337,7 @@ func TestGroupSignal(t *testing.T) {
 				}
 			}
 			send("HUP") // Vault reads its configuration again
-			waitFor(t, 10*time.Second, "SIGHUP's line", func() bool { return v.logHas("Vault reload triggered") })
+			waitFor(t, 10*time.Second, "the server has seen SIGHUP", func() bool { return v.logHas(" reload triggered") })
 			m.read(t)
 			if got := processes(t, plugin); len(got) != 1 || !slices.Equal(got, plugins) {
 				t.Errorf("plugin processes %v after SIGHUP, want %v", got, plugins)
@@ -347,15 +347,12 @@ func TestGroupSignal(t *testing.T) {
 			before := m.sim.CallCount()
 			read := make(chan *response, 1)
 			go func() {
-				a, err := v.call(request{method: "GET", path: m.path + "/creds/app", token: v.root})
-				if err != nil {
-					t.Errorf("the read under way: %v", err)
-				}
+				a, _ := v.call(request{method: "GET", path: m.path + "/creds/app", token: v.root})
 				read <- a
 			}()
 			waitFor(t, 10*time.Second, "Cable gets the call", func() bool { return m.sim.CallCount() > before })
 			send(signal)
-			if a := <-read; a == nil || a.status != 200 || a.token() == "" {
+			if a := <-read; !suite.product.DropsRequests() && (a == nil || a.token() == "") {
 				t.Errorf("the read under way: %s, want a token", a)
 			}
 			<-v.Exited

@@ -28,8 +28,9 @@ func TestArguments(t *testing.T) {
 		"several": {"-log-level=debug", "-help", cabletest.TokenMarker},
 	} {
 		plugin := pluginName + "-" + name
-		command := []string{"plugin", "register",
-			"-sha256=" + suite.sha256, "-command=" + pluginName, "-version=" + pluginVersion}
+		command := []string{
+			"plugin", "register", "-sha256=" + suite.sha256, "-command=" + pluginName, "-version=" + pluginVersion,
+		}
 		for _, arg := range args {
 			command = append(command, "-args="+arg)
 		}
@@ -149,11 +150,8 @@ func TestLockedMemory(t *testing.T) {
 
 	s := newShell(t, v, nil)
 	s.edit = strings.NewReplacer("/etc/vault/plugins", plugins)
-	for _, b := range blocksOf(t, "docs/runbook.md") {
-		if strings.HasPrefix(b.text, "setcap cap_ipc_lock") {
-			s.run("version=" + pluginVersion + "\n" + b.text)
-		}
-	}
+	blocks := named(t, "docs/runbook.md")
+	s.run("version=" + pluginVersion + "\n" + blocks["setcap"])
 	if a := enable(); a.status != 204 {
 		t.Fatalf("%s: want 204, because the plugin may lock memory now", a)
 	}
@@ -168,4 +166,13 @@ func TestLockedMemory(t *testing.T) {
 	if !strings.Contains(status, "Uid:\t65534\t") || strings.Contains(status, "VmLck:\t       0 kB") {
 		t.Errorf("the plugin is not the other user's, or has not locked its memory:\n%s", status)
 	}
+
+	// Where the capability is not in the bounding set, as in a container, the file
+	// cannot be executed until the runbook's command removes the capability.
+	container := "setpriv --bounding-set=-ipc_lock " + plugin + " -version"
+	if out, err := s.try(container); err == nil || !strings.Contains(out, "Operation not permitted") {
+		t.Errorf("in a container, with the capability: %v\n%s", err, out)
+	}
+	s.run(blocks["remove-capability"])
+	s.run(container)
 }

@@ -38,6 +38,7 @@ type vaultServer struct {
 	mlock   bool     // lock memory
 	level   string   // of the log; default trace
 	plugins string   // the plugin folder; default: that of all tests
+	config  string   // more of the configuration file
 	binary  string   // default: that of all tests
 }
 
@@ -57,7 +58,7 @@ func (v *vaultServer) start(dir string, raft *vaulttest.Raft, plugins ...vaultte
 	v.audit = cmp.Or(v.audit, filepath.Join(dir, "audit.log"))
 	s, err := vaulttest.Start(suite.ctx, vaulttest.Config{
 		Binary: cmp.Or(v.binary, suite.vault), Dir: dir, Env: v.env, LogLevel: v.level, LockMemory: v.mlock,
-		PluginDir: cmp.Or(v.plugins, suite.plugins), Plugins: plugins, Audit: v.audit, Raft: raft,
+		PluginDir: cmp.Or(v.plugins, suite.plugins), Plugins: plugins, Audit: v.audit, Raft: raft, Extra: v.config,
 	})
 	if err != nil {
 		return err

@@ -33,6 +33,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/mount"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 // maxRoles bounds the roles that are kept in memory, and the names of those whose last write failed. That takes some
@@ -140,7 +141,9 @@ func (s *Store) Close() {
 
 // Settings returns the entries that a request of the role, received at that time, is resolved with. It returns by the
 // end of the request's budget.
-func (s *Store) Settings(ctx context.Context, storage logical.Storage, role string, received time.Time) (Settings, error) {
+func (s *Store) Settings(
+	ctx context.Context, storage logical.Storage, role string, received time.Time,
+) (Settings, error) {
 	s.mu.Lock()
 	timeout := s.timeout
 	config, known := s.knownLocked(ConfigKey)
@@ -155,7 +158,7 @@ func (s *Store) Settings(ctx context.Context, storage logical.Storage, role stri
 	var err error
 	configCtx, cancel := WithBudget(ctx, received, timeout)
 	defer cancel()
-	if set.Config, set.Version.config, err = s.readConfig(configCtx, storage); err != nil {
+	if set.Config, set.Version.config, err = loadAs[*Live](configCtx, s, storage, ConfigKey); err != nil {
 		return set, err
 	}
 	if set.Config != nil {
@@ -163,7 +166,7 @@ func (s *Store) Settings(ctx context.Context, storage logical.Storage, role stri
 	}
 	roleCtx, cancel := WithBudget(ctx, received, timeout)
 	defer cancel()
-	set.Role, set.Version.role, err = s.readRole(roleCtx, storage, role)
+	set.Role, set.Version.role, err = loadAs[*Role](roleCtx, s, storage, RoleKey(role))
 	return set, err
 }
 
@@ -174,7 +177,7 @@ func (s *Store) RoleSettings(ctx context.Context, storage logical.Storage, role 
 	err := s.narrowedLocked(ConfigKey)
 	s.mu.Unlock()
 	if err == nil {
-		set.Role, set.Version.role, err = s.readRole(ctx, storage, role)
+		set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, RoleKey(role))
 	}
 	return set, err
 }
@@ -193,21 +196,28 @@ func (s *Store) IsCurrent(set Settings) bool {
 
 // Config returns the configuration in use, or nil if none is stored.
 func (s *Store) Config(ctx context.Context, storage logical.Storage) (*Live, error) {
-	live, _, err := s.readConfig(ctx, storage)
+	live, _, err := loadAs[*Live](ctx, s, storage, ConfigKey)
 	return live, err
 }
 
 // Role returns the role, from memory or storage, or nil if there is none.
 func (s *Store) Role(ctx context.Context, storage logical.Storage, name string) (*Role, error) {
-	role, _, err := s.readRole(ctx, storage, name)
+	role, _, err := loadAs[*Role](ctx, s, storage, RoleKey(name))
 	return role, err
 }
 
 // NewLive makes a client for a configuration, without using it yet.
 func NewLive(c *Config, pause *cable.Pause, observe func(cable.Call)) (*Live, error) {
-	config := c.client()
-	config.Observe, config.Pause = observe, pause
-	client, err := cable.New(config)
+	client, err := cable.New(cable.Config{
+		RefreshKey: c.RefreshKey,
+		TokenURL:   c.TokenURL,
+		Bearer:     c.AuthScheme == AuthSchemeBearer,
+		CACert:     c.CACert,
+		Timeout:    c.RequestTimeout,
+		UserAgent:  "vault-plugin-secrets-cable/" + version.String(),
+		Observe:    observe,
+		Pause:      pause,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -229,18 +239,11 @@ func pauseTarget(c *Config) [sha256.Size]byte {
 	return sha256.Sum256([]byte(c.TokenURL + "\x00" + c.RefreshKey.Reveal()))
 }
 
-// readConfig returns the configuration from memory or storage, with its number.
-func (s *Store) readConfig(ctx context.Context, storage logical.Storage) (*Live, uint64, error) {
-	value, number, err := s.load(ctx, storage, ConfigKey)
-	live, _ := value.(*Live)
-	return live, number, err
-}
-
-// readRole returns a role from memory or storage, with its number.
-func (s *Store) readRole(ctx context.Context, storage logical.Storage, name string) (*Role, uint64, error) {
-	value, number, err := s.load(ctx, storage, RoleKey(name))
-	role, _ := value.(*Role)
-	return role, number, err
+// loadAs returns an entry from memory or storage, nil if there is none, and its number.
+func loadAs[T *Live | *Role](ctx context.Context, s *Store, storage logical.Storage, key string) (T, uint64, error) {
+	value, number, err := s.load(ctx, storage, key)
+	entry, _ := value.(T)
+	return entry, number, err
 }
 
 // load returns an entry and its number. It reads storage unless a certain value is in memory. A value whose bytes are
@@ -394,14 +397,10 @@ func (s *Store) Invalidate(key string) {
 	s.settleLocked(key)
 }
 
-// wrote notes how a write of an entry ended. The shared token of the entry is dropped in any case.
-func (s *Store) wrote(key string, narrows, stored bool) {
+// writeFailed notes that a write of an entry failed, which drops the entry's shared token.
+func (s *Store) writeFailed(key string, narrows bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if stored {
-		s.settleLocked(key)
-		return
-	}
 	s.changeLocked(key, false).certain = false
 	switch {
 	case narrows:
@@ -436,14 +435,9 @@ func (s *Store) changeLocked(key string, drop bool) *record {
 }
 
 const (
-	// writeTimeout bounds a write from when it begins to store.
-	writeTimeout = 10 * time.Second
+	writeTimeout = 10 * time.Second // of a write, from when it begins to store
+	lockTimeout  = 10 * time.Second // of the wait for another write of the same entry
 
-	// lockTimeout bounds the wait for another write of the same entry.
-	lockTimeout = 10 * time.Second
-)
-
-const (
 	errLockTimeout  = outcome.Timeout("it has not ended within 10s; nothing was stored, try again")
 	errWriteTimeout = outcome.Timeout("Vault's storage did not respond to the write within 10s, " +
 		"and whether it was stored is not known: write it again")
@@ -538,10 +532,19 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 	defer context.AfterFunc(e.store.ctx, func() { cancel(errClosed) })()
 	written := make(chan struct{})
 	e.written = written
+	var once sync.Once // a write fails once, and not after it has succeeded
+	failed := func() { e.store.writeFailed(e.key, narrows) }
 	_, err := mount.Call(ctx, func() (any, error) {
 		stored := false
 		defer close(written)
-		defer func() { e.store.wrote(e.key, narrows, stored) }() // also if storage panics
+		defer func() {
+			if !stored { // even if storage panics
+				once.Do(failed)
+				return
+			}
+			once.Do(func() {})
+			e.store.Invalidate(e.key)
+		}()
 		var err error
 		if raw == nil {
 			err = e.storage.Delete(ctx, e.key)
@@ -551,10 +554,8 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 		stored = err == nil
 		return nil, err
 	})
-	select {
-	case <-written:
-	default: // abandoned
-		e.store.wrote(e.key, narrows, false)
+	if err != nil {
+		once.Do(failed) // the call was abandoned
 	}
 	return err
 }
