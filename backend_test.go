@@ -577,6 +577,9 @@ func TestPanic(t *testing.T) {
 	}
 	m.read("config")
 	other.read("creds/ci")
+	if n := other.figures()["vault_cable_panics_total"]; n != 0 {
+		t.Errorf("the other mount counts %v panics", n)
+	}
 }
 
 // TestStandby checks that a performance standby and a secondary forward the requests of the active node or the primary

@@ -85,16 +85,6 @@ func TestWrittenBack(t *testing.T) {
 	})
 }
 
-// TestCopyOfARole checks that the response to a read of a role can be written to another one.
-func TestCopyOfARole(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	m.write("roles/copy", m.read("roles/ci"))
-	if diff := cmp.Diff(m.read("roles/ci"), m.read("roles/copy")); diff != "" {
-		t.Error(diff)
-	}
-}
-
 // TestRoleOrganizationIsRemoved checks that a patch with null removes a role's organization_id, and that a warning
 // names the organization that is used instead.
 func TestRoleOrganizationIsRemoved(t *testing.T) {

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -302,29 +301,6 @@ func TestVerifyRoleMeanwhile(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-	}
-}
-
-// TestConfigConcurrentWrites checks that concurrent partial updates lose nothing.
-func TestConfigConcurrentWrites(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	var wg sync.WaitGroup
-	for _, data := range []kv{
-		{"organization_id": "org_x"}, {"request_timeout": 7}, {"auth_scheme": "bearer"},
-		{"refresh_key": "k2", "token_url": m.sim.URL}, {"disabled": true},
-	} {
-		wg.Go(func() { m.write("config", data) })
-	}
-	wg.Wait()
-	got := m.read("config")
-	delete(got, "refresh_key_updated_at")
-	want := kv{
-		"token_url": m.sim.URL, "auth_scheme": "bearer", "organization_id": "org_x",
-		"request_timeout": 7, "ca_cert": "", "disabled": true, "refresh_key_version": 2,
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Error(diff)
 	}
 }
 

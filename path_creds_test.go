@@ -4,7 +4,6 @@
 package cablesecrets
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -332,7 +331,7 @@ func TestCredsRefusals(t *testing.T) {
 	m.read("creds/ci")
 }
 
-// TestCredsErrors checks the remedies in errors. TestClassify has the status of each outcome, and package cable the
+// TestCredsErrors checks the remedies in errors. Package outcome has the status of each outcome, and package cable the
 // responses of Cable.
 func TestCredsErrors(t *testing.T) {
 	t.Parallel()
@@ -379,24 +378,6 @@ func TestCredsErrors(t *testing.T) {
 			}
 		})
 	}
-	t.Run("unreachable", func(t *testing.T) {
-		t.Parallel()
-		m := newConfiguredMount(t)
-		m.sim.Close()
-		m.refused(502, opRead, "creds/ci", nil, "could not be reached: connection refused")
-	})
-	t.Run("the caller leaves", func(t *testing.T) {
-		t.Parallel()
-		m := newConfiguredMount(t)
-		m.sim.SetFault(Fault{Delay: time.Minute})
-		ctx, cancel := context.WithCancel(t.Context())
-		done := m.startWith(ctx, m.storage, opRead, "creds/ci", nil)
-		m.calls(1)
-		cancel()
-		if err := <-done; err == nil || !strings.Contains(err.Error(), "the caller left") {
-			t.Errorf("%v", err)
-		}
-	})
 }
 
 // TestPause checks that after a 429 the mount calls Cable no more until the time that Cable named, that responses have
@@ -487,59 +468,6 @@ func TestRevoke(t *testing.T) {
 	}
 	if end(opRenew, secret.InternalData) == nil {
 		t.Error("a lease can be renewed")
-	}
-}
-
-// TestConcurrency reads from many goroutines while config and the role are written and invalidated. Each read succeeds,
-// no token is returned twice, and connections are reused.
-func TestConcurrency(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	m.read("creds/ci")
-	ctx, stop := context.WithCancel(t.Context())
-	var writers sync.WaitGroup
-	writers.Go(func() {
-		for i := 0; ctx.Err() == nil && i < 200; i++ {
-			m.write("config", kv{"request_timeout": 10 + i%10})
-			m.write("roles/ci", kv{"ttl": 300 + i})
-			m.b.InvalidateKey(ctx, "config")
-			m.b.InvalidateKey(ctx, "roles/ci")
-		}
-	})
-	var mu sync.Mutex
-	seen := make(map[any]bool)
-	var readers sync.WaitGroup
-	for range 64 {
-		readers.Go(func() {
-			for range 20 {
-				resp, err := m.request(opRead, "creds/ci", nil)
-				if err != nil || resp.IsError() || resp.Secret == nil {
-					t.Errorf("%v %v", err, resp)
-					return
-				}
-				mu.Lock()
-				if seen[resp.Data["token"]] {
-					t.Error("a token was returned twice")
-				}
-				seen[resp.Data["token"]] = true
-				mu.Unlock()
-			}
-		})
-	}
-	readers.Wait()
-	stop()
-	writers.Wait()
-
-	before := m.sim.Connections()
-	for range 2 {
-		for range 64 {
-			readers.Go(func() { m.read("creds/ci") })
-		}
-		readers.Wait()
-	}
-	// A pool of two connections would make about 126 for these 128 calls.
-	if made := m.sim.Connections() - before; made > 70 {
-		t.Errorf("%d connections for two rounds of 64 mints", made)
 	}
 }
 

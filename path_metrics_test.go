@@ -236,64 +236,6 @@ func reportOf(role string, o outcome.Outcome) report.TokenRequest {
 // maxMeteredRoles is the number of roles that have series, as docs/reference.md says.
 const maxMeteredRoles = 1000
 
-// TestMetricsLabelsAreBounded checks that only roles that exist have series, at most maxMeteredRoles of them, and that
-// the series of a deleted role are dropped.
-func TestMetricsLabelsAreBounded(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	for i := range 3 * maxMeteredRoles {
-		r := reportOf(fmt.Sprintf("made-up-%d", i), outcome.InvalidRequest)
-		r.RoleExists = false
-		m.b.report.TokenRequestEnded(r)
-	}
-	m.refused(400, opRead, "creds/made-up", nil)
-	m.read("creds/ci")
-	series := func() (roles []string) {
-		for _, metric := range m.families()["vault_cable_token_requests_total"].GetMetric() {
-			for _, l := range metric.GetLabel() {
-				if l.GetName() == "role" {
-					roles = append(roles, l.GetValue())
-				}
-			}
-		}
-		slices.Sort(roles)
-		return roles
-	}
-	if got := series(); !slices.Equal(got, []string{"(unknown)", "ci"}) {
-		t.Errorf("series for the roles %q", got)
-	}
-	for i := range 3 * maxMeteredRoles {
-		m.b.report.TokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), outcome.Minted))
-	}
-	if got := series(); len(got) != maxMeteredRoles+2 || !slices.Contains(got, "(other)") {
-		t.Errorf("%d series of %d roles, want %d and two more", len(got), 3*maxMeteredRoles, maxMeteredRoles)
-	}
-	m.ok(opDelete, "roles/ci", nil)
-	if slices.Contains(series(), "ci") {
-		t.Error("the series of a deleted role are still there")
-	}
-	m.b.report.TokenRequestEnded(reportOf("new", outcome.Minted))
-	if !slices.Contains(series(), "new") {
-		t.Error("a deleted role still takes a place")
-	}
-	// A role that another node deleted loses its series with the next request for it.
-	m.refused(400, opRead, "creds/new", nil)
-	if slices.Contains(series(), "new") {
-		t.Error("the series of a role that does not exist are still there")
-	}
-}
-
-// TestMetricsOfTwoMounts checks that each mount counts for itself.
-func TestMetricsOfTwoMounts(t *testing.T) {
-	t.Parallel()
-	m, other := newConfiguredMount(t), newConfiguredMount(t)
-	m.read("creds/ci")
-	series := `vault_cable_token_requests_total{outcome="minted",role="ci"}`
-	if a, b := m.figures()[series], other.figures()[series]; a != 1 || b != 0 {
-		t.Errorf("%v and %v", a, b)
-	}
-}
-
 // BenchmarkMetricsRead measures a scrape of a few roles, and of as many as have series.
 func BenchmarkMetricsRead(b *testing.B) {
 	for _, roles := range []int{3, maxMeteredRoles} {
@@ -337,6 +279,10 @@ func TestMetricSlotsOfDeletedRoles(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	m.write("roles/gone", kv{"scopes": "person:read"})
+	m.read("creds/gone")
+	m.must(m.storage.Delete(t.Context(), "roles/gone")) // on another node
+	m.b.InvalidateKey(t.Context(), "roles/gone")
 	for series := range m.figures() {
 		if strings.HasPrefix(series, "vault_cable_token_requests_total") && !strings.Contains(series, "(") {
 			t.Errorf("a role that was deleted has a series: %s", series)

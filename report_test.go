@@ -6,7 +6,6 @@ package cablesecrets
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -15,13 +14,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
 // undelivered is the phrase that operators search the log for.
@@ -208,57 +203,6 @@ func (m *testMount) logLine(text string) (fields kv) {
 	return fields
 }
 
-// TestClassify checks that an error has one outcome and one status, however it is wrapped.
-func TestClassify(t *testing.T) {
-	t.Parallel()
-	token := &cable.Token{Expiry: time.Now().Add(time.Hour).Unix()}
-	call := func(e *cable.Error) error {
-		m := newMount(t)
-		m.b.requestToken = func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) {
-			return nil, e
-		}
-		_, err := m.b.call(t.Context(), "ci", &state.Live{Config: state.NewConfig()}, cable.TokenRequest{})
-		return err
-	}
-	for _, tt := range []struct {
-		err    error
-		want   outcome.Outcome
-		status int
-	}{
-		{outcome.Refusal("no"), outcome.InvalidRequest, 400},
-		{fmt.Errorf("verifying: %w", outcome.Refusal("no")), outcome.InvalidRequest, 400},
-		{errors.New("storage"), outcome.VaultError, 500},
-		{fmt.Errorf("reading: %w", context.Canceled), outcome.Canceled, 502},
-		{status.Error(codes.Canceled, "context canceled"), outcome.Canceled, 502},
-		{fmt.Errorf("reading: %w", context.DeadlineExceeded), outcome.TimedOut, 504},
-		{outcome.ErrBudget, outcome.TimedOut, 504},
-		{outcome.Drop(outcome.Mismatch("no"), token), outcome.GrantMismatch, 502},
-		{outcome.Drop(outcome.Refusal("disabled"), token), outcome.InvalidRequest, 400},
-		{outcome.Drop(errors.New("storage"), token), outcome.VaultError, 500},
-		{call(&cable.Error{Kind: cable.Canceled}), outcome.Canceled, 502},
-		{call(&cable.Error{Kind: cable.Paused}), outcome.Paused, 429},
-		{call(&cable.Error{Kind: cable.Unreachable}), outcome.Unreachable, 502},
-		{call(&cable.Error{Kind: cable.TimedOut}), outcome.TimedOut, 504},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 401}), outcome.KeyRejected, 400},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 429}), outcome.RateLimited, 429},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 418}), outcome.RejectedByCable, 400},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 408}), outcome.CableError, 502},
-		{call(&cable.Error{Kind: cable.Responded, StatusCode: 599}), outcome.CableError, 502},
-		{call(&cable.Error{Kind: cable.InvalidResponse, StatusCode: 302}), outcome.InvalidResponse, 502},
-	} {
-		f := outcome.Classify(tt.err)
-		if f.Outcome != tt.want {
-			t.Errorf("%v: outcome %s, want %s", tt.err, f.Outcome, tt.want)
-		}
-		if code, _ := statusOf(f.Respond()); code != tt.status {
-			t.Errorf("%v: status %d, want %d", tt.err, code, tt.status)
-		}
-	}
-	if outcome.Classify(nil) != nil {
-		t.Error("a failure without an error")
-	}
-}
-
 // TestLogIsLivable checks that lines which callers alone can cause a hundred times a second, or which repeat one
 // response of Cable, are below the level that operators run with.
 func TestLogIsLivable(t *testing.T) {
@@ -327,41 +271,5 @@ func TestLongerGrantIsLoggedOnce(t *testing.T) {
 	}
 	if n := strings.Count(m.log.String(), "longer lifetime than requested"); n != 2 {
 		t.Errorf("%d lines, want one for each role", n)
-	}
-}
-
-// TestRefusedTokenByEitherClock checks that a refused token counts as undelivered if Cable's clock or the local one
-// says that it is still valid.
-func TestRefusedTokenByEitherClock(t *testing.T) {
-	t.Parallel()
-	for name, tt := range map[string]struct {
-		skew, lifetime time.Duration // Cable's clock is ahead by skew, and the lifetime counts from it
-		undelivered    bool
-	}{
-		"expired by both":                    {0, -time.Hour, false},
-		"Cable is ahead, valid by ours":      {5 * time.Hour, -time.Hour, true},
-		"Cable is behind, valid by its own":  {-5 * time.Hour, time.Hour, true},
-		"Cable is behind, expired by both":   {-5 * time.Hour, -time.Hour, false},
-		"both agree that it is valid":        {0, time.Hour, true},
-		"Cable is far ahead, expired by all": {time.Hour, -2 * time.Hour, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			m := newConfiguredMount(t)
-			grant := Grant{Lifetime: &tt.lifetime, Scopes: &[]string{"everything:write"}}
-			m.sim.SetFault(Fault{ClockSkew: tt.skew, Grant: &grant})
-			want := 0.
-			_, err := m.on(m.storage, opRead, "creds/ci", nil)
-			if err == nil {
-				t.Fatal("a token was returned")
-			}
-			if tt.undelivered {
-				want = 1
-			}
-			if got := strings.Contains(err.Error(), "was not delivered, valid until"); got != tt.undelivered {
-				t.Errorf("%v", err)
-			}
-			m.wantUndelivered(want)
-		})
 	}
 }

@@ -626,40 +626,40 @@ func TestReuseWhileCableIsDown(t *testing.T) {
 	}
 }
 
-// TestReuseRace runs many readers, writers and invalidations at once. Each token was minted for the role as it was at
-// some time during the read.
+// TestReuseRace runs many readers of a role that reuses and of one that does not, writers and invalidations at once.
+// Each token was minted for the role as it was at some time during the read, no token is minted for two readers, and
+// connections are reused.
 func TestReuseRace(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/ci", kv{"ttl": "1h", "reuse_for": "30m"})
+	m.write("roles/shared", kv{"scopes": "v:0", "ttl": "1h", "reuse_for": "30m"})
 	m.sim.SetFault(Fault{Delay: time.Millisecond})
-	var replacedAt sync.Map // by scope
+	var replacedAt, seen sync.Map // scopes and tokens
 	var wg sync.WaitGroup
-	stop := make(chan struct{})
+	ctx, stop := context.WithCancel(t.Context())
 	wg.Go(func() {
-		defer close(stop)
+		defer stop()
 		last := ""
 		for i := range 60 {
 			scope := fmt.Sprintf("v:%d", i)
+			m.write("roles/shared", kv{"scopes": scope})
 			m.write("roles/ci", kv{"scopes": scope})
 			replacedAt.Store(last, time.Now())
 			last = scope
-			time.Sleep(2 * time.Millisecond)
 			if i%7 == 0 {
+				m.write("config", kv{"request_timeout": 10 + i%10})
 				m.b.InvalidateKey(t.Context(), "config")
+				m.b.InvalidateKey(t.Context(), "roles/ci")
 			}
+			time.Sleep(2 * time.Millisecond)
 		}
 	})
-	for range 16 {
+	for i := range 32 {
+		role := []string{"ci", "shared"}[i%2]
 		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
+			for ctx.Err() == nil {
 				start := time.Now()
-				resp, err := m.request(opRead, "creds/ci", nil)
+				resp, err := m.request(opRead, "creds/"+role, nil)
 				_, err = statusOf(resp, err)
 				if err != nil && strings.Contains(err.Error(), "does not allow this token any more") {
 					continue
@@ -672,8 +672,22 @@ func TestReuseRace(t *testing.T) {
 				if replaced, ok := replacedAt.Load(scope); ok && replaced.(time.Time).Before(start) {
 					t.Errorf("%s was replaced %s before the read", scope, start.Sub(replaced.(time.Time)))
 				}
+				if _, twice := seen.LoadOrStore(resp.Data["token"], true); twice && role == "ci" {
+					t.Error("a token was returned twice")
+				}
 			}
 		})
 	}
 	wg.Wait()
+	before := m.sim.Connections()
+	for range 2 {
+		for range 64 {
+			wg.Go(func() { m.read("creds/ci") })
+		}
+		wg.Wait()
+	}
+	// A pool of two connections would make about 126 for these 128 calls.
+	if made := m.sim.Connections() - before; made > 70 {
+		t.Errorf("%d connections for two rounds of 64 calls", made)
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 	"sync"
 	"testing"
@@ -16,8 +17,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/logical"
-
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
 // Package state tests entries in memory and failed writes; these are the tests of their effects on requests.
@@ -183,22 +182,6 @@ func TestUncertainIsShared(t *testing.T) {
 	m.wantShared()
 }
 
-// TestUncertainIsNotKept checks that an entry which was read while it was uncertain is read again.
-func TestUncertainIsNotKept(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	m.write("roles/ci", kv{"disabled": true})
-	late := &lateStorage{Storage: m.storage}
-	_, _ = m.on(late, opUpdate, "roles/ci", kv{"disabled": false})
-	m.refused(400, opRead, "creds/ci", nil, "is disabled")
-	m.must(late.commits[0]())
-	m.read("creds/ci")
-	m.write("roles/ci", kv{"ttl": 600})
-	m.read("creds/ci")
-	m.storage.FailGet(true)
-	m.read("creds/ci") // from memory
-}
-
 // TestHangingWrite checks that a write which has begun to store does not depend on its caller, and that it fails after
 // 10 s, as does a request that waits for its lock.
 func TestHangingWrite(t *testing.T) {
@@ -305,28 +288,25 @@ func TestUnknownFieldsAreKept(t *testing.T) {
 	}
 }
 
-// TestRolesAreCached checks that a role is read from storage once, and that the next token request uses a write or an
-// invalidation.
-func TestRolesAreCached(t *testing.T) {
+// TestConcurrentWrites checks that concurrent partial updates lose nothing.
+func TestConcurrentWrites(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	requested := func(want int64) {
-		t.Helper()
-		m.read("creds/ci")
-		calls := m.sim.Calls()
-		if got := calls[len(calls)-1].ExpirySeconds; got != want {
-			t.Errorf("requested %ds, want %ds", got, want)
+	for path, updates := range map[string][]kv{
+		"config":   {{"organization_id": "org_x"}, {"request_timeout": 7}, {"auth_scheme": "bearer"}, {"disabled": true}},
+		"roles/ci": {{"organization_id": "org_x"}, {"ttl": int64(600)}, {"max_ttl": int64(1200)}, {"disabled": true}},
+	} {
+		want := m.read(path)
+		var wg sync.WaitGroup
+		for _, data := range updates {
+			maps.Copy(want, data)
+			wg.Go(func() { m.write(path, data) })
+		}
+		wg.Wait()
+		if diff := cmp.Diff(want, m.read(path)); diff != "" {
+			t.Error(diff)
 		}
 	}
-	requested(3600)
-	m.putRole("ci", &state.Role{Scopes: []string{"person:read"}, TTL: 400 * time.Second})
-	requested(3600)
-	m.b.InvalidateKey(t.Context(), "roles/ci")
-	requested(400)
-	m.write("roles/ci", kv{"ttl": 500})
-	requested(500)
-	m.ok(opDelete, "roles/ci", nil)
-	m.refused(400, opRead, "creds/ci", nil, "does not exist")
 }
 
 // TestStorageFaults checks that a storage error is a 500 with the storage's own error, and that nothing is lost by it.
