@@ -458,35 +458,17 @@ func TestFactory(t *testing.T) {
 	}
 }
 
-// TestSealWrap checks that each stored key that contains a secret is seal-wrapped by the SDK's rule, an exact path or a
-// prefix that ends in a slash.
+// TestSealWrap checks that the one stored key that contains a secret is seal-wrapped.
 func TestSealWrap(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	keys, err := logical.CollectKeys(t.Context(), m.storage)
-	if err != nil {
-		t.Fatal(err)
-	}
-	secret := 0
-	for _, key := range keys {
-		entry, err := m.storage.Get(t.Context(), key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !bytes.Contains(entry.Value, []byte(cabletest.RefreshKeyMarker)) {
-			continue
-		}
-		secret++
-		wrapped := false
-		for _, p := range m.b.SpecialPaths().SealWrapStorage {
-			wrapped = wrapped || p == key || strings.HasSuffix(p, "/") && strings.HasPrefix(key, p)
-		}
-		if !wrapped {
-			t.Errorf("%q contains the refresh key and is not seal-wrapped", key)
-		}
-	}
-	if secret != 1 {
-		t.Errorf("%d keys contain the refresh key, want 1", secret)
+	m.must(err)
+	secret := slices.DeleteFunc(keys, func(key string) bool {
+		return !strings.Contains(m.stored(key), cabletest.RefreshKeyMarker)
+	})
+	if wrapped := m.b.SpecialPaths().SealWrapStorage; len(secret) != 1 || !slices.Equal(secret, wrapped) {
+		t.Errorf("%q contain the refresh key, and %q are seal-wrapped", secret, wrapped)
 	}
 }
 
@@ -554,6 +536,45 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 	m.refused(400, opUpdate, "roles/ci", kv{"name": "other"}, `unknown field "name"`)
 	if m.sim.CallCount() != 0 || m.read("roles/new") != nil {
 		t.Error("Cable was called, or a refused write created a role")
+	}
+}
+
+// TestTypesOfFields checks that each field refuses a blank and a value of another type, on every path.
+func TestTypesOfFields(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/ci", kv{"ttl": 600, "max_ttl": 1200, "reuse_for": 300, "organization_id": "org"})
+	const (
+		text, boolean, duration = "a string", "true or false", "a duration in whole seconds"
+
+		list = "a comma-separated list or an array of strings"
+	)
+	for path, types := range map[string]map[string]string{
+		"config": {
+			"refresh_key": text, "token_url": text, "auth_scheme": text, "organization_id": text, "verify_role": text,
+			"request_timeout": duration, "disabled": boolean,
+		},
+		"roles/ci": {
+			"organization_id": text, "scopes": list, "ttl": duration, "max_ttl": duration, "reuse_for": duration,
+			"disabled": boolean,
+		},
+		"creds/ci": {"scopes": list, "ttl": duration},
+	} {
+		for field, kind := range types {
+			refusals := []refusal{
+				{kv{field: nil}, field + " must not be null"},
+				{kv{field: ""}, field + " must not be empty"},
+				{kv{field: kv{m.sim.RefreshKey(): "x"}}, field + " must be " + kind + ", not an object"},
+			}
+			for other, value := range map[string]any{"number": 7, "boolean": true, "list": []any{"x"}} {
+				if kind == duration && other == "number" || kind == boolean && other == "boolean" ||
+					kind == list && other == "list" {
+					continue
+				}
+				refusals = append(refusals, refusal{kv{field: value}, field + " must be " + kind + ", not a " + other})
+			}
+			m.refusedAll(path, []logical.Operation{opUpdate}, refusals)
+		}
 	}
 }
 

@@ -77,16 +77,12 @@ func TestRoleRefusals(t *testing.T) {
 		many[i] = fmt.Sprintf("r%d:read", i)
 	}
 	m.refusedAll("roles/ci", []logical.Operation{opUpdate, opPatch}, []refusal{
-		{kv{"scopes": ""}, "scopes must not be empty"},
 		{kv{"scopes": " , ,"}, "scopes must not be empty"},
 		{kv{"scopes": []string{}}, "scopes must not be empty"},
 		{kv{"scopes": []string{"", " "}}, "scopes must not be empty"},
-		{kv{"scopes": nil}, "scopes must not be null"},
-		{kv{"scopes": 7}, "scopes must be a comma-separated list or an array of strings, not a number"},
 		{kv{"scopes": []any{"a:b", 7}}, "must be a list of strings, but contains a number"},
 		{kv{"scopes": []any{"a:b", nil}}, "contains null"},
 		{kv{"scopes": []any{[]any{"a:b"}}}, "contains a list"},
-		{kv{"scopes": kv{"a:b": true}}, "not an object"},
 		{kv{"scopes": `["a:b","c:d"]`}, `a scope must not contain white space, quotes`},
 		{kv{"scopes": "a b"}, `a scope must not contain white space`},
 		{kv{"scopes": "a:\u200bb"}, "control characters"},
@@ -96,23 +92,14 @@ func TestRoleRefusals(t *testing.T) {
 		{kv{"ttl": 299}, "ttl is 299s: Cable's tokens are valid for 300s to 86400s"},
 		{kv{"ttl": 86401}, "ttl is 86401s"},
 		{kv{"ttl": -1}, "cannot be negative"},
-		{kv{"ttl": ""}, "ttl must not be empty"},
-		{kv{"ttl": nil}, "ttl must not be null"},
-		{kv{"ttl": "x"}, "ttl is (not shown: length 1)"},
 		{kv{"ttl": 300.5}, "whole seconds"},
 		{kv{"ttl": "1h0.5s"}, "whole seconds"},
 		{kv{"ttl": int64(9223372036854775807)}, "ttl is (not shown: length 19)"},
 		{kv{"ttl": "9999999999999h"}, "ttl is"},
-		{kv{"ttl": []any{300}}, "ttl must be a duration in whole seconds, not a list"},
-		{kv{"ttl": true}, "ttl must be a duration in whole seconds, not a boolean"},
 		{kv{"ttl": 1201}, "ttl of 1201s is above max_ttl of 1200s"},
 		{kv{"max_ttl": 599}, "ttl of 600s is above max_ttl of 599s"},
 		{kv{"max_ttl": 86401}, "max_ttl is 86401s"},
-		{kv{"max_ttl": ""}, "max_ttl must not be empty"},
-		{kv{"organization_id": ""}, "organization_id must not be empty"},
 		{kv{"organization_id": `o"`}, "must not contain white space, quotes"},
-		{kv{"organization_id": []string{"o"}}, "must be a string"},
-		{kv{"disabled": ""}, "disabled must not be empty"},
 		{kv{"reuse_for": 301}, "reuse_for"},
 		{kv{"reuse_for": -1}, "reuse_for"},
 		{kv{"reuse_for": "x"}, "reuse_for"},
@@ -162,37 +149,27 @@ func TestRoleWarnings(t *testing.T) {
 func TestRoleTokensValidUntil(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
-	until := func(w []string) time.Time {
+	until := func(warnings []string, lifetime time.Duration) {
 		t.Helper()
-		if len(w) != 1 {
-			t.Fatalf("warnings: %q", w)
-		}
-		_, text, _ := strings.Cut(w[0], "may be valid until ")
-		at, err := time.Parse(time.RFC3339, strings.TrimSuffix(text, "."))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return at
-	}
-	near := func(got time.Time, lifetime time.Duration) {
-		t.Helper()
+		_, text, _ := strings.Cut(strings.Join(warnings, ""), "may be valid until ")
+		got, err := time.Parse(time.RFC3339, strings.TrimSuffix(text, "."))
+		m.must(err)
 		want := time.Now().Add(lifetime + time.Minute) // a token request under way may take a minute
 		if d := want.Sub(got); d < -time.Second || d > 10*time.Second {
 			t.Errorf("valid until %s, want %s", got, want)
 		}
 	}
 	m.write("roles/a", kv{"scopes": "person:read", "max_ttl": 600})
-	near(until(m.write("roles/a", kv{"disabled": true})), 600*time.Second)
+	until(m.write("roles/a", kv{"disabled": true}), 600*time.Second)
 	m.write("roles/a", kv{"max_ttl": 7200})
 	m.write("roles/a", kv{"max_ttl": 300})
-	near(until(m.write("roles/a", kv{"disabled": true})), 7200*time.Second)
-	resp := m.ok(opDelete, "roles/a", nil)
-	near(until(resp.Warnings), 7200*time.Second)
+	until(m.write("roles/a", kv{"disabled": true}), 7200*time.Second)
+	until(m.ok(opDelete, "roles/a", nil).Warnings, 7200*time.Second)
 	if resp := m.ok(opDelete, "roles/a", nil); resp != nil {
 		t.Errorf("the response to deleting nothing: %v", resp)
 	}
 	m.write("roles/b", kv{"scopes": "person:read"})
-	near(until(m.ok(opDelete, "roles/b", nil).Warnings), 24*time.Hour)
+	until(m.ok(opDelete, "roles/b", nil).Warnings, 24*time.Hour)
 }
 
 // TestRoleList checks the pages of a list.

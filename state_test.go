@@ -293,8 +293,8 @@ func TestConcurrentWrites(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	for path, updates := range map[string][]kv{
-		"config":   {{"organization_id": "org_x"}, {"request_timeout": 7}, {"auth_scheme": "bearer"}, {"disabled": true}},
-		"roles/ci": {{"organization_id": "org_x"}, {"ttl": int64(600)}, {"max_ttl": int64(1200)}, {"disabled": true}},
+		"config":   {{"organization_id": "org_x"}, {"request_timeout": 7}, {"auth_scheme": "bearer"}},
+		"roles/ci": {{"organization_id": "org_x"}, {"ttl": int64(600)}, {"disabled": true}},
 	} {
 		want := m.read(path)
 		var wg sync.WaitGroup
