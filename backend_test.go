@@ -631,8 +631,8 @@ func TestStandby(t *testing.T) {
 	}
 }
 
-// TestNoLeaks pins that a mount leaves no goroutine behind, whatever happened to its mints. It does not run beside
-// others, because it counts.
+// TestNoLeaks checks that a mount leaves no goroutine behind, however its token requests ended. It does not run
+// alongside other tests, because it counts goroutines.
 func TestNoLeaks(t *testing.T) {
 	before := runtime.NumGoroutine()
 	m := newConfiguredMount(t)

@@ -129,6 +129,20 @@ func TestDisabledMeanwhile(t *testing.T) {
 			t.Errorf("the role as it was before the write was used: %+v", calls)
 		}
 	})
+	t.Run("narrowed, before a retry", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		m.sim.SetFault(Fault{Status: 429, Times: 1, Header: map[string]string{"Retry-After": "1"}})
+		done := m.start(m.storage, opRead, "creds/ci", nil)
+		m.calls(1)
+		m.write("roles/ci", kv{"scopes": "person:read"})
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if calls := m.sim.Calls(); len(calls) != 2 || len(calls[1].Scopes) != 1 {
+			t.Errorf("the retry was sent for the role as it was before the write: %+v", calls)
+		}
+	})
 	t.Run("the caller leaves, while Cable responds", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)

@@ -187,7 +187,7 @@ func TestConfigPatchNull(t *testing.T) {
 	m.refused(400, opRead, "creds/ci", nil, "no organization", "roles/ci")
 }
 
-// TestConfigDisabled checks that a disabled mount mints nothing, for verify_role neither.
+// TestConfigDisabled checks that a disabled mount makes no API call, not even for verify_role.
 func TestConfigDisabled(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
@@ -323,9 +323,10 @@ func TestRefreshKeyRoundTrip(t *testing.T) {
 	})
 }
 
-// TestKeyAndDestination checks that two people may write config in any sequence. One knows the refresh key; the other
-// has permission to write, and a host and certificates of their own. No key of the first is ever sent, even by
-// verify_role, to a host or under certificates that the first did not name together with a key, except the defaults.
+// TestKeyAndDestination checks the destination of the key after any sequence of writes by two people. One knows the
+// refresh key; the other has permission to write, and a host and certificates of their own. No key of the first is ever
+// sent, even by verify_role, to a host or under certificates that the first did not name together with a key, except
+// the defaults.
 func TestKeyAndDestination(t *testing.T) {
 	t.Parallel()
 	pem, otherPEM := cabletest.NewTLSServer(t, nil).CA, strings.Repeat(cabletest.NewTLSServer(t, nil).CA, 2)

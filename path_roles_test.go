@@ -298,8 +298,8 @@ func FuzzRoleEntry(f *testing.F) {
 	})
 }
 
-// TestCreateNeverChanges checks that of requests that were checked as creates one creates the role and no other changes
-// it, and that one that was checked as an update changes no role that was deleted meanwhile.
+// TestCreateNeverChanges checks that one of several concurrent creates creates the role and the others change nothing,
+// and that an update does not bring back a role that was deleted in the meantime.
 func TestCreateNeverChanges(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)

@@ -100,7 +100,7 @@ func (m *testMount) wantShared() {
 }
 
 // TestUncertainWrites checks token requests after a write that fails and is committed afterwards. If it narrows, no
-// token is minted, for verify_role neither, until the entry is written again or another node changes it.
+// token is minted, not even for verify_role, until the entry is written again or another node changes it.
 func TestUncertainWrites(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
