@@ -122,9 +122,7 @@ func setUp(t testing.TB, sim *cabletest.Server) *testMount {
 		StorageView: m.storage,
 		BackendUUID: "test",
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	m.b = lb.(*backend)
 	return m
 }
@@ -275,9 +273,7 @@ func overJSON(t testing.TB, data kv) kv {
 	if err == nil {
 		err = json.Unmarshal(raw, &out)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return out
 }
 
@@ -335,17 +331,15 @@ func (m *testMount) putConfig(config *state.Config) {
 func (m *testMount) stored(key string) string {
 	m.Helper()
 	raw, err := state.Read(m.Context(), m.storage, key)
-	if err != nil {
-		m.Fatal(err)
-	}
+	must(m, err)
 	return string(raw)
 }
 
 // must fails the test if there is an error.
-func (m *testMount) must(err error) {
-	m.Helper()
+func must(t testing.TB, err error) {
+	t.Helper()
 	if err != nil {
-		m.Fatal(err)
+		t.Fatal(err)
 	}
 }
 
@@ -450,9 +444,7 @@ func TestFactory(t *testing.T) {
 	}
 	// The factory uses neither storage nor network nor Vault.
 	lb, err := Factory(t.Context(), &logical.BackendConfig{Logger: hclog.NewNullLogger()})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if err := lb.Initialize(t.Context(), &logical.InitializationRequest{}); err != nil {
 		t.Error(err)
 	}
@@ -463,7 +455,7 @@ func TestSealWrap(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	keys, err := logical.CollectKeys(t.Context(), m.storage)
-	m.must(err)
+	must(m, err)
 	secret := slices.DeleteFunc(keys, func(key string) bool {
 		return !strings.Contains(m.stored(key), cabletest.RefreshKeyMarker)
 	})

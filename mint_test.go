@@ -122,9 +122,7 @@ func TestDisabledMeanwhile(t *testing.T) {
 		<-gate.reached
 		m.write("roles/ci", kv{"scopes": "person:read"})
 		close(gate.proceed)
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
+		must(t, <-done)
 		if calls := m.sim.Calls(); len(calls) != 1 || len(calls[0].Scopes) != 1 {
 			t.Errorf("the role as it was before the write was used: %+v", calls)
 		}
@@ -136,9 +134,7 @@ func TestDisabledMeanwhile(t *testing.T) {
 		done := m.start(m.storage, opRead, "creds/ci", nil)
 		m.calls(1)
 		m.write("roles/ci", kv{"scopes": "person:read"})
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
+		must(t, <-done)
 		if calls := m.sim.Calls(); len(calls) != 2 || len(calls[1].Scopes) != 1 {
 			t.Errorf("the retry was sent for the role as it was before the write: %+v", calls)
 		}

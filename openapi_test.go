@@ -46,17 +46,13 @@ func document(t testing.TB) *oasDocument {
 	t.Helper()
 	m := newMount(t)
 	resp, err := m.b.HandleRequest(m.Context(), &logical.Request{Operation: opHelp, Storage: m.storage})
-	if err != nil {
-		m.Fatal(err)
-	}
+	must(m, err)
 	raw, err := json.Marshal(resp.Data["openapi"])
 	doc := new(oasDocument)
 	if err == nil {
 		err = json.Unmarshal(raw, doc)
 	}
-	if err != nil {
-		m.Fatal(err)
-	}
+	must(m, err)
 	return doc
 }
 
@@ -109,15 +105,11 @@ func TestResponsesDecode(t *testing.T) {
 			return
 		}
 		raw, err := json.Marshal(resp.Data)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		var value kv
 		decoder := json.NewDecoder(strings.NewReader(string(raw)))
 		decoder.UseNumber()
-		if err := decoder.Decode(&value); err != nil {
-			t.Fatal(err)
-		}
+		must(t, decoder.Decode(&value))
 		schema := doc.resolve(doc.operation(t, path, method).Responses["200"].Content["application/json"].Schema)
 		for name, v := range value {
 			want := schema.Properties[name]

@@ -93,7 +93,7 @@ func TestConfigPartialWrite(t *testing.T) {
 func (m *testMount) live() *state.Live {
 	m.Helper()
 	live, err := m.b.state.Config(m.Context(), m.storage)
-	m.must(err)
+	must(m, err)
 	return live
 }
 

@@ -39,9 +39,7 @@ func (m *testMount) families() map[string]*dto.MetricFamily {
 	}
 	parser := expfmt.NewTextParser(model.LegacyValidation)
 	families, err := parser.TextToMetricFamilies(strings.NewReader(data[logical.HTTPRawBody].(string)))
-	if err != nil {
-		m.Fatal(err)
-	}
+	must(m, err)
 	return families
 }
 
@@ -77,9 +75,7 @@ func TestMetricsLint(t *testing.T) {
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
 	problems, err := promlint.NewWithMetricFamilies(slices.Collect(maps.Values(m.families()))).Lint()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, p := range problems {
 		if strings.HasPrefix(p.Metric, "vault_cable") {
 			t.Errorf("%s: %s", p.Metric, p.Text)
@@ -219,18 +215,7 @@ func (m *testMount) revoke(role string) {
 	req := m.newRequest(nil, opRevoke, "creds/"+role, nil)
 	req.Secret = &logical.Secret{InternalData: secret.InternalData}
 	_, err := m.b.HandleRequest(m.Context(), req)
-	m.must(err)
-}
-
-// reportOf returns the report of a token request for a role that exists.
-func reportOf(role string, o outcome.Outcome) report.TokenRequest {
-	r := report.TokenRequest{Role: role, RoleExists: true, RoleIsCurrent: true}
-	if o == outcome.Minted {
-		r.Token = &outcome.Token{Token: new(cable.Token)}
-	} else {
-		r.Failure = &outcome.Failure{Outcome: o}
-	}
-	return r
+	must(m, err)
 }
 
 // maxMeteredRoles is the number of roles that have series, as docs/reference.md says.
@@ -242,15 +227,17 @@ func BenchmarkMetricsRead(b *testing.B) {
 		b.Run(fmt.Sprintf("%d roles", roles), func(b *testing.B) {
 			m := newConfiguredMount(b)
 			for i := range roles {
-				for _, o := range []outcome.Outcome{outcome.Minted, outcome.InvalidRequest, outcome.CableError} {
-					m.b.report.TokenRequestEnded(reportOf(fmt.Sprintf("role-%d", i), o))
+				for _, o := range []outcome.Outcome{outcome.KeyRejected, outcome.InvalidRequest, outcome.CableError} {
+					m.b.report.TokenRequestEnded(report.TokenRequest{
+						Role: fmt.Sprint("role-", i), RoleExists: true, RoleIsCurrent: true,
+						Failure: &outcome.Failure{Outcome: o},
+					})
 				}
 			}
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := m.send(b.Context(), m.storage, opRead, "metrics", nil); err != nil {
-					b.Fatal(err)
-				}
+				_, err := m.send(b.Context(), m.storage, opRead, "metrics", nil)
+				must(b, err)
 			}
 		})
 	}
@@ -281,7 +268,7 @@ func TestMetricSlotsOfDeletedRoles(t *testing.T) {
 	wg.Wait()
 	m.write("roles/gone", kv{"scopes": "person:read"})
 	m.read("creds/gone")
-	m.must(m.storage.Delete(t.Context(), "roles/gone")) // on another node
+	must(m, m.storage.Delete(t.Context(), "roles/gone")) // on another node
 	m.b.InvalidateKey(t.Context(), "roles/gone")
 	for series := range m.figures() {
 		if strings.HasPrefix(series, "vault_cable_token_requests_total") && !strings.Contains(series, "(") {

@@ -153,7 +153,7 @@ func TestRoleTokensValidUntil(t *testing.T) {
 		t.Helper()
 		_, text, _ := strings.Cut(strings.Join(warnings, ""), "may be valid until ")
 		got, err := time.Parse(time.RFC3339, strings.TrimSuffix(text, "."))
-		m.must(err)
+		must(m, err)
 		want := time.Now().Add(lifetime + time.Minute) // a token request under way may take a minute
 		if d := want.Sub(got); d < -time.Second || d > 10*time.Second {
 			t.Errorf("valid until %s, want %s", got, want)
@@ -288,9 +288,7 @@ func FuzzRoleEntry(f *testing.F) {
 			t.Errorf("accepted %+v", role)
 		}
 		entry, err := role.Encode()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		again, err := state.DecodeRole("r", entry)
 		if diff := cmp.Diff(role, again, cmpopts.IgnoreUnexported(state.Role{})); diff != "" || err != nil {
 			t.Errorf("%s %v", diff, err)

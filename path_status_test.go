@@ -117,7 +117,7 @@ func TestWithoutStorage(t *testing.T) {
 			storage := tt.breaks(m)
 			start := time.Now()
 			resp, err := m.send(t.Context(), storage, opRead, "status", nil)
-			m.must(err)
+			must(m, err)
 			for _, w := range tt.warnings {
 				m.wantWarning(resp.Warnings, w)
 			}
@@ -133,7 +133,7 @@ func TestWithoutStorage(t *testing.T) {
 				t.Errorf("a broken role hides the configuration: %v", resp.Data)
 			}
 			resp, err = m.send(t.Context(), storage, opRead, "metrics", nil)
-			m.must(err)
+			must(m, err)
 			text := resp.Data[logical.HTTPRawBody].(string)
 			if strings.Contains(text, "\nvault_cable_configured") != (tt.omitted == "") ||
 				!strings.Contains(text, `vault_cable_token_requests_total{outcome="minted",role="ci"} 1`) {

@@ -28,9 +28,7 @@ import (
 func referenceTable(t *testing.T, heading string, nth int) (rows [][]string) {
 	t.Helper()
 	page, err := os.ReadFile("docs/reference.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	_, text, found := strings.Cut(string(page), "\n## "+heading+"\n")
 	if !found {
 		t.Fatalf("docs/reference.md has no heading %q", heading)
@@ -73,17 +71,13 @@ func engineSource(t *testing.T) string {
 	var source strings.Builder
 	for _, pattern := range []string{"*.go", "internal/*/*.go", "cmd/vault-plugin-secrets-cable/*.go"} {
 		files, err := filepath.Glob(pattern)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for _, f := range files {
 			if strings.HasSuffix(f, "_test.go") {
 				continue
 			}
 			text, err := os.ReadFile(f)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			source.Write(text)
 		}
 	}

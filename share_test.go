@@ -158,9 +158,7 @@ func (m *reuseMount) get() (*logical.Response, error) {
 func (m *reuseMount) token() string {
 	m.Helper()
 	resp, err := m.get()
-	if err != nil {
-		m.Fatal(err)
-	}
+	must(m, err)
 	return resp.Data["token"].(string)
 }
 

@@ -147,7 +147,7 @@ func TestUncertainWrites(t *testing.T) {
 				m.refused(500, opUpdate, "config", kv{"verify_role": "ci"}, "write it again")
 			}
 			for _, commit := range late.commits {
-				m.must(commit())
+				must(m, commit())
 			}
 			creds()
 			m.b.InvalidateKey(t.Context(), tt.path)
