@@ -30,8 +30,9 @@ type fakeCable struct {
 	lifetime time.Duration // of grants, 0 for the requested one
 	tokens   map[string]*fakeToken
 	calls    int
-	underWay map[string]int // calls by generation, which is the scopes
-	overlap  bool           // two calls of one generation were under way at once
+	version  int         // of the settings
+	underWay map[int]int // calls by version
+	overlap  bool        // two calls of one version were under way at once
 }
 
 // fakeToken is a token that was granted.
@@ -39,7 +40,7 @@ type fakeToken struct {
 	sent       time.Time
 	expiry     time.Time
 	requested  time.Duration
-	generation string
+	generation string    // the scopes
 	leaseEnd   time.Time // of the first reader
 }
 
@@ -50,9 +51,9 @@ func (f *fakeCable) requestToken(ctx context.Context, _ *cable.Client, r cable.T
 		return nil, err
 	}
 	f.calls++
-	generation := strings.Join(r.Scopes, ",")
-	f.underWay[generation]++
-	f.overlap = f.overlap || f.underWay[generation] > 1
+	generation, version := strings.Join(r.Scopes, ","), f.version
+	f.underWay[version]++
+	f.overlap = f.overlap || f.underWay[version] > 1
 	delay, failure, granted := f.delay, f.failure, f.lifetime
 	f.mu.Unlock()
 	sent := time.Now()
@@ -68,7 +69,7 @@ func (f *fakeCable) requestToken(ctx context.Context, _ *cable.Client, r cable.T
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.underWay[generation]--
+	f.underWay[version]--
 	if cause == nil && failure != nil {
 		copied := *failure
 		cause = &copied
@@ -97,7 +98,14 @@ func (f *fakeCable) set(delay time.Duration, failure *cable.Error, lifetime time
 	f.delay, f.failure, f.lifetime = delay, failure, lifetime
 }
 
-// overlapped reports whether two calls of one generation were under way at once since the last time.
+// changed notes that the settings were changed.
+func (f *fakeCable) changed() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.version++
+}
+
+// overlapped reports whether two calls of one version were under way at once since the last time.
 func (f *fakeCable) overlapped() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -136,7 +144,7 @@ func newReuseMount(t testing.TB, role kv) *reuseMount {
 	t.Helper()
 	m := &reuseMount{
 		testMount: setUp(t, nil),
-		cable:     &fakeCable{tokens: make(map[string]*fakeToken), underWay: make(map[string]int)},
+		cable:     &fakeCable{tokens: make(map[string]*fakeToken), underWay: make(map[int]int)},
 	}
 	m.b.requestToken = m.cable.requestToken
 	t.Cleanup(func() { m.b.Cleanup(context.Background()) })
@@ -275,6 +283,9 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 	}
 	for i, step := range steps {
 		violation := ""
+		if slices.Contains([]int{8, 9, 10, 12}, step.kind) {
+			m.cable.changed()
+		}
 		switch n := step.n; step.kind {
 		case 0, 1, 2, 3:
 			violation = read()
@@ -315,7 +326,7 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 			m.write("roles/ci", kv{"reuse_for": int(reuseFor / time.Second)})
 		}
 		if overlap := m.cable.overlapped(); violation == "" && overlap && reuseFor > 0 {
-			violation = "two calls of one generation at once"
+			violation = "two calls of one version at once"
 		}
 		if violation != "" {
 			return fmt.Sprintf("step %d: %s", i, violation)
