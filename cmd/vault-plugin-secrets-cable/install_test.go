@@ -24,11 +24,7 @@ var installed = "vault-plugin-secrets-cable-" + testVersion + map[bool]string{tr
 // content returns the content of a file.
 func content(t *testing.T, path string) []byte {
 	t.Helper()
-	data, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return data
+	return must(os.ReadFile(path))(t)
 }
 
 // onlyInstalled checks that a folder has a complete copy of the plugin, with its mode,
@@ -93,13 +89,9 @@ func TestInstall(t *testing.T) {
 			}
 			dir := filepath.Join(t.TempDir(), "plugins")
 			path := filepath.Join(dir, installed)
-			if err := os.Mkdir(dir, 0o755); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Mkdir(dir, 0o755))
 			if tt.before != nil {
-				if err := tt.before(path); err != nil {
-					t.Fatal(err)
-				}
+				check(t, tt.before(path))
 			}
 			before, _ := os.ReadDir(dir)
 			cmd := exec.Command(plugin, "-install", dir)
@@ -158,9 +150,7 @@ func TestInstallAtOnce(t *testing.T) {
 	for try := range 20 {
 		dir := t.TempDir()
 		cmd := exec.Command(plugin, "-install", dir)
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		check(t, cmd.Start())
 		time.Sleep(time.Duration(try) * 5 * time.Millisecond)
 		_ = cmd.Process.Signal(os.Interrupt)
 		ended := cmd.Wait()
@@ -179,18 +169,11 @@ func TestInstallAlone(t *testing.T) {
 		skipUnlessRequired(t, "to change the root folder takes root, on Linux")
 	}
 	needProgram(t, "chroot")
-	root, err := os.MkdirTemp("", "cable-root-") // t.TempDir is behind folders of root alone
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := must(os.MkdirTemp("", "cable-root-"))(t) // t.TempDir is behind folders of root alone
 	t.Cleanup(func() { _ = os.RemoveAll(root) })
 	program, plugins := content(t, build(t)), filepath.Join(root, "plugins")
-	if err := errors.Join(
-		os.WriteFile(filepath.Join(root, "plugin"), program, 0o755), os.Chmod(root, 0o755),
-		os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000),
-	); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(root, "plugin"), program, 0o755))
+	check(t, errors.Join(os.Chmod(root, 0o755), os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000)))
 	out, err := exec.Command("chroot", "--userspec=100:1000", root, "/plugin", "-install", "/plugins").Output()
 	if want := fmt.Sprintf("%x  /plugins/%s\n", sha256.Sum256(program), installed); err != nil || string(out) != want {
 		t.Fatalf("%v, %q, want %q", err, out, want)

@@ -39,11 +39,23 @@ const testVersion = "v0.0.1-test"
 // build builds the plugin, once for all tests.
 func build(t *testing.T) string {
 	t.Helper()
-	path, err := binary()
+	return must(binary())(t)
+}
+
+// must returns the value of a call that has no error: must(call())(t).
+func must[T any](v T, err error) func(*testing.T) T {
+	return func(t *testing.T) T {
+		t.Helper()
+		check(t, err)
+		return v
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return path
 }
 
 var (
@@ -102,11 +114,7 @@ func connect(t *testing.T, stderr io.Writer, cmd *exec.Cmd) (*goplugin.Client, g
 	t.Helper()
 	c := client(stderr, cmd)
 	t.Cleanup(c.Kill)
-	protocol, err := c.Client()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c, protocol
+	return c, must(c.Client())(t)
 }
 
 // run runs a program, for at most 20 seconds, and returns its output and exit status.
@@ -146,11 +154,15 @@ func skipUnlessRequired(t *testing.T, reason string) {
 	t.Skip(reason)
 }
 
-// needProgram skips a test that needs a program that is not there.
-func needProgram(t *testing.T, name string) {
+// needProgram skips a test that needs a program that is not there, or fails with args.
+func needProgram(t *testing.T, name string, args ...string) {
 	t.Helper()
-	if _, err := exec.LookPath(name); err != nil {
-		skipUnlessRequired(t, err.Error())
+	_, err := exec.LookPath(name)
+	if err == nil && args != nil {
+		err = exec.Command(name, args...).Run()
+	}
+	if err != nil {
+		skipUnlessRequired(t, fmt.Sprintf("%s: %v", name, err))
 	}
 }
 
@@ -216,14 +228,8 @@ func TestStdout(t *testing.T) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, build(t))
 	cmd.Env = underVault("PLUGIN_CLIENT_CERT="+certificate(), "TMPDIR="+t.TempDir())
-	stdout, err := cmd.StdoutPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	reader := bufio.NewReader(stdout)
+	reader := bufio.NewReader(must(cmd.StdoutPipe())(t))
+	check(t, cmd.Start())
 	got, err := reader.ReadString('\n')
 	cancel()
 	more, _ := io.ReadAll(reader)

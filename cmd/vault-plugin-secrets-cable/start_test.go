@@ -23,9 +23,7 @@ func TestCannotStart(t *testing.T) {
 	plugin := build(t)
 	cert := "PLUGIN_CLIENT_CERT=" + certificate()
 	long := filepath.Join(t.TempDir(), strings.Repeat("long", 30))
-	if err := os.Mkdir(long, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(long, 0o700))
 	nobody := []string{"/bin/sh", "-c", `ulimit -l 64 && exec "$0"`, plugin}
 	if os.Geteuid() == 0 { // root may lock as much memory as it likes
 		nobody = append([]string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"}, nobody...)

@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -53,9 +52,7 @@ func TestCrash(t *testing.T) {
 	var stderr bytes.Buffer
 	const script = `echo $$ >"$1"; TMPDIR=${1%/*} exec "$0"`
 	client, _ := connect(t, &stderr, exec.Command("/bin/sh", "-c", script, build(t), pidFile))
-	if err := readProcess(t, pidFile).Signal(syscall.SIGQUIT); err != nil {
-		t.Fatal(err)
-	}
+	check(t, readProcess(t, pidFile).Signal(syscall.SIGQUIT))
 	waitFor(t, "the process to end", client.Exited)
 	if text := stderr.String(); !strings.HasPrefix(text, "SIGQUIT: quit\n") || !strings.Contains(text, "\ngoroutine ") {
 		t.Errorf("standard error: %.1000q, want the runtime's report", text)
@@ -65,11 +62,6 @@ func TestCrash(t *testing.T) {
 // readProcess returns the process whose id a script has written to a file.
 func readProcess(t *testing.T, file string) *os.Process {
 	t.Helper()
-	text, readErr := os.ReadFile(file)
-	pid, parseErr := strconv.Atoi(strings.TrimSpace(string(text)))
-	process, err := os.FindProcess(pid)
-	if err := errors.Join(readErr, parseErr, err); err != nil {
-		t.Fatal(err)
-	}
-	return process
+	pid := must(strconv.Atoi(strings.TrimSpace(string(content(t, file)))))(t)
+	return must(os.FindProcess(pid))(t)
 }
