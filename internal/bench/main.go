@@ -131,7 +131,7 @@ func measure(ctx context.Context, o options, b *binaries, storage, token string,
 	}
 	defer s.stop()
 	for _, latency := range o.latencies {
-		if err := s.setLatency(time.Duration(latency) * time.Millisecond); err != nil {
+		if err := s.setFault(fmt.Sprintf(`{"delay":"%dms"}`, latency)); err != nil {
 			return err
 		}
 		for _, readers := range o.concurrency {

@@ -188,37 +188,36 @@ type stats struct {
 
 // simStats reads the simulator's counters.
 func (s *stack) simStats() (counted stats, err error) {
-	//nolint:noctx // the client has a time-out, and the server is ours
-	resp, err := s.simClient.Get(s.sim.Control + "/stats")
-	if err != nil {
-		return counted, err
+	text, err := s.control(http.MethodGet, "/stats", "")
+	if err == nil {
+		err = json.Unmarshal(text, &counted)
 	}
-	defer func() { _ = resp.Body.Close() }()
-	err = json.NewDecoder(resp.Body).Decode(&counted)
 	return counted, err
-}
-
-// setLatency has the simulator respond after d.
-func (s *stack) setLatency(d time.Duration) error {
-	if d == 0 {
-		return s.setFault("{}")
-	}
-	return s.setFault(fmt.Sprintf(`{"delay":%q}`, d))
 }
 
 // setFault has the simulator misbehave as a cabletest.Fault in JSON says.
 func (s *stack) setFault(body string) error {
+	_, err := s.control(http.MethodPost, "/fault", body)
+	return err
+}
+
+// control sends a request to the simulator's control listener.
+func (s *stack) control(method, path, body string) ([]byte, error) {
 	//nolint:noctx // the client has a time-out, and the server is ours
-	resp, err := s.simClient.Post(s.sim.Control+"/fault", "application/json", strings.NewReader(body))
+	req, err := http.NewRequest(method, s.sim.Control+path, strings.NewReader(body))
 	if err != nil {
-		return err
+		return nil, err
+	}
+	resp, err := s.simClient.Do(req)
+	if err != nil {
+		return nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	if resp.StatusCode != http.StatusNoContent {
-		text, _ := io.ReadAll(resp.Body)
-		return fmt.Errorf("setting the fault: %d %s", resp.StatusCode, text)
+	text, err := io.ReadAll(resp.Body)
+	if resp.StatusCode >= http.StatusMultipleChoices {
+		err = fmt.Errorf("%s %s: %d %s", method, path, resp.StatusCode, text)
 	}
-	return nil
+	return text, err
 }
 
 // stop ends the servers and removes their folder.
