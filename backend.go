@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"net/http"
 	"runtime/debug"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -74,7 +73,7 @@ func newBackend() *backend {
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
-		Help:           strings.TrimSpace(backendHelp),
+		Help:           backendHelp,
 		RunningVersion: version.String(),
 		PathsSpecial:   &logical.Paths{SealWrapStorage: []string{state.ConfigKey}},
 		Paths: []*framework.Path{
@@ -208,14 +207,14 @@ func inQuery(f *framework.FieldSchema) *framework.FieldSchema {
 	return f
 }
 
-// reads declares an operation whose response, so described, contains these fields.
+// reads declares an operation, with the description and the data of its response.
 func (b *backend) reads(
-	h handler, summary, description string, fields map[string]*framework.FieldSchema,
+	h handler, summary, description string, data map[string]*framework.FieldSchema,
 ) *framework.PathOperation {
 	return &framework.PathOperation{
 		Callback:  b.handle(h),
 		Summary:   summary,
-		Responses: map[int][]framework.Response{http.StatusOK: {{Description: description, Fields: fields}}},
+		Responses: map[int][]framework.Response{http.StatusOK: {{Description: description, Fields: data}}},
 	}
 }
 
@@ -245,13 +244,11 @@ func tokensValidUntil(now time.Time, most time.Duration) string {
 		outcome.Time(now.Add(most+state.MaxRequestTimeout))
 }
 
-const backendHelp = `
-The Cable secrets engine mints short-lived access tokens for Cable
+const backendHelp = `The Cable secrets engine mints short-lived access tokens for Cable
 (cable.tech) from one long-lived refresh key that stays in Vault.
 
 Write the refresh key to config, define an organization, scopes and lifetimes
 in roles/<name>, and read creds/<name> for an access token.
 
 Cable cannot revoke a token. Revoking its lease makes Vault forget it; the
-token itself is valid until the expiry that came with it.
-`
+token itself is valid until the expiry that came with it.`

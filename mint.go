@@ -34,9 +34,6 @@ type params struct {
 	scopes []string // nil if the caller named none
 }
 
-// isDefault reports whether the caller named no parameter.
-func (p params) isDefault() bool { return !p.hasTTL && p.scopes == nil }
-
 // attempt is one pass through the steps. Its fields are set as far as it came.
 type attempt struct {
 	kind      report.Kind
@@ -98,7 +95,7 @@ func (b *backend) try(ctx context.Context, r *request, p params) (a attempt, err
 		return a, err
 	}
 	isShared := false
-	if a.set.Role.ReuseFor > 0 && p.isDefault() {
+	if a.set.Role.ReuseFor > 0 && !p.hasTTL && p.scopes == nil { // reads without parameters share
 		isShared, err = b.share(ctx, r, &a)
 	}
 	if !isShared {
@@ -112,7 +109,9 @@ func (b *backend) try(ctx context.Context, r *request, p params) (a attempt, err
 
 // mintOne mints a token whose budget began at that time. check is called between the API call and the decision on the
 // lease.
-func (b *backend) mintOne(ctx context.Context, a *attempt, began time.Time, check func() error) (*outcome.Token, error) {
+func (b *backend) mintOne(
+	ctx context.Context, a *attempt, began time.Time, check func() error,
+) (*outcome.Token, error) {
 	a.requested.Start, a.requested.Allow = began, b.allow(a.set)
 	granted, err := b.call(ctx, a.role, a.set.Config, a.requested)
 	if err != nil {
@@ -236,10 +235,7 @@ func (b *backend) narrow(
 
 // organization is the role's, or else the configuration's.
 func organization(set state.Settings) string {
-	if set.Role.OrganizationID != "" {
-		return set.Role.OrganizationID
-	}
-	return set.Config.OrganizationID
+	return cmp.Or(set.Role.OrganizationID, set.Config.OrganizationID)
 }
 
 // allow returns the gate of an API call: once a write that disables, deletes or narrows has returned, no call is sent
@@ -270,13 +266,13 @@ func (b *backend) call(
 	}
 	switch {
 	case f.Outcome == outcome.KeyRejected:
-		f.Message += fmt.Sprintf("; the refresh key was sent with auth_scheme=%s%s: write a valid refresh_key to config, "+
-			"or try auth_scheme=%s, because Cable's documents show both", scheme, sentTo(config.Config), other)
+		f.Message += fmt.Sprintf("; the refresh key was sent with auth_scheme=%s%s: write a valid refresh_key to "+
+			"config, or try auth_scheme=%s, because Cable's documents show both", scheme, sentTo(config.Config), other)
 	case f.Outcome == outcome.RateLimited:
 		f.Message += fmt.Sprintf("; no API call for another %ds", outcome.WholeSeconds(ce.RetryAfter))
 	case ce.StatusCode == http.StatusForbidden:
-		f.Message += fmt.Sprintf("; check the organization and the scopes of roles/%s with Cable, or try auth_scheme=%s "+
-			"instead of %s, because some gateways respond 403 to a key in another form", role, other, scheme)
+		f.Message += fmt.Sprintf("; check the organization and the scopes of roles/%s with Cable, or try auth_scheme="+
+			"%s instead of %s, because some gateways respond 403 to a key in another form", role, other, scheme)
 	case ce.StatusCode == http.StatusBadRequest:
 		f.Message += fmt.Sprintf("; check the organization and the scopes of roles/%s with Cable", role)
 	case ce.StatusCode == http.StatusNotFound:
@@ -293,13 +289,13 @@ func (b *backend) call(
 // does not require them in the response.
 func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token, error) {
 	want := requested.OrganizationID
-	for _, subject := range []struct{ verb, id string }{
-		{"token is", got.OrganizationID}, {"token's scopes are", cmp.Or(got.ScopesOrganizationID, want)},
-	} {
-		if subject.id != want {
-			return nil, outcome.Mismatch(fmt.Sprintf("the %s for organization %s instead of %s",
-				subject.verb, fields.Organization.Quote(subject.id), fields.Organization.Quote(want)))
-		}
+	isFor, id := "token is", got.OrganizationID
+	if id == want {
+		isFor, id = "token's scopes are", cmp.Or(got.ScopesOrganizationID, want)
+	}
+	if id != want {
+		return nil, outcome.Mismatch(fmt.Sprintf("the %s for organization %s instead of %s",
+			isFor, fields.Organization.Quote(id), fields.Organization.Quote(want)))
 	}
 	token := &outcome.Token{Token: got, Granted: requested.Scopes}
 	if got.Scopes == nil {
@@ -324,6 +320,9 @@ func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token,
 //
 // Reading storage may exceed the request's budget by recheckTimeout, because giving up now would waste a token.
 func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
+	if b.state.IsCertain(a.set) {
+		return context.Cause(ctx) // set if the caller left, because Vault would drop the token
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, recheckTimeout, outcome.ErrBudget)
 	defer cancel()
 	for began := time.Now(); ; {
@@ -338,7 +337,7 @@ func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
 				"and does not allow this token any more: read again", a.role)
 		}
 		if err == nil && ctx.Err() != nil {
-			err = context.Cause(ctx) // the caller left, so Vault would drop the token
+			err = context.Cause(ctx) // the caller left, or the second is over
 		}
 		if err != nil || b.state.IsCurrent(now) {
 			return err

@@ -30,8 +30,8 @@ func (b *backend) pathConfig() *framework.Path {
 			"A write that carries it must also name token_url and ca_cert if their stored values are not the default.")
 	schema["refresh_key"].DisplayAttrs = &framework.DisplayAttributes{Name: "Refresh key", Sensitive: true}
 	schema["verify_role"] = field(framework.TypeString,
-		"A role to mint one token for with the new settings, before they are stored. If that fails, nothing is stored. "+
-			"For this request only.")
+		"A role to mint one token for with the new settings, before they are stored. If that fails, nothing is "+
+			"stored. For this request only.")
 	return &framework.Path{
 		Pattern:      state.ConfigKey,
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "configuration"},
@@ -48,7 +48,7 @@ func (b *backend) pathConfig() *framework.Path {
 				"Delete the configuration, and with it the refresh key."),
 		},
 		HelpSynopsis:    "Store the refresh key and how to reach Cable.",
-		HelpDescription: strings.TrimSpace(configHelp),
+		HelpDescription: configHelp,
 	}
 }
 
@@ -129,8 +129,8 @@ func (b *backend) pathConfigWrite(ctx context.Context, r *request) (*logical.Res
 		return nil, err
 	}
 	if trial != "" && !bytes.Equal(stored, verified) {
-		return nil, outcome.Refuse("config was changed meanwhile: another request wrote it while verify_role was minting, "+
-			"so nothing was stored; read config, then write again; %s", trial)
+		return nil, outcome.Refuse("config was changed meanwhile: another request wrote it while verify_role was "+
+			"minting, so nothing was stored; read config, then write again; %s", trial)
 	}
 	raw, err := next.Encode()
 	if err != nil {
@@ -213,7 +213,8 @@ func checkDestination(c *state.Config, in fields.Input) error {
 	const needs = "writing refresh_key needs %s in the same request, because the stored value is not the default%s: " +
 		"read config, then name the value that you trust, or %s"
 	if c.TokenURL != cable.DefaultTokenURL && !in.Has("token_url") {
-		return outcome.Refuse(needs, "token_url", " (the key would go"+sentTo(c)+")", "token_url="+cable.DefaultTokenURL)
+		return outcome.Refuse(needs, "token_url", fmt.Sprintf(" (the key would go%s)", sentTo(c)),
+			"token_url="+cable.DefaultTokenURL)
 	}
 	if c.CACert != "" && !in.Has("ca_cert") {
 		return outcome.Refuse(needs, "ca_cert", "", `ca_cert="" for none`)
@@ -279,15 +280,15 @@ func checkRefreshKey(key string) error {
 	}
 	for _, c := range []byte(key) {
 		if c <= ' ' || c >= 0x7f {
-			return outcome.Refuse("refresh_key must not contain white space, control characters or non-ASCII characters")
+			return outcome.Refuse(
+				"refresh_key must not contain white space, control characters or non-ASCII characters")
 		}
 	}
 	return nil
 }
 
-// verify mints a token of the shortest lifetime with settings that are not stored yet,
-// and drops it. It returns the warning that says so, and the bytes that were stored
-// before.
+// verify mints a token of the shortest lifetime with settings that are not stored yet, and drops it. It returns the
+// warning that says so, and the bytes that were stored before.
 func (b *backend) verify(ctx context.Context, r *request) (warning string, stored []byte, err error) {
 	stored, err = state.Read(ctx, r.Storage, state.ConfigKey)
 	if err != nil {
@@ -312,8 +313,7 @@ func (b *backend) verify(ctx context.Context, r *request) (warning string, store
 		return "", nil, outcome.Refuse("verify_role %s does not exist: nothing was stored, "+
 			"write the role first or leave verify_role out", fields.RoleName.Quote(a.role))
 	}
-	// NOTE: a submitted key never inherits the stored key's pause, because that would
-	// reveal whether the two are equal.
+	// NOTE: a submitted key never inherits the stored key's pause, because that would reveal whether the two are equal.
 	var pause *cable.Pause
 	if !r.in.Has("refresh_key") {
 		pause = b.state.InheritedPause(next)
@@ -362,14 +362,11 @@ func (b *backend) pathConfigDelete(ctx context.Context, r *request) (*logical.Re
 		return nil, err
 	}
 	b.report.ConfigDeleted(r.source())
-	resp := new(logical.Response)
-	resp.AddWarning("the configuration is deleted: no token is minted until config is written again; " +
-		tokensValidUntil(time.Now(), lifetime.Max))
-	return resp, nil
+	return &logical.Response{Warnings: []string{"the configuration is deleted: no token is minted until config is " +
+		"written again; " + tokensValidUntil(time.Now(), lifetime.Max)}}, nil
 }
 
-const configHelp = `
-The refresh key is stored once and never returned. A write keeps the fields
+const configHelp = `The refresh key is stored once and never returned. A write keeps the fields
 that it does not name; the merged result is stored, and only then used. What a
 read returns can be written back.
 
@@ -381,5 +378,4 @@ With verify_role, one token of five minutes is minted for that role with the
 new settings before they are stored; if that fails, nothing is stored.
 
 disabled=true disables the mount: every token request is refused. Tokens that
-were minted before stay valid until their expiry: Cable cannot revoke them.
-`
+were minted before stay valid until their expiry: Cable cannot revoke them.`

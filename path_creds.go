@@ -5,7 +5,6 @@ package cablesecrets
 
 import (
 	"context"
-	"strings"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -39,7 +38,7 @@ func (b *backend) pathCreds() *framework.Path {
 				"credentials-with-parameters"),
 		},
 		HelpSynopsis:    "Mint a short-lived access token for a role.",
-		HelpDescription: strings.TrimSpace(credsHelp),
+		HelpDescription: credsHelp,
 	}
 }
 
@@ -82,8 +81,7 @@ func parseParams(r *request) (p params, err error) {
 	return p, err
 }
 
-const credsHelp = `
-A read returns an access token with a lease. The lease cannot be renewed and
+const credsHelp = `A read returns an access token with a lease. The lease cannot be renewed and
 ends no later than the token. Read again for a new one.
 
 Each read mints a token, unless the role has reuse_for: then reads without
@@ -92,5 +90,4 @@ parameters share one.
 ttl requests another lifetime, scopes a subset of the role's scopes. Either can
 be in the query of a read or in the body of a write.
 
-Revoking the lease does not end the token, which is valid until expires_at.
-`
+Revoking the lease does not end the token, which is valid until expires_at.`

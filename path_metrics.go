@@ -8,7 +8,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -30,7 +29,7 @@ func (b *backend) pathMetrics() *framework.Path {
 		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "metrics"},
 		Operations:      map[logical.Operation]framework.OperationHandler{logical.ReadOperation: read},
 		HelpSynopsis:    synopsis,
-		HelpDescription: strings.TrimSpace(metricsHelp),
+		HelpDescription: metricsHelp,
 	}
 }
 
@@ -68,8 +67,7 @@ func (b *backend) pathMetricsRead(ctx context.Context, r *request) (*logical.Res
 	}}, nil
 }
 
-const metricsHelp = `
-The response is text for Prometheus, not JSON:
+const metricsHelp = `The response is text for Prometheus, not JSON:
 
   vault read -format=raw cable/metrics
 
@@ -78,5 +76,4 @@ there; they are kept in memory. A scrape needs a Vault token that may read this
 path and nothing else.
 
 The engine's own metrics begin with vault_cable_. Those that begin with go_ and
-process_ are the plugin process's, which serves all mounts of the engine.
-`
+process_ are the plugin process's, which serves all mounts of the engine.`

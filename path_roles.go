@@ -32,7 +32,7 @@ func (b *backend) pathRolesList() *framework.Path {
 				map[string]*framework.FieldSchema{"keys": field(framework.TypeStringSlice, "The names.")}),
 		},
 		HelpSynopsis:    "List the roles.",
-		HelpDescription: strings.TrimSpace(rolesListHelp),
+		HelpDescription: rolesListHelp,
 	}
 }
 
@@ -56,7 +56,7 @@ func (b *backend) pathRoles() *framework.Path {
 			logical.DeleteOperation: b.deletes(b.pathRolesDelete, "Delete a role."),
 		},
 		HelpSynopsis:    "Define which tokens a role may mint.",
-		HelpDescription: strings.TrimSpace(rolesHelp),
+		HelpDescription: rolesHelp,
 	}
 }
 
@@ -133,8 +133,8 @@ func (b *backend) pathRolesWrite(ctx context.Context, r *request) (*logical.Resp
 	case stored == nil && op == logical.PatchOperation:
 		return nil, noSuchRole(r.role)
 	case stored == nil && op == logical.UpdateOperation, stored != nil && op == logical.CreateOperation:
-		return nil, outcome.Refuse("role %s was changed meanwhile by another request, so nothing was stored: write again",
-			fields.RoleName.Quote(r.role))
+		return nil, outcome.Refuse("role %s was changed meanwhile by another request, so nothing was stored: "+
+			"write again", fields.RoleName.Quote(r.role))
 	}
 	before, next, err := mergeRole(stored, r)
 	if err != nil {
@@ -207,19 +207,19 @@ func mergeRole(stored []byte, r *request) (before, next *state.Role, err error) 
 
 // changeLifetimes lays the changes of lifetimes over a role, and judges them.
 func changeLifetimes(role *state.Role, changes fields.Input) error {
-	for _, field := range []struct {
+	for _, bound := range []struct {
 		name  string
 		value *time.Duration
 	}{{"ttl", &role.TTL}, {"max_ttl", &role.MaxTTL}} {
-		v, ok := changes.Duration(field.name)
+		v, ok := changes.Duration(bound.name)
 		if !ok {
 			continue
 		}
 		if v != 0 && (v < lifetime.Min || v > lifetime.Max) {
-			return outcome.Refuse("%s is %s: Cable's tokens are valid for %s to %s; write one of those, or 0 for the default",
-				field.name, lifetime.Format(v), lifetime.Format(lifetime.Min), lifetime.Format(lifetime.Max))
+			return outcome.Refuse("%s is %s: Cable's tokens are valid for %s to %s; write one of those, or 0 for the "+
+				"default", bound.name, lifetime.Format(v), lifetime.Format(lifetime.Min), lifetime.Format(lifetime.Max))
 		}
-		*field.value = v
+		*bound.value = v
 	}
 	if (changes.Has("ttl") || changes.Has("max_ttl")) && role.TTL > role.MaxLifetime() {
 		return outcome.Refuse("ttl of %s is above max_ttl of %s: lower ttl or raise max_ttl",
@@ -233,8 +233,8 @@ func changeLifetimes(role *state.Role, changes fields.Input) error {
 		if role.TTL == 0 {
 			ttl = "is not set"
 		}
-		return outcome.Refuse("reuse_for of %s needs a ttl of at least twice that, and ttl %s: lower reuse_for or set ttl",
-			lifetime.Format(role.ReuseFor), ttl)
+		return outcome.Refuse("reuse_for of %s needs a ttl of at least twice that, and ttl %s: lower reuse_for or set "+
+			"ttl", lifetime.Format(role.ReuseFor), ttl)
 	}
 	return nil
 }
@@ -265,8 +265,8 @@ func scopeWarnings(scopes []string) []string {
 			"scopes that are not of the form resource:action were stored: "+fields.Scope.QuoteAll(shape))
 	}
 	if len(unknown) > 0 {
-		warnings = append(warnings,
-			"scopes that Cable's reference does not name were stored, and Cable may reject them: "+fields.Scope.QuoteAll(unknown))
+		warnings = append(warnings, "scopes that Cable's reference does not name were stored, and Cable may reject "+
+			"them: "+fields.Scope.QuoteAll(unknown))
 	}
 	return warnings
 }
@@ -293,12 +293,11 @@ func roleTokensValidUntil(role *state.Role) string {
 
 // noSuchRole is the refusal for a role that does not exist.
 func noSuchRole(name string) error {
-	quoted := fields.RoleName.Quote(name)
 	path := "roles/"
 	if fields.RoleName.Redact(name) == name {
 		path += name
 	}
-	return outcome.Refuse("role %s does not exist: write it to %s", quoted, path)
+	return outcome.Refuse("role %s does not exist: write it to %s", fields.RoleName.Quote(name), path)
 }
 
 // pathRolesDelete handles DELETE roles/<name>.
@@ -324,10 +323,8 @@ func (b *backend) pathRolesDelete(ctx context.Context, r *request) (*logical.Res
 		return nil, err
 	}
 	b.report.RoleDeleted(r.source(), r.role)
-	resp := new(logical.Response)
-	resp.AddWarning(fmt.Sprintf("role %q is deleted: no token is minted for it any more; %s",
-		r.role, roleTokensValidUntil(role)))
-	return resp, nil
+	return &logical.Response{Warnings: []string{fmt.Sprintf(
+		"role %q is deleted: no token is minted for it any more; %s", r.role, roleTokensValidUntil(role))}}, nil
 }
 
 // pathRolesListNames handles LIST roles.
@@ -357,13 +354,10 @@ func (b *backend) pathRolesListNames(ctx context.Context, r *request) (*logical.
 	return logical.ListResponse(names), nil
 }
 
-const rolesListHelp = `
-The names are sorted. "after" returns names that sort after the given one;
-"limit" caps the count.
-`
+const rolesListHelp = `The names are sorted. "after" returns names that sort after the given one;
+"limit" caps the count.`
 
-const rolesHelp = `
-A role names an organization, the scopes of its tokens, and their lifetimes. A
+const rolesHelp = `A role names an organization, the scopes of its tokens, and their lifetimes. A
 read of creds/<name> returns a token for it, so permission to read that path is
 permission to have the role's tokens.
 
@@ -378,5 +372,4 @@ token with a warning. Every write of the role or of config, even one that change
 nothing, drops the shared token.
 
 Deleting or disabling a role stops minting. Tokens that were minted before stay
-valid until their expiry: Cable cannot revoke them.
-`
+valid until their expiry: Cable cannot revoke them.`

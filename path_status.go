@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"maps"
 	"runtime"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -20,11 +19,8 @@ import (
 )
 
 const (
-	// maxStatusRoles bounds how many roles a read of status checks: each may be a read from Vault's storage.
-	maxStatusRoles = 1000
-
-	// statusTimeout bounds how long status and metrics wait for storage, which may be what is wrong.
-	statusTimeout = 2 * time.Second
+	maxStatusRoles = 1000            // that a read of status checks, because each may be a read from Vault's storage
+	statusTimeout  = 2 * time.Second // of status and metrics for storage, which may be at fault
 )
 
 func (b *backend) pathStatus() *framework.Path {
@@ -36,7 +32,7 @@ func (b *backend) pathStatus() *framework.Path {
 		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "status"},
 		Operations:      map[logical.Operation]framework.OperationHandler{logical.ReadOperation: read},
 		HelpSynopsis:    synopsis,
-		HelpDescription: strings.TrimSpace(statusHelp),
+		HelpDescription: statusHelp,
 	}
 }
 
@@ -75,7 +71,8 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 		"token_requests": always(field(framework.TypeKVPairs, "Token requests that ended, by outcome.")),
 		"leases_ended":   always(field(framework.TypeInt64, "Leases that were revoked or expired.")),
 		"uncertain_entries": always(field(framework.TypeStringSlice,
-			"Entries whose last write failed in Vault's storage, so that they are read from storage for each request.")),
+			"Entries whose last write failed in Vault's storage, so that they are read from storage for each "+
+				"request.")),
 	}
 }
 
@@ -154,13 +151,11 @@ func (b *backend) disabledRoles(ctx context.Context, s logical.Storage) (disable
 	return disabled, err
 }
 
-const statusHelp = `
-Shows whether the mount is configured, the version and age of the refresh key,
+const statusHelp = `Shows whether the mount is configured, the version and age of the refresh key,
 what is disabled, the last minted token, the last failure, whether token
 requests are paused after Cable's 429, for which roles Cable is down, token
 requests by outcome, and the build of the engine.
 
 Counters are kept in memory on this node and reset on restart, reload or
 failover. The response contains no secrets. If storage is unavailable, a warning
-says what was omitted.
-`
+says what was omitted.`

@@ -21,11 +21,7 @@ const cableTokenType = "cable_token"
 // cableToken is the one secret type. It cannot be renewed, because Cable cannot lengthen a token; and its revocation
 // ends only the lease.
 func (b *backend) cableToken() *framework.Secret {
-	return &framework.Secret{
-		Type:   cableTokenType,
-		Fields: credsResponseFields(),
-		Revoke: b.handle(b.revokeToken),
-	}
+	return &framework.Secret{Type: cableTokenType, Fields: credsResponseFields(), Revoke: b.handle(b.revokeToken)}
 }
 
 // leased is the response to a token request: the token as a secret with a lease. The lease's internal data has role,

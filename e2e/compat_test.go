@@ -11,8 +11,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestCompatibilityPage: the table of docs/compatibility.md, which make compat
-// writes, has the Vault servers that make compat builds, and so has the workflow.
+// TestCompatibilityPage checks that the table of docs/compatibility.md, which make
+// compat writes, has the Vault servers that make compat builds, and so has the workflow.
 func TestCompatibilityPage(t *testing.T) {
 	t.Parallel()
 	list := func(file, expr string) (servers []string) {

@@ -174,7 +174,7 @@ func needTool(t testing.TB, name string) (dir string) {
 func needExamples(t testing.TB) {
 	t.Helper()
 	if os.Getenv("EXAMPLES") != "all" {
-		t.Skip("its consumer takes minutes to build, or has to be installed: make examples runs it")
+		t.Skip("`make examples` runs it, because its consumer takes minutes to build or has to be installed")
 	}
 }
 
@@ -223,6 +223,22 @@ func sharedServer(t testing.TB) *vaultServer {
 		t.Fatal(err)
 	}
 	return v
+}
+
+func readFile(t testing.TB, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func writeFile(t testing.TB, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // waitFor polls until done returns true.

@@ -25,7 +25,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// What monitoring/ holds is tried with a real Prometheus: the one that
+// The files of monitoring/ are tried with a real Prometheus, which
 // scripts/prometheus finds or builds.
 
 // findPrometheus returns the folder that prometheus and promtool are in.
@@ -82,16 +82,7 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
-func readFile(t *testing.T, path string) string {
-	t.Helper()
-	data, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(data)
-}
-
-// anchors returns what GitHub names the headings of a page.
+// anchors returns GitHub's names of the headings of a page.
 func anchors(page string) (found []string) {
 	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(page, -1) {
 		name := regexp.MustCompile(`[^\w\- ]`).ReplaceAllString(strings.ToLower(m[1]), "")
@@ -108,15 +99,10 @@ type promServer struct{ url string }
 func startPrometheus(t *testing.T, m *mount) *promServer {
 	t.Helper()
 	bin, dir := needPrometheus(t), t.TempDir()
-	m.ok(t, "PUT", "sys/policies/acl/"+m.path, map[string]any{"policy": fmt.Sprintf(`path "%s/metrics" { capabilities = ["read"] }`, m.path)})
-	token := m.ok(t, "POST", "auth/token/create", map[string]any{"policies": []string{m.path}, "no_default_policy": true}).Auth.ClientToken
-	if a, err := m.call(request{method: "GET", path: m.path + "/status", token: token}); err != nil || a.status != http.StatusForbidden {
-		t.Fatalf("the token for the metrics reads more than them: %v, %v", a, err)
-	}
+	m.writePolicy(t, m.path, fmt.Sprintf(`path "%s/metrics" { capabilities = ["read"] }`, m.path))
+	token := m.tokenWith(t, m.path, nil)
 	tokenFile := filepath.Join(dir, "token")
-	if err := os.WriteFile(tokenFile, []byte(token+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, tokenFile, token+"\n")
 	rules, err := filepath.Abs("../monitoring/alerts.yml")
 	if err != nil {
 		t.Fatal(err)
@@ -131,7 +117,8 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 		{"    tls_config:\n", ""},
 		{"      ca_file: /etc/prometheus/vault-ca.pem", ""},
 		{"credentials_file: /etc/prometheus/vault-token", "credentials_file: " + tokenFile},
-		{"      - targets: [vault.example.com:8200]\n        labels:\n          mount: cable\n", "      - targets: ['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n"},
+		{"[vault.example.com:8200]\n        labels:\n          mount: cable\n",
+			"['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n"},
 	} {
 		if strings.Count(config, change[0]) != 1 {
 			t.Fatalf("monitoring/prometheus.yml does not have %q once", change[0])
@@ -139,31 +126,13 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 		config = strings.Replace(config, change[0], change[1], 1)
 	}
 	file := filepath.Join(dir, "prometheus.yml")
-	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, file, config)
 	if out, err := exec.Command(filepath.Join(bin, "promtool"), "check", "config", file).CombinedOutput(); err != nil {
 		t.Fatalf("promtool check config: %v\n%s", err, out)
 	}
 
-	log := filepath.Join(dir, "prometheus.log")
-	out, err := os.Create(log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(filepath.Join(bin, "prometheus"), "--config.file="+file, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")
-	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		_ = out.Close()
-		if t.Failed() {
-			t.Logf("Prometheus' log:\n%s", readFile(t, log))
-		}
-	})
+	_, log := runUntilEnd(t, dir, os.Environ(), filepath.Join(bin, "prometheus"), "--config.file="+file,
+		"--storage.tsdb.path=data", "--web.listen-address=127.0.0.1:0")
 	p := new(promServer)
 	waitFor(t, 30*time.Second, "Prometheus is ready", func() bool {
 		m := regexp.MustCompile(`"Listening on".* address=(127\.0\.0\.1:\d+)`).FindStringSubmatch(readFile(t, log))
@@ -194,7 +163,7 @@ func (p *promServer) get(t *testing.T, path string, query url.Values, data any) 
 		Data          any
 	}{Data: data}
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.Status != "success" {
-		t.Fatalf("Prometheus answers %s with %d: %s, %v", query, resp.StatusCode, answer.Error, err)
+		t.Fatalf("Prometheus responds to %s with %d: %s, %v", query, resp.StatusCode, answer.Error, err)
 	}
 }
 
@@ -223,37 +192,40 @@ func (p *promServer) query(t *testing.T, expr string) map[string]string {
 // storage would have to break, and returns how often each was.
 func everyOutcome(t *testing.T, m *mount) map[string]string {
 	t.Helper()
-	want := map[string]string{"minted app": "3", "invalid_request app": "1", "invalid_request (unknown)": "1", "canceled app": "1", "paused app": "1"}
+	want := map[string]string{
+		"minted app": "3", "canceled app": "1", "paused app": "1",
+		"invalid_request app": "1", "invalid_request (unknown)": "1",
+	}
 	lease := m.read(t).LeaseID
 	m.read(t)
 	m.read(t)
 	m.ok(t, "PUT", "sys/leases/revoke", map[string]any{"lease_id": lease})
 	m.do(t, "GET", m.path+"/creds/app?ttl=1s", nil)
 	m.do(t, "GET", m.path+"/creds/none", nil)
-	func() { // a caller that leaves
-		m.sim.SetFault(cabletest.Fault{Delay: 10 * time.Second})
-		defer m.sim.ClearFaults()
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		if a, err := m.callContext(ctx, request{method: "GET", path: m.path + "/creds/app", token: m.root}); err == nil {
-			t.Fatalf("the caller that left got %s", a)
-		}
-		waitFor(t, 10*time.Second, "the mint of the caller that left has ended", func() bool {
-			return strings.Contains(m.ok(t, "GET", m.path+"/metrics", nil).text, `outcome="canceled"`)
-		})
-	}()
-	func() { // readers that share a token, and get the previous one while Cable is down
-		m.ok(t, "POST", m.path+"/roles/shared", map[string]any{"scopes": "transactions:read", "ttl": "5m", "reuse_for": "1s"})
-		m.ok(t, "GET", m.path+"/creds/shared", nil)
-		m.sim.SetFault(cabletest.Fault{Status: 500})
-		defer m.sim.ClearFaults()
-		reused := 0
-		waitFor(t, 10*time.Second, "readers get the previous token", func() bool {
-			reused++
-			return strings.Contains(m.ok(t, "GET", m.path+"/creds/shared", nil).text, "Cable is down (cable_error)")
-		})
-		want["minted shared"], want["reused shared"] = "1", fmt.Sprint(reused)
-	}()
+
+	// A caller that leaves.
+	m.sim.SetFault(cabletest.Fault{Delay: 10 * time.Second})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	_, _ = m.callContext(ctx, request{method: "GET", path: m.path + "/creds/app", token: m.root})
+	waitFor(t, 10*time.Second, "the token request of the caller that left has ended", func() bool {
+		return strings.Contains(m.ok(t, "GET", m.path+"/metrics", nil).text, `outcome="canceled"`)
+	})
+	m.sim.ClearFaults()
+
+	// Readers that share a token, and get the previous one while Cable is down.
+	role := map[string]any{"scopes": "transactions:read", "ttl": "5m", "reuse_for": "1s"}
+	m.ok(t, "POST", m.path+"/roles/shared", role)
+	m.ok(t, "GET", m.path+"/creds/shared", nil)
+	m.sim.SetFault(cabletest.Fault{Status: 500})
+	reused := 0
+	waitFor(t, 10*time.Second, "readers get the previous token", func() bool {
+		reused++
+		return strings.Contains(m.ok(t, "GET", m.path+"/creds/shared", nil).text, "Cable is down (cable_error)")
+	})
+	want["minted shared"], want["reused shared"] = "1", fmt.Sprint(reused)
+	m.sim.ClearFaults()
+
 	for _, f := range failures {
 		m.fail(t, f)
 		want[f.outcome+" app"] = "1"
@@ -262,14 +234,18 @@ func everyOutcome(t *testing.T, m *mount) map[string]string {
 	return want
 }
 
-// selector finds a series in what is served, and a selector in an expression.
+// selector finds a series in the metrics, and a selector in an expression.
 var selector = regexp.MustCompile(`\b((?:vault_cable|go|process)_\w+)(?:\{([^{}]*)\})?`)
+
+// labelList finds labels that an expression groups by, or a text names.
+var labelList = regexp.MustCompile(
+	`\b(?:by|without|ignoring|on) ?\(([\w, ]*)\)|\{\{(\w+)\}\}|\$labels\.(\w+)|\.Labels\.(\w+)`)
 
 // matcher finds a label with its value in either.
 var matcher = regexp.MustCompile(`(\w+)(?:=~|!~|!=|=)"([^"]*)"`)
 
 // TestMonitoring scrapes a mount by a real Prometheus while reads end in every
-// way, and holds the dashboard and the alerts against what it then has.
+// way, and compares the dashboard and the alerts with the series that it then has.
 func TestMonitoring(t *testing.T) {
 	t.Parallel()
 	needPrometheus(t)
@@ -279,17 +255,13 @@ func TestMonitoring(t *testing.T) {
 	waitFor(t, 30*time.Second, "a scrape succeeds", func() bool { return p.query(t, "sum(up)")[""] == "1" })
 	want := everyOutcome(t, m)
 
-	// The numbers.
-	var diff string
-	defer func() {
-		if diff != "" {
-			t.Logf("the mints (-want +in Prometheus):\n%s", diff)
+	var got map[string]string
+	for end := time.Now().Add(30 * time.Second); !cmp.Equal(want, got); time.Sleep(pollInterval) {
+		if time.Now().After(end) {
+			t.Fatalf("token requests (-want +in Prometheus):\n%s", cmp.Diff(want, got))
 		}
-	}()
-	waitFor(t, 30*time.Second, "Prometheus has scraped all", func() bool {
-		diff = cmp.Diff(want, p.query(t, fmt.Sprintf(`sum by (outcome, role) (vault_cable_token_requests_total{mount=%q})`, m.path)))
-		return diff == ""
-	})
+		got = p.query(t, "sum by (outcome, role) (vault_cable_token_requests_total)")
+	}
 	for expr, value := range map[string]string{
 		`sum(vault_cable_granted_lifetime_seconds_count)`:                   "4",
 		`sum(vault_cable_api_calls_total{code="401"})`:                      "1",
@@ -339,7 +311,8 @@ func checkNames(t *testing.T, m *mount, dashboard, alerts string) {
 			labels[name] = true
 		}
 	}
-	served["vault_cable_token_requests_total"]["outcome"] = append(served["vault_cable_token_requests_total"]["outcome"], "vault_error") // see everyOutcome
+	requests := served["vault_cable_token_requests_total"]
+	requests["outcome"] = append(requests["outcome"], "vault_error") // see everyOutcome
 
 	used := map[string]bool{}
 	for name, text := range map[string]string{"dashboard.json": dashboard, "alerts.yml": alerts} {
@@ -365,7 +338,7 @@ func checkNames(t *testing.T, m *mount, dashboard, alerts string) {
 				}
 			}
 		}
-		for _, l := range regexp.MustCompile(`\b(?:by|without|ignoring|on) ?\(([\w, ]*)\)|\{\{(\w+)\}\}|\$labels\.(\w+)|\.Labels\.(\w+)`).FindAllStringSubmatch(text, -1) {
+		for _, l := range labelList.FindAllStringSubmatch(text, -1) {
 			for label := range strings.SplitSeq(l[1]+l[2]+l[3]+l[4], ", ") {
 				if !labels[label] {
 					t.Errorf("%s: %s is about a label that is not served", name, l[0])
@@ -380,7 +353,7 @@ func checkNames(t *testing.T, m *mount, dashboard, alerts string) {
 	}
 }
 
-// family is a metric without what a histogram adds to its name.
+// family is a metric's name without the suffix of a histogram's series.
 func family(metric string) string {
 	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
 		metric = strings.TrimSuffix(metric, suffix)
@@ -395,10 +368,8 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 			List []struct{ Definition string }
 		}
 		Panels []struct {
-			ID      int
 			Type    string
 			Title   string
-			GridPos struct{ X, Y, W, H int }
 			Targets []struct{ Expr string }
 		}
 	}
@@ -409,26 +380,12 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 		t.Errorf("the variable mount is %q", got)
 	}
 	var mounts []string
-	if p.get(t, "label/mount/values", url.Values{"match[]": {"vault_cable_configured"}}, &mounts); !slices.Contains(mounts, m.path) {
+	p.get(t, "label/mount/values", url.Values{"match[]": {"vault_cable_configured"}}, &mounts)
+	if !slices.Contains(mounts, m.path) {
 		t.Errorf("the mounts to choose from are %q", mounts)
 	}
 	variables := strings.NewReplacer("$mount", m.path, "$__rate_interval", "1m", "$__range", "10m")
-	taken := map[[2]int]string{} // of the grid
-	ids := map[int]bool{}
 	for _, panel := range d.Panels {
-		if ids[panel.ID] {
-			t.Errorf("two panels have the id %d", panel.ID)
-		}
-		ids[panel.ID] = true
-		g := panel.GridPos
-		for x := g.X; x < g.X+g.W; x++ {
-			for y := g.Y; y < g.Y+g.H; y++ {
-				if other := taken[[2]int{x, y}]; other != "" || x >= 24 {
-					t.Fatalf("panel %q lies over %q or outside of the grid", panel.Title, other)
-				}
-				taken[[2]int{x, y}] = panel.Title
-			}
-		}
 		if len(panel.Targets) == 0 && panel.Type != "row" {
 			t.Errorf("panel %q asks for nothing", panel.Title)
 		}
@@ -440,8 +397,8 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 	}
 }
 
-// checkAlerts makes sure that all rules can be evaluated, and that those that
-// wait for nothing fire for what has happened.
+// checkAlerts makes sure that all rules can be evaluated, and that those that fire
+// at once have fired.
 func checkAlerts(t *testing.T, p *promServer, m *mount) {
 	var rules struct {
 		Groups []struct {
@@ -471,8 +428,9 @@ func checkAlerts(t *testing.T, p *promServer, m *mount) {
 		waitFor(t, 30*time.Second, name+" fires", func() bool {
 			p.get(t, "alerts", nil, &alerts)
 			for _, a := range alerts.Alerts {
-				if a.Labels["alertname"] == name && a.State == "firing" && strings.Contains(a.Annotations["description"], m.path) {
-					t.Logf("%s: %s", a.Annotations["summary"], a.Annotations["description"])
+				text := a.Annotations["description"]
+				if a.Labels["alertname"] == name && a.State == "firing" && strings.Contains(text, m.path) {
+					t.Logf("%s: %s", a.Annotations["summary"], text)
 					return true
 				}
 			}

@@ -4,9 +4,9 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"fmt"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,10 +18,9 @@ import (
 	"unicode/utf8"
 )
 
-// What a page tells somebody to type is run by a test that checks its effect.
-// Each page has a test of its own, which gives a step for each block of
-// commands; what cannot be run is in notRun. TestPagesAreCovered makes sure
-// that no block is in neither.
+// The commands of a page are run by a test that checks their effect. Each page has a
+// test of its own, with a step for each block of commands; blocks that cannot be run
+// are in notRun. TestPagesAreCovered makes sure that no block is in neither.
 
 // pageTests says which test runs the blocks of a page.
 // The test of docs/verify.md is in tools/release, with a release to verify.
@@ -31,6 +30,7 @@ var pageTests = map[string]string{
 	"examples/consul-template/README.md": "TestExampleConsulTemplate",
 	"examples/vault-agent/README.md":     "TestExampleVaultAgent",
 	"examples/vault-proxy/README.md":     "TestExampleVaultProxy",
+	"docs/openbao.md":                    "TestOpenBaoPage",
 	"docs/runbook.md":                    "TestRunbook",
 	"docs/security.md":                   "TestSecurityPage",
 	"docs/tutorial.md":                   "TestTutorial",
@@ -55,56 +55,75 @@ var notRun = map[string]string{
 	"examples/clients/README.md#Ansible/1":           "needs a package: TestExampleClientsInstalled runs it",
 	"examples/consul-template/README.md#Run/2":       "runs until it is ended: TestExampleConsulTemplate starts it",
 	"examples/vault-agent/README.md#Run/2":           "runs until it is ended: TestExampleVaultAgent starts it",
-	"examples/vault-agent/README.md#Run/3":           "runs until it is ended: TestExampleVaultAgentSupervisor starts it",
+	"examples/vault-agent/README.md#Run/3":           "runs until ended: TestExampleVaultAgentSupervisor starts it",
 	"examples/vault-proxy/README.md#Run/1":           "runs until it is ended: TestExampleVaultProxy starts it",
 	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
-	"README.md#Try it/1":                             "make demo starts servers of its own: TestDemo runs it",
-	"docs/runbook.md#Install/2":                      "needs root, and a server that runs as another user: TestLockedMemory runs it",
-	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes minutes and the whole machine",
+	"README.md#Try it/1":                             "TestDemo runs make demo; make test runs all tests",
+	"docs/openbao.md#active-node":                    "needs a cluster: TestHA runs it",
+	"docs/openbao.md#node-version":                   "needs a cluster: TestHA runs it",
+	"docs/runbook.md#setcap":                         "needs root: TestLockedMemory runs it",
+	"docs/runbook.md#remove-capability":              "the same: TestLockedMemory runs it",
+	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes the whole machine",
 	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
 	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
+	"docs/security.md#search-log":                    "needs a log in either format: TestLogSearches runs it",
+	"docs/tutorial.md#forget":                        "needs the alias of a terminal: TestTutorial runs it with one",
 	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
 	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
-	"docs/compatibility.md#OpenBao/1":                "needs an OpenBao server, which cannot be had here",
+	"docs/compatibility.md#compat-openbao":           "runs all end-to-end tests, on an OpenBao server",
 	"docs/compatibility.md#Repeat the tests/1":       "runs all end-to-end tests, on each server",
 	"docs/compatibility.md#Repeat the tests/2":       "runs all tests",
-	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts what it starts, scripts/dev",
+	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts scripts/dev",
+
+	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster, which no test has",
 
 	"examples/kubernetes/csi/README.md#Run it/1": "needs the driver: TestExampleKubernetesCalls replays the requests",
 	"examples/kubernetes/csi/README.md#Run it/2": "needs the driver: TestExampleKubernetesCalls replays the requests",
-
-	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster: that of TestExampleKubernetes is outside, and runs the next block",
 }
 
-// block is a fenced block of a page: commands, a transcript, or HCL.
+// block is a fenced block of a page with commands, a transcript, or HCL.
 type block struct {
-	id             string // such as "docs/runbook.md#Rotate the refresh key/2"
+	// id is the page with the block's name, such as "docs/runbook.md#rotate" for
+	// "```sh name=rotate"; without a name, with heading and number, such as
+	// "README.md#Install/2".
+	id             string
 	language, text string
 }
 
-// fence finds a block with its language, and the indent of a list around it.
-var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl)(?: \\w+)?\n(.*?)^ *```")
+// fence finds a block with its language and name, and the indent of a list around it.
+var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl)(?: name=([\\w-]+)| \\w+)?\n(.*?)^ *```")
 
-// blocksOf returns the blocks of a page that somebody may type or copy.
+// blocksOf returns the blocks of a page that a reader may type or copy.
 func blocksOf(t *testing.T, page string) (found []block) {
 	t.Helper()
 	for _, part := range regexp.MustCompile(`(?m)^##+ `).Split("Top\n"+readFile(t, filepath.Join("..", page)), -1) {
 		heading, body, _ := strings.Cut(part, "\n")
 		for i, m := range fence.FindAllStringSubmatch(body, -1) {
 			found = append(found, block{
-				id:       fmt.Sprintf("%s#%s/%d", page, heading, i+1),
+				id:       page + "#" + cmp.Or(m[3], fmt.Sprintf("%s/%d", heading, i+1)),
 				language: m[2],
-				text:     regexp.MustCompile(`(?m)^`+m[1]).ReplaceAllString(m[3], ""),
+				text:     regexp.MustCompile(`(?m)^`+m[1]).ReplaceAllString(m[4], ""),
 			})
 		}
 	}
 	return found
 }
 
+// named returns the blocks of a page by the part of their id after the page.
+func named(t *testing.T, page string) map[string]string {
+	t.Helper()
+	texts := map[string]string{}
+	for _, b := range blocksOf(t, page) {
+		texts[strings.TrimPrefix(b.id, page+"#")] = b.text
+	}
+	return texts
+}
+
 // pages returns the Markdown files of the repository.
 func pages(t *testing.T) (names []string) {
 	t.Helper()
-	for _, pattern := range []string{"*.md", "docs/*.md", ".github/*.md", ".github/*/*.md", "examples/*.md", "examples/*/*.md", "examples/*/*/*.md"} {
+	for _, pattern := range strings.Fields(
+		"*.md docs/*.md .github/*.md .github/*/*.md examples/*.md examples/*/*.md examples/*/*/*.md") {
 		found, err := filepath.Glob(filepath.Join("..", pattern))
 		if err != nil {
 			t.Fatal(err)
@@ -116,8 +135,8 @@ func pages(t *testing.T) (names []string) {
 	return names
 }
 
-// TestPagesAreCovered: each block of each page is run by the page's test, which
-// fails for a block without a step, or is in notRun.
+// TestPagesAreCovered checks that each block of each page is run by the page's test,
+// which fails for a block without a step, or is in notRun.
 func TestPagesAreCovered(t *testing.T) {
 	t.Parallel()
 	known := map[string]bool{}
@@ -156,7 +175,7 @@ func TestPagesAreCovered(t *testing.T) {
 	}
 }
 
-// step is what a test does with one block of commands.
+// step is the part of a test that runs one block of commands.
 type step struct {
 	before func()
 	skip   string   // why the block does not apply to the server
@@ -200,9 +219,7 @@ func (s *shell) place(name string) string { return filepath.Join(s.dir, name) }
 // write writes such a file.
 func (s *shell) write(name, text string) {
 	s.t.Helper()
-	if err := os.WriteFile(s.place(name), []byte(text), 0o600); err != nil {
-		s.t.Fatal(err)
-	}
+	writeFile(s.t, s.place(name), text)
 }
 
 // exists reports whether there is such a file.
@@ -211,10 +228,12 @@ func (s *shell) exists(name string) bool {
 	return err == nil
 }
 
-// try runs commands with the variables that earlier ones set, and returns what
-// they printed. They end with the first that fails.
+// try runs commands with the variables that earlier ones set, up to the first that
+// fails, and returns their output.
 func (s *shell) try(commands string) (string, error) {
-	const vars = `touch .vars; . ./.vars; trap 'for v in version previous sha256 lease hash mine; do declare -p $v 2>/dev/null || true; done > .vars' EXIT; `
+	const vars = `touch .vars; . ./.vars
+		trap 'for v in version previous sha256 lease hash mine; do declare -p $v || true; done > .vars 2>/dev/null' EXIT
+	`
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", vars+s.edit.Replace(commands))
@@ -233,18 +252,44 @@ func (s *shell) run(commands string) string {
 	return out
 }
 
-// runPage runs the blocks of commands of a page in order, each with its step.
+// runPage runs all blocks of commands of a page, in order.
 func (s *shell) runPage(page string, steps map[string]step) {
+	s.t.Helper()
+	checkSteps(s.t, page, steps)
+	s.runSteps(page, steps)
+}
+
+// checkSteps makes sure that each block of commands of a page has a step, unless
+// it is in notRun, and each step a block.
+func checkSteps(t *testing.T, page string, steps map[string]step) {
+	t.Helper()
+	known := map[string]string{}
+	for _, b := range blocksOf(t, page) {
+		name := strings.TrimPrefix(b.id, page+"#")
+		if text, ok := known[name]; ok && text != b.text {
+			t.Errorf("two blocks are named %q:\n%s\n%s", name, text, b.text)
+		}
+		known[name] = b.text
+		if _, ok := steps[name]; !ok && b.language == "sh" && notRun[b.id] == "" {
+			t.Errorf("no step for %q:\n%s", name, b.text)
+		}
+	}
+	for name := range steps {
+		if known[name] == "" {
+			t.Errorf("%s has no block %q", page, name)
+		}
+	}
+}
+
+// runSteps runs those blocks of a page that have a step, in the page's order. A block
+// that the page repeats is run once.
+func (s *shell) runSteps(page string, steps map[string]step) {
 	s.t.Helper()
 	done := map[string]bool{}
 	for _, b := range blocksOf(s.t, page) {
-		if b.language != "sh" || notRun[b.id] != "" {
-			continue
-		}
 		name := strings.TrimPrefix(b.id, page+"#")
 		step, ok := steps[name]
-		if !ok {
-			s.t.Errorf("no step for %q:\n%s", name, b.text)
+		if !ok || done[name] {
 			continue
 		}
 		done[name] = true
@@ -268,14 +313,9 @@ func (s *shell) runPage(page string, steps map[string]step) {
 			step.after(out)
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(steps)) {
-		if !done[name] {
-			s.t.Errorf("%s has no block %q", page, name)
-		}
-	}
 }
 
-// TestLinks: each link from a page to a file or a heading leads somewhere.
+// TestLinks checks that each link from a page to a file or a heading leads somewhere.
 func TestLinks(t *testing.T) {
 	t.Parallel()
 	headings := map[string][]string{}
@@ -321,7 +361,8 @@ func TestPageForm(t *testing.T) {
 		}
 	}
 	readme := strings.Split(readFile(t, "../README.md"), "\n")
-	if first := slices.IndexFunc(readme, func(l string) bool { return strings.HasPrefix(l, "$ vault") }); len(readme) > 121 || first > 19 {
+	first := slices.IndexFunc(readme, func(l string) bool { return strings.HasPrefix(l, "$ vault") })
+	if len(readme) > 121 || first > 19 {
 		t.Errorf("the README has %d lines, and its first command in line %d", len(readme)-1, first+1)
 	}
 	install := func(page string, names ...string) (texts []string) {
@@ -333,7 +374,8 @@ func TestPageForm(t *testing.T) {
 		return texts
 	}
 	short := install("README.md", "Install/2", "Install/3", "Install/4")
-	if long := install("docs/runbook.md", "Install/1", "Install/3", "Configure/1"); len(short) != 3 || !slices.Equal(short, long) {
+	long := install("docs/runbook.md", "install", "register", "configure")
+	if len(short) != 3 || !slices.Equal(short, long) {
 		t.Errorf("the README and the runbook install in two ways:\n%q\n%q", short, long)
 	}
 }

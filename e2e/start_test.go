@@ -22,26 +22,16 @@ import (
 func TestArguments(t *testing.T) {
 	t.Parallel()
 	v := ownServer(t)
-	for name, args := range map[string][]string{
-		"ca-cert": {"-ca-cert=/" + cabletest.RefreshKeyMarker},
-		"version": {"-version"},
-		"several": {"-log-level=debug", "-help", cabletest.TokenMarker},
-	} {
-		plugin := pluginName + "-" + name
-		command := []string{"plugin", "register",
-			"-sha256=" + suite.sha256, "-command=" + pluginName, "-version=" + pluginVersion}
-		for _, arg := range args {
-			command = append(command, "-args="+arg)
-		}
-		t.Log(v.cli(t, append(command, "secret", plugin)...))
-		m := &mount{vaultServer: v, path: name, sim: cabletest.NewServer(t, nil)}
-		t.Log(v.cli(t, "secrets", "enable", "-path="+m.path, plugin))
-		m.configure(t)
-		m.read(t)
-		if !v.logHas("[WARN]", "secrets."+plugin+".", "arguments given at registration ignored: this plugin takes none",
-			fmt.Sprintf("count=%d", len(args))) {
-			t.Errorf("%s: no warning", name)
-		}
+	const plugin = pluginName + "-arguments"
+	v.cli(t, "plugin", "register", "-sha256="+suite.sha256, "-command="+pluginName, "-version="+pluginVersion,
+		"-args=-version", "-args=-ca-cert=/"+cabletest.RefreshKeyMarker, "-args="+cabletest.TokenMarker,
+		"secret", plugin)
+	m := v.mountAt(t, "cable", plugin, cabletest.NewServer(t, nil))
+	m.configure(t)
+	m.read(t)
+	const warning = "arguments given at registration ignored: this plugin takes none"
+	if !v.logHas("[WARN]", "secrets."+plugin+".", warning, "count=3") {
+		t.Error("no warning")
 	}
 	// Vault itself logs the command that it runs.
 	for line := range strings.Lines(readFile(t, v.log)) {
@@ -84,7 +74,7 @@ func TestCannotStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
-	v.register(t, "no-folder", map[string]any{"env": []string{"TMPDIR=/nonexistent"}})
+	v.register(t, "no-folder", "TMPDIR=/nonexistent")
 	a := v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
 	if a.status != 400 {
 		t.Errorf("%s: want 400", a)
@@ -93,7 +83,7 @@ func TestCannotStart(t *testing.T) {
 	v.cannotRun(t, "open /nonexistent/plugin",
 		"the plugin needs a socket in /nonexistent: let Vault's user create files there")
 	// The remedy.
-	v.register(t, "no-folder", map[string]any{"env": []string{"TMPDIR=" + suite.dir}})
+	v.register(t, "no-folder", "TMPDIR="+suite.dir)
 	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
 }
 
@@ -149,11 +139,8 @@ func TestLockedMemory(t *testing.T) {
 
 	s := newShell(t, v, nil)
 	s.edit = strings.NewReplacer("/etc/vault/plugins", plugins)
-	for _, b := range blocksOf(t, "docs/runbook.md") {
-		if strings.HasPrefix(b.text, "setcap cap_ipc_lock") {
-			s.run("version=" + pluginVersion + "\n" + b.text)
-		}
-	}
+	blocks := named(t, "docs/runbook.md")
+	s.run("version=" + pluginVersion + "\n" + blocks["setcap"])
 	if a := enable(); a.status != 204 {
 		t.Fatalf("%s: want 204, because the plugin may lock memory now", a)
 	}
@@ -168,4 +155,13 @@ func TestLockedMemory(t *testing.T) {
 	if !strings.Contains(status, "Uid:\t65534\t") || strings.Contains(status, "VmLck:\t       0 kB") {
 		t.Errorf("the plugin is not the other user's, or has not locked its memory:\n%s", status)
 	}
+
+	// Where the capability is not in the bounding set, as in a container, the file
+	// cannot be executed until the runbook's command removes the capability.
+	container := "setpriv --bounding-set=-ipc_lock " + plugin + " -version"
+	if out, err := s.try(container); err == nil || !strings.Contains(out, "Operation not permitted") {
+		t.Errorf("in a container, with the capability: %v\n%s", err, out)
+	}
+	s.run(blocks["remove-capability"])
+	s.run(container)
 }

@@ -24,21 +24,21 @@ import (
 type sample struct {
 	addr       string // of the server
 	start, end time.Time
-	status     int    // 0 where no answer came
-	lease      string // of a 200, as is
+	status     int    // 0 if there was no response
+	lease      string // of a 200, like token
 	token      string
-	text       string // what came instead of a token
+	text       string // of the response, if it has no token
 }
 
 // overlaps reports whether the request was under way in a span of time.
 func (s sample) overlaps(from, to time.Time) bool { return s.end.After(from) && s.start.Before(to) }
 
-// String is the sample as test failures show it: never a token.
+// String is the sample as test failures show it, without a token.
 func (s sample) String() string {
-	return fmt.Sprintf("%d after %s: %.300s", s.status, s.end.Sub(s.start).Round(time.Millisecond), strings.TrimSpace(s.text))
+	return fmt.Sprintf("%d after %s: %.300s", s.status, milliseconds(s.end.Sub(s.start)), strings.TrimSpace(s.text))
 }
 
-// readerTimeout is how long a reader waits for an answer.
+// readerTimeout is how long a reader waits for a response.
 const readerTimeout = 20 * time.Second
 
 // timed sends r and says how that went.
@@ -68,7 +68,7 @@ type loop struct {
 }
 
 // startLoop begins to repeat do, which gets the number of the goroutine and of
-// the round. What nobody answers for is not repeated at once.
+// the round. A request that failed because a node changes is repeated a moment later.
 func startLoop(t *testing.T, n int, do func(i, round int) sample) *loop {
 	l := new(loop)
 	for i := range n {
@@ -112,13 +112,13 @@ func byStatus(samples []sample) map[int]int {
 }
 
 // handedOut returns the leases and tokens of the reads that succeeded. Each
-// must have both, and none twice; and no other answer may hold a secret.
+// must have both, and none twice; and no other response may contain a secret.
 func handedOut(t *testing.T, samples []sample) (leases, tokens map[string]bool) {
 	t.Helper()
 	leases, tokens = map[string]bool{}, map[string]bool{}
 	for _, s := range samples {
 		if secret := findSecret(s.text, false); secret != "" {
-			t.Errorf("an answer other than a token holds %s: %d", secret, s.status)
+			t.Errorf("a response other than a token contains %s: %d", secret, s.status)
 		}
 		if s.status != http.StatusOK {
 			continue
@@ -156,47 +156,18 @@ func missing(a, b map[string]bool) (n int) {
 	return n
 }
 
-// durations returns the median and the greatest duration of some samples.
-func durations(samples []sample) (median, most time.Duration) {
-	var all []time.Duration
-	for _, s := range samples {
-		all = append(all, s.end.Sub(s.start))
-	}
-	if len(all) == 0 {
-		return 0, 0
-	}
-	slices.Sort(all)
-	return all[len(all)/2], all[len(all)-1]
-}
-
-// span is a time from one moment to another.
-type span struct{ from, to time.Time }
-
-// countedSimulator is a simulator that knows how many connections are open now,
-// and when each slow call began and ended: one that took at least half a second.
-func countedSimulator(t *testing.T, opts *cabletest.Options) (sim *cabletest.Server, open func() int, slow func() []span) {
+// countedSimulator is a simulator that knows how many connections are open now.
+func countedSimulator(t *testing.T, opts *cabletest.Options) (sim *cabletest.Server, open func() int) {
 	t.Helper()
 	s := cabletest.New(opts)
 	var n atomic.Int64
-	var mu sync.Mutex
-	var spans []span
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		call := span{from: time.Now()}
-		defer func() {
-			if call.to = time.Now(); call.to.Sub(call.from) > time.Second/2 {
-				mu.Lock()
-				defer mu.Unlock()
-				spans = append(spans, call)
-			}
-		}()
-		s.ServeHTTP(w, r)
-	}))
+	server := httptest.NewUnstartedServer(s)
 	server.Config.ConnState = func(c net.Conn, state http.ConnState) {
 		s.ConnState(c, state)
 		switch state {
 		case http.StateNew:
 			n.Add(1)
-		case http.StateClosed, http.StateHijacked: // the simulator resets what it takes over
+		case http.StateClosed, http.StateHijacked: // the simulator resets a connection that it hijacks
 			n.Add(-1)
 		}
 	}
@@ -205,22 +176,7 @@ func countedSimulator(t *testing.T, opts *cabletest.Options) (sim *cabletest.Ser
 		s.Close()
 		server.Close()
 	})
-	slow = func() []span {
-		mu.Lock()
-		defer mu.Unlock()
-		return slices.Clone(spans)
-	}
-	return &cabletest.Server{Simulator: s, URL: server.URL + s.Path()}, func() int { return int(n.Load()) }, slow
-}
-
-// within counts the samples that began and ended during one of some spans.
-func within(samples []sample, spans []span) (n int) {
-	for _, s := range samples {
-		if slices.ContainsFunc(spans, func(o span) bool { return o.from.Before(s.start) && s.end.Before(o.to) }) {
-			n++
-		}
-	}
-	return n
+	return &cabletest.Server{Simulator: s, URL: server.URL + s.Path()}, func() int { return int(n.Load()) }
 }
 
 // openFiles counts the file descriptors of a process.
@@ -233,28 +189,27 @@ func openFiles(t *testing.T, pid int) int {
 	return len(entries)
 }
 
-// TestStorm: many readers against a Cable that fails in 1 call of 20, while
-// config and the role are rewritten all the time and the plugin process is
+// TestStorm has many readers request tokens from a Cable that fails in 1 call of 20,
+// while config and the role are rewritten all the time and the plugin process is
 // killed once.
 //
 //   - Each read gets a token with its lease, or one of the promised errors.
 //   - No token is handed out twice.
-//   - A write does not wait for a slow mint: some begin and end during one.
 //   - Afterwards no connection and no file descriptor is left over.
 func TestStorm(t *testing.T) {
 	t.Parallel()
 	const (
 		readers = 64
 		length  = 5 * time.Second         // at least
-		hang    = 1500 * time.Millisecond // of every 60th mint: at any time, of several
-		latency = 60 * time.Millisecond   // of the others: keeps the number of leases within reason
+		hang    = 1500 * time.Millisecond // of every 60th mint
+		latency = 60 * time.Millisecond   // of the others, to keep the number of leases within reason
 
-		// leftOver is how long connections may stay after the storm: less than
-		// the 30 s after which any idle one is closed.
+		// leftOver is how long connections may stay after the storm, which is less
+		// than the 30 s after which any idle one is closed.
 		leftOver = 20 * time.Second
 	)
 	m := newMount(t, ownServer(t), nil)
-	sim, open, slow := countedSimulator(t, &cabletest.Options{Default: cabletest.Fault{Delay: latency}})
+	sim, open := countedSimulator(t, &cabletest.Options{Default: cabletest.Fault{Delay: latency}})
 	m.sim = sim
 	m.configure(t)
 	m.read(t)
@@ -282,40 +237,37 @@ func TestStorm(t *testing.T) {
 		if round%2 == 0 {
 			return write("/config", map[string]any{"request_timeout": "1s"}) // shorter than a hanging mint
 		}
-		return write("/config", map[string]any{"request_timeout": "20s", "organization_id": cabletest.DefaultOrganizationID})
+		return write("/config", map[string]any{"request_timeout": "20s"})
 	})
 	roleWrites := startLoop(t, 1, func(_, round int) sample {
 		return write("/roles/app", map[string]any{"ttl": 600 + round%600, "disabled": round%8 == 0})
 	})
 
 	// Half-way, with reads under way, the process is killed.
-	waitFor(t, 20*time.Second, "half of the storm", func() bool { return time.Since(start) > length/2 && sim.CallCount() > readers })
+	waitFor(t, 20*time.Second, "half of the storm", func() bool {
+		return time.Since(start) > length/2 && sim.CallCount() > readers
+	})
 	killed := time.Now()
-	process, err := os.FindProcess(before[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	kill(t, before[0])
 	waitFor(t, 20*time.Second, "a token after the kill", func() bool {
-		asked := time.Now()
-		return slices.ContainsFunc(reads.seen(), func(s sample) bool { return s.status == 200 && s.start.After(killed) && s.start.Before(asked) })
+		now := time.Now()
+		return slices.ContainsFunc(reads.seen(), func(s sample) bool {
+			return s.status == 200 && s.start.After(killed) && s.start.Before(now)
+		})
 	})
 	recovered := time.Now()
 	// On a slow machine it takes longer until all has been seen.
-	waitFor(t, time.Minute, "reads that end in each way, and writes of config during slow mints", func() bool {
+	waitFor(t, time.Minute, "reads that end in each way", func() bool {
 		counts := byStatus(reads.seen())
-		return time.Since(start) > length && counts[200] > 0 && counts[400] > 0 && counts[502] > 0 && within(configWrites.seen(), slow()) >= 3
+		return time.Since(start) > length && counts[200] > 0 && counts[400] > 0 && counts[502] > 0
 	})
 	read, wroteConfig, wroteRole := reads.stop(), configWrites.stop(), roleWrites.stop()
 	took := time.Since(start)
 	stats := sim.Stats()
 
-	// Requests that were with the process when it ended, or came to it before
-	// Vault had started another, are Vault's to answer: with a 500 of its own
-	// ("rpc error: code = Unavailable" or "Canceled"), or by asking the new
-	// process once more.
+	// Vault itself responds to requests that were with the process when it ended, or
+	// came before another had started, namely with 500 ("rpc error"), or with the
+	// response of the new process, to which it sends them again.
 	underWay := 0
 	for _, s := range read {
 		if s.overlaps(killed, recovered) {
@@ -324,7 +276,7 @@ func TestStorm(t *testing.T) {
 	}
 	promised := map[int][]string{
 		400: {`role \"app\" is disabled`},
-		502: {"cable responded 500", "the connection was closed before the response was complete"},
+		502: {"Cable responded 500", "the connection was closed before the response was complete"},
 		504: {"the budget of 1s ran out"},
 	}
 	for _, s := range read {
@@ -341,11 +293,9 @@ func TestStorm(t *testing.T) {
 			t.Errorf("a write %s after the kill: %s", s.end.Sub(killed), s)
 		}
 	}
-	median, most := durations(wroteConfig)
 	t.Logf("%d reads in %s: %v; a token again %s after the kill, with %d reads around it",
 		len(read), milliseconds(took), byStatus(read), milliseconds(recovered.Sub(killed)), underWay)
-	t.Logf("%d writes of config, median %s, longest %s, %d of them during one of %d slow mints; %d writes of the role",
-		len(wroteConfig), milliseconds(median), milliseconds(most), within(wroteConfig, slow()), len(slow()), len(wroteRole))
+	t.Logf("%d writes of config, %d of the role", len(wroteConfig), len(wroteRole))
 
 	leases, _ := handedOut(t, read)
 	held := m.leases(t, m.path+"/creds/app/")
@@ -360,14 +310,14 @@ func TestStorm(t *testing.T) {
 		}
 	}
 	if lost := stats.Minted - len(leases); lost > reported+underWay {
-		t.Errorf("%d undelivered tokens, but only %d were reported, and %d requests were under way at the kill", lost, reported, underWay)
+		t.Errorf("%d undelivered tokens, but %d were reported and %d requests were under way", lost, reported, underWay)
 	}
 
 	after := m.pluginProcesses(t)
 	if len(after) != 1 || after[0] == before[0] {
 		t.Fatalf("processes %v, before the kill %v", after, before)
 	}
-	t.Logf("connections open: %d, file descriptors: %d, before the storm: %d", open(), openFiles(t, after[0]), filesBefore)
+	t.Logf("%d connections, %d file descriptors (%d before)", open(), openFiles(t, after[0]), filesBefore)
 	sim.ClearFaults()
 	m.ok(t, "POST", m.path+"/roles/app", map[string]any{"disabled": false})
 	m.ok(t, "POST", m.path+"/config", map[string]any{"request_timeout": "20s"}) // begins with new connections

@@ -18,8 +18,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// TestTutorial starts what make dev starts, and runs each command of
-// docs/tutorial.md there.
+// TestTutorial runs each command of docs/tutorial.md beside the servers of make dev.
 func TestTutorial(t *testing.T) {
 	t.Parallel()
 	needVault(t)
@@ -51,8 +50,9 @@ func TestTutorial(t *testing.T) {
 	})
 	started()
 
-	// The second shell, with what the first one said.
-	paste := regexp.MustCompile(`export VAULT_ADDR=(\S+) VAULT_TOKEN=(\S+) CABLE_CONTROL=(\S+)\n\s+alias vault=(\S+)`).FindStringSubmatch(readFile(t, printed))
+	// The second shell has the lines that the first one printed.
+	paste := regexp.MustCompile(`export VAULT_ADDR=(\S+) VAULT_TOKEN=(\S+) CABLE_CONTROL=(\S+)\n\s+alias vault=(\S+)`).
+		FindStringSubmatch(readFile(t, printed))
 	log := regexp.MustCompile(`Logs: (\S+)`).FindStringSubmatch(readFile(t, printed))
 	if paste == nil || log == nil {
 		t.Fatalf("make dev prints no lines to paste:\n%s", readFile(t, printed))
@@ -62,6 +62,12 @@ func TestTutorial(t *testing.T) {
 	s.env = append(s.env, "CABLE_CONTROL="+paste[3])
 
 	lease := ""
+	pasted := "shopt -s expand_aliases\nalias vault=/gone\nexport VAULT_ADDR=gone\n"
+	forget := named(t, "docs/tutorial.md")["forget"]
+	forgot := s.run(pasted + forget + `type -t vault; echo "${VAULT_ADDR-}${VAULT_TOKEN-}"`)
+	if forgot != "file\n\n" {
+		t.Errorf("the second shell still has an alias or an address:\n%s", forgot)
+	}
 	s.runPage("docs/tutorial.md", map[string]step{
 		"What is there/1": {
 			want: []string{`token_url +http://127\.0\.0\.1:`, `(?m)^team-a$`, `scopes +\[person:read\]`},
@@ -78,7 +84,8 @@ func TestTutorial(t *testing.T) {
 		"Your own role/2": {
 			want: []string{"Success! Uploaded policy", `20\d\d-\d\d-\d\dT[\d:]+Z$`},
 			after: func(string) {
-				if out, err := s.try("VAULT_TOKEN=$mine vault read cable/creds/team-b"); err == nil || !strings.Contains(out, "permission denied") {
+				out, err := s.try("VAULT_TOKEN=$mine vault read cable/creds/team-b")
+				if err == nil || !strings.Contains(out, "permission denied") {
 					t.Errorf("another role's token under the policy: %v\n%s", err, out)
 				}
 			},
@@ -86,7 +93,8 @@ func TestTutorial(t *testing.T) {
 		"The one limit/1": {
 			before: func() { lease = strings.TrimSpace(s.run("vault read -field=lease_id cable/creds/mine")) },
 			after: func(string) {
-				phrase := regexp.MustCompile("The log says\\s+`([^`]+)`").FindStringSubmatch(readFile(t, "../docs/tutorial.md"))
+				page := readFile(t, "../docs/tutorial.md")
+				phrase := regexp.MustCompile("The log says\\s+`([^`]+)`").FindStringSubmatch(page)
 				if phrase == nil {
 					t.Fatal("the tutorial does not say what the log says")
 				}

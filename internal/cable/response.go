@@ -150,6 +150,9 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 
 // parseExpiry returns a JSON value as a Unix time. It is a number whose value is whole, however it is written.
 func (c *Client) parseExpiry(text string) (int64, error) {
+	if n, err := strconv.ParseInt(text, 10, 64); err == nil && n >= 1 && n <= maxExpiry {
+		return n, nil // how Cable writes it
+	}
 	rough, err := strconv.ParseFloat(text, 64)
 	if err != nil && !errors.Is(err, strconv.ErrRange) {
 		return 0, errors.New("its expiry is not a whole number of seconds")

@@ -18,6 +18,7 @@
 package fields
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -101,17 +102,11 @@ func Parse(path *framework.Path, req *logical.Request) (map[string]any, error) {
 // knownFields lists the fields that an operation on path accepts, sorted: for operations without a body the query
 // fields, for the others all fields but name.
 func knownFields(path *framework.Path, op logical.Operation) []string {
+	hasBody := op == logical.CreateOperation || op == logical.UpdateOperation || op == logical.PatchOperation
 	var known []string
 	for name, schema := range path.Fields {
-		switch op {
-		case logical.CreateOperation, logical.UpdateOperation, logical.PatchOperation:
-			if name != "name" {
-				known = append(known, name)
-			}
-		default:
-			if schema.Query {
-				known = append(known, name)
-			}
+		if schema.Query || hasBody && name != "name" {
+			known = append(known, name)
 		}
 	}
 	slices.Sort(known)
@@ -152,11 +147,7 @@ func parseValue(schema *framework.FieldSchema, name string, value any) (any, err
 	}
 	text, isText := value.(string)
 	if isText {
-		bound := maxFieldBytes
-		if n, ok := fieldBounds[name]; ok {
-			bound = n
-		}
-		if len(text) > bound {
+		if bound := cmp.Or(fieldBounds[name], maxFieldBytes); len(text) > bound {
 			return nil, fmt.Errorf("is %d bytes long: at most %d are allowed", len(text), bound)
 		}
 		if !utf8.ValidString(text) {
@@ -237,48 +228,38 @@ func parseNumber(kind framework.FieldType, value any) (int, error) {
 // parseList reads a list of strings, a comma-separated text or a JSON array. An element may be comma-separated too, as
 // repeated query keys are. The list is bounded before it is split: at most 64 KiB and 1024 elements.
 func parseList(value any) ([]string, error) {
-	var texts []string
-	bytes, elements := 0, 0
-	add := func(s string) error {
-		if bytes += len(s) + 1; bytes > maxListBytes {
-			return fmt.Errorf("is too long: at most %d bytes are allowed", maxListBytes)
-		}
-		if elements += strings.Count(s, ",") + 1; elements > maxListElements {
-			return fmt.Errorf("has more than %d elements", maxListElements)
-		}
-		if !utf8.ValidString(s) {
-			return errors.New("is not valid UTF-8")
-		}
-		texts = append(texts, s)
-		return nil
-	}
+	var texts []any
 	switch v := value.(type) {
 	case string:
-		if err := add(v); err != nil {
-			return nil, err
-		}
+		texts = []any{v}
 	case []string:
 		for _, s := range v {
-			if err := add(s); err != nil {
-				return nil, err
-			}
+			texts = append(texts, s)
 		}
 	case []any:
-		for _, e := range v {
-			s, ok := e.(string)
-			if !ok {
-				return nil, fmt.Errorf("must be a list of strings, but contains %s", jsonType(e))
-			}
-			if err := add(s); err != nil {
-				return nil, err
-			}
-		}
+		texts = v
 	default:
 		return nil, fmt.Errorf("must be a comma-separated list or an array of strings, not %s", jsonType(value))
 	}
+	bytes, elements := 0, 0
+	for _, text := range texts {
+		s, ok := text.(string)
+		if !ok {
+			return nil, fmt.Errorf("must be a list of strings, but contains %s", jsonType(text))
+		}
+		if bytes += len(s) + 1; bytes > maxListBytes {
+			return nil, fmt.Errorf("is too long: at most %d bytes are allowed", maxListBytes)
+		}
+		if elements += strings.Count(s, ",") + 1; elements > maxListElements {
+			return nil, fmt.Errorf("has more than %d elements", maxListElements)
+		}
+		if !utf8.ValidString(s) {
+			return nil, errors.New("is not valid UTF-8")
+		}
+	}
 	list := make([]string, 0, elements)
 	for _, text := range texts {
-		for s := range strings.SplitSeq(text, ",") {
+		for s := range strings.SplitSeq(text.(string), ",") {
 			if s = strings.TrimSpace(s); s != "" {
 				list = append(list, s)
 			}
@@ -347,8 +328,8 @@ func CheckOrganization(id string) error {
 	return nil
 }
 
-// CheckRoleName refuses a name that no role can have. Vault's pattern for names
-// has no length limit and accepts names that storage rejects.
+// CheckRoleName refuses a name that no role can have. Vault's pattern for names has no length limit and accepts names
+// that storage rejects.
 func CheckRoleName(name string) error {
 	if len(name) > maxRoleName {
 		return outcome.Refuse("the role's name is %d characters long: at most %d are allowed", len(name), maxRoleName)
@@ -369,11 +350,10 @@ func (in Input) RefuseBlanks() error {
 	return nil
 }
 
-// Changes returns the fields that change the stored entry, which is given as a
-// read returns it. Fields equal to the stored value are dropped, read-only fields
-// included, and a blank equals a value that is not set. So a read can be written
-// back. Another blank is refused unless clears says that it removes the value. A
-// changed read-only field is refused.
+// Changes returns the fields that change the stored entry, which is given as a read returns it. Fields equal to the
+// stored value are dropped, read-only fields included, and a blank equals a value that is not set. So a read can be
+// written back. Another blank is refused unless clears says that it removes the value. A changed read-only field is
+// refused.
 func (in Input) Changes(stored map[string]any, clears func(name string, value any) bool) (Input, error) {
 	out := make(Input, len(in))
 	for _, name := range slices.Sorted(maps.Keys(in)) {
@@ -395,11 +375,12 @@ func (in Input) Changes(stored map[string]any, clears func(name string, value an
 
 // sameValue compares a parsed value with a stored one as a read returns it.
 func sameValue(value, stored any) bool {
+	if n, ok := stored.(int64); ok {
+		stored = int(n)
+	}
 	if isBlank(value) {
 		switch s := stored.(type) {
 		case int:
-			return s == 0
-		case int64:
 			return s == 0
 		case bool:
 			return false // disabled= of a script with an empty variable must not seem done
@@ -411,25 +392,16 @@ func sameValue(value, stored any) bool {
 	case string:
 		s, ok := stored.(string)
 		return ok && strings.TrimSpace(v) == strings.TrimSpace(s)
-	case int:
-		switch s := stored.(type) {
-		case int:
-			return v == s
-		case int64:
-			return int64(v) == s
-		}
-	case bool:
-		return v == stored
 	case []string:
 		s, ok := stored.([]string)
 		v = slices.Sorted(slices.Values(v))
 		return ok && slices.Equal(slices.Compact(v), s)
+	default: // an int or a bool
+		return v == stored
 	}
-	return false
 }
 
-// Text returns a field's text without outer white space, "" if it is blank, and
-// whether the field is present.
+// Text returns a field's text without outer white space, "" if it is blank, and whether the field is present.
 func (in Input) Text(name string) (string, bool) {
 	v, ok := in[name]
 	s, _ := v.(string)

@@ -22,16 +22,13 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
 )
 
+// The bounds of a lifetime are those of Cable.
 const (
 	Min = cable.MinLifetime // 300s
 	Max = cable.MaxLifetime // 86400s
 
-	// standard is the lifetime if neither the request nor the role sets one.
-	standard = time.Hour
-
-	// longerGrant is by how much a granted lifetime may exceed the requested one without a warning. Clocks and rounding
-	// account for that much.
-	longerGrant = time.Minute
+	standard    = time.Hour   // if neither the request nor the role sets a lifetime
+	longerGrant = time.Minute // than requested is no reason to warn, because clocks and rounding account for that much
 )
 
 // Bounds are the settings that decide a lifetime. Zero means "not set" for Role and RoleMax, and "Vault could not be
@@ -48,8 +45,8 @@ type Bounds struct {
 // errNoMountTTL means that Vault did not report the mount's lease settings. The SDK returns zero then.
 var errNoMountTTL = errors.New("reading the mount's lease settings: Vault did not respond")
 
-// Ceiling returns the longest lifetime that may be requested now, and the name of the setting that it comes from.
-func (b Bounds) Ceiling() (ceiling time.Duration, from string) {
+// ceiling returns the longest lifetime that may be requested now, and the name of the setting that it comes from.
+func (b Bounds) ceiling() (ceiling time.Duration, from string) {
 	ceiling, from = Max, "Cable's maximum"
 	if b.RoleMax > 0 && b.RoleMax < ceiling {
 		ceiling, from = b.RoleMax, "the role's max_ttl"
@@ -66,7 +63,7 @@ func (b Bounds) Decide() (requested time.Duration, warnings []string, err error)
 	if b.MountMax <= 0 {
 		return 0, nil, errNoMountTTL
 	}
-	ceiling, from := b.Ceiling()
+	ceiling, from := b.ceiling()
 	if ceiling < Min {
 		return 0, nil, outcome.Refuse("%s of %s is below Cable's minimum of %s: raise it",
 			from, Format(ceiling), Format(Min))

@@ -15,7 +15,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -30,6 +32,7 @@ import (
 // Outcome is the word for how a token request ended.
 type Outcome string
 
+// The outcomes are a closed list.
 const (
 	Minted          Outcome = "minted"
 	Reused          Outcome = "reused"            // the role's shared token was returned
@@ -84,13 +87,7 @@ func (o Outcome) Level() hclog.Level { return handlings[o].level }
 func (o Outcome) IsFailure() bool { return handlings[o].failure }
 
 // All returns every outcome, in no order.
-func All() []Outcome {
-	all := make([]Outcome, 0, len(handlings))
-	for o := range handlings {
-		all = append(all, o)
-	}
-	return all
-}
+func All() []Outcome { return slices.Collect(maps.Keys(handlings)) }
 
 // Token is an access token that was checked and may be returned.
 type Token struct {
@@ -114,11 +111,10 @@ func (e Refusal) Error() string { return string(e) }
 // Refuse returns a Refusal with a formatted text.
 func Refuse(format string, args ...any) error { return Refusal(fmt.Sprintf(format, args...)) }
 
-// Mismatch is the error for a grant of more than was requested.
-type Mismatch string
-
-// Error implements error.
-func (e Mismatch) Error() string { return string(e) }
+// Mismatch is the failure for a grant of something other than requested.
+func Mismatch(text string) *Failure {
+	return &Failure{Outcome: GrantMismatch, Message: text, Detail: text}
+}
 
 // Timeout is the error for a wait that ended without a result. It becomes a 504.
 type Timeout string
@@ -164,18 +160,12 @@ func (f *Failure) Unwrap() error { return f.Cause }
 // Classify makes a Failure of an error; nil of nil.
 func Classify(err error) *Failure {
 	if err == nil {
-		return nil // the common case, before the targets of errors.As are allocated
+		return nil
 	}
-	var (
-		f        *Failure
-		ce       *cable.Error
-		refusal  Refusal
-		mismatch Mismatch
-	)
-	switch {
-	case errors.As(err, &f):
+	if f, ok := errors.AsType[*Failure](err); ok {
 		return f
-	case errors.As(err, &ce):
+	}
+	if ce, ok := errors.AsType[*cable.Error](err); ok {
 		return &Failure{
 			Outcome:     ofCall(ce),
 			Message:     ce.Error(),
@@ -187,12 +177,11 @@ func Classify(err error) *Failure {
 			Certificate: ce.Certificate,
 		}
 	}
-	f = &Failure{Outcome: VaultError, Message: err.Error(), Detail: err.Error(), Cause: err}
+	f := &Failure{Outcome: VaultError, Message: err.Error(), Detail: err.Error(), Cause: err}
+	_, isRefusal := errors.AsType[Refusal](err)
 	switch {
-	case errors.As(err, &refusal):
+	case isRefusal:
 		f.Outcome = InvalidRequest
-	case errors.As(err, &mismatch):
-		f.Outcome = GrantMismatch
 	case errors.Is(err, context.Canceled), status.Code(err) == codes.Canceled:
 		f.Outcome = Canceled
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded:

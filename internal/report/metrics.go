@@ -24,24 +24,17 @@ import (
 // outcome and cause are closed lists.
 
 const (
-	// metricsNamespace begins the name of each metric of the engine's own.
 	metricsNamespace = "vault_cable"
+	maxMeteredRoles  = 1000 // each has a series per outcome that it has seen
 
-	// maxMeteredRoles bounds the series. Each role has one per outcome that it has seen.
-	maxMeteredRoles = 1000
-
-	// unknownRole and otherRoles stand in the role label for a name that is no role's or could not be read, and for
-	// roles beyond maxMeteredRoles. No role can have such a name.
-	unknownRole = "(unknown)"
-	otherRoles  = "(other)"
-
-	// noResponse stands in the code label for a call that Cable did not respond to.
-	noResponse = "none"
+	// Role labels that are no role's name.
+	unknownRole = "(unknown)" // for a role that does not exist or could not be read
+	otherRoles  = "(other)"   // for roles beyond maxMeteredRoles
 )
 
-// meteredCodes are the HTTP statuses with their own series, created at zero so that increase() sees the first one.
-// Others are counted by their class, such as "4xx", and an impossible status as "other".
-var meteredCodes = []int{200, 400, 401, 403, 404, 408, 429, 500, 502, 503, 504}
+// meteredCodes are the HTTP statuses with their own series, created at zero so that increase() sees the first one; 0
+// stands for a call that Cable did not respond to.
+var meteredCodes = []int{0, 200, 400, 401, 403, 404, 408, 429, 500, 502, 503, 504}
 
 // metrics are the figures of a mount in its own registry.
 type metrics struct {
@@ -51,7 +44,6 @@ type metrics struct {
 	tokenRequestsInFlight prometheus.Gauge
 	tokenRequestDuration  prometheus.Histogram
 	apiCalls              *prometheus.CounterVec // code
-	apiCallsByCode        map[int]prometheus.Counter
 	apiCallDuration       prometheus.Histogram
 	apiRetries            prometheus.Counter
 	pauses                prometheus.Counter
@@ -71,11 +63,7 @@ type metrics struct {
 
 // newMetrics returns the metrics of a new mount.
 func newMetrics() *metrics {
-	m := &metrics{
-		registry:       prometheus.NewRegistry(),
-		apiCallsByCode: make(map[int]prometheus.Counter),
-		roles:          make(map[string]bool),
-	}
+	m := &metrics{registry: prometheus.NewRegistry(), roles: make(map[string]bool)}
 	auto := promauto.With(m.registry)
 	counter := func(name, help string) prometheus.Counter {
 		return auto.NewCounter(prometheus.CounterOpts{Namespace: metricsNamespace, Name: name, Help: help})
@@ -134,9 +122,8 @@ func newMetrics() *metrics {
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
 	for _, code := range meteredCodes {
-		m.apiCallsByCode[code] = m.apiCalls.WithLabelValues(strconv.Itoa(code))
+		m.apiCalls.WithLabelValues(codeLabel(code))
 	}
-	m.apiCalls.WithLabelValues(noResponse)
 	for _, o := range outcome.All() {
 		if (&outcome.Failure{Outcome: o, Attempts: 1}).MeansDown() {
 			m.reuseFallbacks.WithLabelValues(string(o))
@@ -159,17 +146,7 @@ func (p *Reporter) SharedTokenDropped(readers int) {
 // APICallEnded counts an API call to Cable.
 func (p *Reporter) APICallEnded(c cable.Call) {
 	m := p.metrics
-	counter, ok := m.apiCallsByCode[c.StatusCode]
-	switch {
-	case ok:
-	case c.StatusCode == 0:
-		counter = m.apiCalls.WithLabelValues(noResponse)
-	case c.StatusCode < 100 || c.StatusCode > 599:
-		counter = m.apiCalls.WithLabelValues("other")
-	default:
-		counter = m.apiCalls.WithLabelValues(strconv.Itoa(c.StatusCode/100) + "xx")
-	}
-	counter.Inc()
+	m.apiCalls.WithLabelValues(codeLabel(c.StatusCode)).Inc()
 	if c.StatusCode != 0 {
 		m.apiCallDuration.Observe(c.Duration.Seconds())
 	}
@@ -178,6 +155,20 @@ func (p *Reporter) APICallEnded(c cable.Call) {
 	}
 	if c.PauseBegan {
 		m.pauses.Inc()
+	}
+}
+
+// codeLabel is the label for the status of an API call. A status without its own series is counted by its class.
+func codeLabel(status int) string {
+	switch {
+	case status == 0:
+		return "none"
+	case slices.Contains(meteredCodes, status):
+		return strconv.Itoa(status)
+	case status < 100 || status > 599:
+		return "other"
+	default:
+		return strconv.Itoa(status/100) + "xx"
 	}
 }
 
@@ -247,18 +238,13 @@ func ConfigMetrics(c *state.Config, pausedUntil time.Time) prometheus.Gatherer {
 		gauge.Set(value)
 		registry.MustRegister(gauge)
 	}
-	truth := func(b bool) float64 {
-		if b {
-			return 1
-		}
-		return 0
-	}
-	send("configured", "Whether config is written.", truth(c != nil))
+	truth := map[bool]float64{true: 1}
+	send("configured", "Whether config is written.", truth[c != nil])
 	if c == nil {
 		return registry
 	}
-	send("disabled", "Whether the mount is disabled.", truth(c.Disabled))
-	send("paused", "Whether token requests are paused after Cable's 429.", truth(time.Now().Before(pausedUntil)))
+	send("disabled", "Whether the mount is disabled.", truth[c.Disabled])
+	send("paused", "Whether token requests are paused after Cable's 429.", truth[time.Now().Before(pausedUntil)])
 	send("refresh_key_version", "The version of the refresh key in use, counted from 1.", float64(c.RefreshKeyVersion))
 	if at := c.RefreshKeyUpdatedAt; !at.IsZero() {
 		send("refresh_key_updated_timestamp_seconds", "When the refresh key was written, in Unix seconds.",

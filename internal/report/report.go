@@ -27,9 +27,6 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
-// undeliveredPhrase is what operators search the log for.
-const undeliveredPhrase = "token request failed after it was sent; Cable may have issued a token that was not delivered"
-
 // Reporter reports for one mount on one node, from when it was set up there.
 type Reporter struct {
 	logger  func() hclog.Logger
@@ -95,6 +92,7 @@ func (p *Reporter) log(s Source) hclog.Logger {
 // Kind is the part that a token request has in minting its token.
 type Kind int
 
+// The kinds of token requests.
 const (
 	Direct     Kind = iota // it mints for its caller
 	Trial                  // it mints for verify_role, and no caller gets the token
@@ -119,18 +117,6 @@ type TokenRequest struct {
 	Shared    share.Result       // of a Reader
 }
 
-// Outcome names how the request ended.
-func (r *TokenRequest) Outcome() outcome.Outcome {
-	switch {
-	case r.Failure != nil:
-		return r.Failure.Outcome
-	case r.Shared.Reused:
-		return outcome.Reused
-	default:
-		return outcome.Minted
-	}
-}
-
 // attempts counts the API calls.
 func (r *TokenRequest) attempts() int {
 	if r.Failure != nil {
@@ -139,18 +125,15 @@ func (r *TokenRequest) attempts() int {
 	return r.Token.Attempts
 }
 
-// roleName returns the role's name, or a word for a role that does not exist.
-func (r *TokenRequest) roleName() string {
-	if !r.RoleExists {
-		return unknownRole
-	}
-	return r.Role
-}
-
 // TokenRequestEnded reports how a token request ended. A shared call is reported once; each of its readers has its
 // outcome counted and a line at debug level.
 func (p *Reporter) TokenRequestEnded(r TokenRequest) {
-	o := r.Outcome()
+	o := outcome.Minted
+	if r.Failure != nil {
+		o = r.Failure.Outcome
+	} else if r.Shared.Reused {
+		o = outcome.Reused
+	}
 	if r.Kind == Reader && (r.Failure == nil || r.Shared.CallFailed) {
 		p.logReader(&r, o)
 	} else {
@@ -171,7 +154,10 @@ func (p *Reporter) TokenRequestEnded(r TokenRequest) {
 // keep counts a token request for status, and keeps it as the last mint or the last failure, if it is one. A shared
 // call is kept even if its readers have left.
 func (p *Reporter) keep(r *TokenRequest, o outcome.Outcome) {
-	last := ended{at: time.Now(), role: r.roleName(), outcome: o}
+	last := ended{at: time.Now(), role: r.Role, outcome: o}
+	if !r.RoleExists {
+		last.role = unknownRole
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if r.Kind != SharedCall {
@@ -209,7 +195,8 @@ func (p *Reporter) logTokenRequest(r *TokenRequest, o outcome.Outcome) {
 	case o == outcome.GrantMismatch, o == outcome.InvalidResponse:
 		phrase = "Cable's response was refused and its token dropped"
 	case r.Failure.UndeliveredUntil > 0:
-		level, phrase = max(level, hclog.Warn), undeliveredPhrase
+		level = max(level, hclog.Warn)
+		phrase = "token request failed after it was sent; Cable may have issued a token that was not delivered"
 	case o == outcome.InvalidRequest:
 		phrase = "token request refused"
 	}

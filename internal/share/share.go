@@ -21,6 +21,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -32,11 +33,10 @@ import (
 )
 
 const (
-	// maxRoles bounds the roles of a mount that share at a time.
-	maxRoles = 4096
-
-	// fallbackLifetime is the least remaining lifetime of a previous token that is returned while Cable is down.
-	fallbackLifetime = time.Minute
+	maxRoles         = 4096        // of a mount, that share at a time
+	fallbackLifetime = time.Minute // least remaining lifetime of a token that is returned while Cable is down
+	minBackoff       = 5 * time.Second
+	maxBackoff       = time.Minute
 
 	// patience is how long a shared call may run before readers with a usable previous token stop waiting for it,
 	// except the first after a success.
@@ -45,9 +45,6 @@ const (
 	// leaseMargin is how much sooner the lease of a reused token ends than that of the read that minted. That one may
 	// have lost a second by rounding, and Vault starts to count when it stores a lease, a little later than the engine.
 	leaseMargin = 2 * time.Second
-
-	minBackoff = 5 * time.Second
-	maxBackoff = time.Minute
 )
 
 // Roles are the roles of a mount that share tokens.
@@ -92,8 +89,7 @@ type token struct {
 
 	holders int  // readers that wait for the call or are about to receive the token
 	readers int  // readers that received the token
-	isGone  bool // dropped, or never kept
-	counted bool // as undelivered
+	isGone  bool // dropped, or never kept; it gets no holder after that
 }
 
 // Reader is a request that shares.
@@ -162,11 +158,7 @@ func (rs *Roles) makeRoomLocked() bool {
 	now := time.Now()
 	if now.Sub(rs.checked) >= time.Second {
 		rs.checked = now
-		for name, s := range rs.roles {
-			if s.retireIfIdle(now) {
-				delete(rs.roles, name)
-			}
-		}
+		maps.DeleteFunc(rs.roles, func(_ string, s *role) bool { return s.retireIfIdle(now) })
 	}
 	return len(rs.roles) < maxRoles
 }
@@ -194,9 +186,11 @@ func (rs *Roles) Down() map[string]any {
 	defer rs.mu.Unlock()
 	down := make(map[string]any)
 	for name, s := range rs.roles {
-		if o := s.down(); o != "" {
-			down[name] = string(o)
+		s.mu.Lock()
+		if s.failures > 0 && s.last.isFallback(time.Now(), lifetime.Max) {
+			down[name] = string(s.failure.Outcome)
 		}
+		s.mu.Unlock()
 	}
 	return down
 }
@@ -245,34 +239,34 @@ func (s *role) read(ctx context.Context, r Reader) (Result, error) {
 }
 
 // wait waits for a shared call on behalf of one reader. again says that the reader must start over.
-func (s *role) wait(ctx context.Context, t *token, r Reader, outOfPatience <-chan time.Time) (_ Result, err error, again bool) {
+func (s *role) wait(
+	ctx context.Context, t *token, r Reader, outOfPatience <-chan time.Time,
+) (result Result, err error, again bool) {
+	var f *outcome.Failure
 	select {
 	case <-t.done:
+		f = outcome.Classify(t.err)
 	case <-outOfPatience:
-		s.release(t)
-		result, err := s.fallBack(notInTime("the API call is still under way"), r, true)
-		return result, err, false
+		f = notInTime("the API call is still under way")
 	case <-ctx.Done():
-		s.release(t)
 		if cause := context.Cause(ctx); !errors.Is(cause, outcome.ErrBudget) {
+			s.release(t)
 			return Result{Waited: true}, cause, false
 		}
-		result, err := s.fallBack(notInTime("request_timeout ran out"), r, true)
+		f = notInTime("request_timeout ran out")
+	}
+	if f == nil && t.requested <= r.Lifetime {
+		result, err = s.deliver(t, r, Result{Waited: true})
 		return result, err, false
 	}
+	s.release(t)
 	switch {
-	case errors.Is(t.err, outcome.ErrChanged):
-		s.release(t)
-		return Result{}, outcome.ErrChanged, false
-	case t.err != nil:
-		s.release(t)
-		result, err := s.fallBack(outcome.Classify(t.err), r, true)
-		return result, err, false
-	case t.requested > r.Lifetime: // the ceiling was lowered meanwhile
-		s.release(t)
+	case f == nil: // the ceiling was lowered meanwhile
 		return Result{}, nil, true
+	case errors.Is(f, outcome.ErrChanged):
+		return Result{}, outcome.ErrChanged, false
 	}
-	result, err := s.deliver(t, r, Result{Waited: true})
+	result, err = s.fallBack(f, r, true)
 	return result, err, false
 }
 
@@ -284,13 +278,12 @@ func notInTime(why string) *outcome.Failure {
 
 // deliver gives a token that the reader holds to the reader, with a lease of its own.
 func (s *role) deliver(t *token, r Reader, result Result) (Result, error) {
-	err := r.Check()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	defer s.releaseLocked(t)
-	if err != nil {
+	defer s.release(t) // even if the check panics
+	if err := r.Check(); err != nil {
 		return result, err
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	now := time.Now()
 	result.Reused = result.Reused || t.readers > 0
 	lease := t.lease(now, result.Reused)
@@ -314,7 +307,7 @@ func (s *role) fallBack(f *outcome.Failure, r Reader, waited bool) (Result, erro
 	failed := Result{Waited: waited, CallFailed: true}
 	s.mu.Lock()
 	t := s.last
-	if s.retired || !f.MeansDown() || !t.isFallback(time.Now(), r.Lifetime) {
+	if !f.MeansDown() || !t.isFallback(time.Now(), r.Lifetime) {
 		s.mu.Unlock()
 		return failed, f
 	}
@@ -333,12 +326,13 @@ func (s *role) fallBack(f *outcome.Failure, r Reader, waited bool) (Result, erro
 // backingOff returns the failure for readers while the role makes no call after a failure, else nil. s.mu is held.
 func (s *role) backingOff(now time.Time) *outcome.Failure {
 	wait := s.backoffEnds().Sub(now)
-	if s.call != nil || s.failures == 0 || wait <= 0 {
+	if s.failures == 0 || wait <= 0 {
 		return nil
 	}
 	later := *s.failure
 	later.RetryAfter = max(wait, s.failure.RetryAfter-now.Sub(s.failedAt))
-	later.Message += fmt.Sprintf("; this role makes no API call for another %ds", outcome.WholeSeconds(later.RetryAfter))
+	later.Message += fmt.Sprintf("; this role makes no API call for another %ds",
+		outcome.WholeSeconds(later.RetryAfter))
 	return &later
 }
 
@@ -410,25 +404,10 @@ func (s *role) retireIfIdle(now time.Time) bool {
 	return true
 }
 
-// down returns the outcome of the last call if readers get the previous token because of it, or "".
-func (s *role) down() outcome.Outcome {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.failures == 0 || !s.last.isFallback(time.Now(), lifetime.Max) {
-		return ""
-	}
-	return s.failure.Outcome
-}
-
 // release ends a reader's hold on a token.
 func (s *role) release(t *token) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.releaseLocked(t)
-}
-
-// releaseLocked is release for callers that hold mu.
-func (s *role) releaseLocked(t *token) {
 	t.holders--
 	s.settleLocked(t)
 }
@@ -436,17 +415,17 @@ func (s *role) releaseLocked(t *token) {
 // settleLocked counts a token as undelivered, once, if it is gone and no reader received it or can still receive it.
 // The caller holds mu.
 func (s *role) settleLocked(t *token) {
-	if t.isGone && t.minted != nil && t.readers == 0 && t.holders == 0 && !t.counted {
-		t.counted = true
+	if t.isGone && t.minted != nil && t.readers == 0 && t.holders == 0 {
 		t.undelivered(t.minted)
 	}
 }
 
-// isFresh reports whether the token may be returned: its call was sent at most reuseFor ago, at least half of its
-// lifetime remains, and no more than most was requested for it.
+// isFresh reports whether the token may be returned, namely if its call was sent at most reuseFor ago, at least half of
+// its lifetime remains, no more than most was requested for it, and there is time for a lease.
 func (t *token) isFresh(now time.Time, reuseFor, most time.Duration) bool {
 	return t != nil && t.requested <= most && cable.Elapsed(t.minted.SentAt, now) <= reuseFor &&
-		t.remaining(now) >= t.usable()/2 // at least half of its lifetime remains
+		t.remaining(now) >= t.usable()/2 && // at least half of its lifetime remains
+		t.lease(now, true) >= time.Second
 }
 
 // isFallback reports whether the token may be returned while Cable is down.

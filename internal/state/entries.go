@@ -21,15 +21,14 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/lifetime"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/mount"
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
+// Storage keys, and the values and bounds of stored fields.
 const (
 	// ConfigKey is the storage key of the configuration. The entry contains the refresh key, and is seal-wrapped.
 	ConfigKey = "config"
 
-	// rolesPrefix begins the storage key of a role; its name follows.
-	rolesPrefix = "roles/"
+	rolesPrefix = "roles/" // of a role's storage key, before its name
 
 	AuthSchemeRaw    = "raw"    // Authorization: <key>, as in Cable's v2 curl example
 	AuthSchemeBearer = "bearer" // Authorization: Bearer <key>, as in its v1 pages
@@ -94,18 +93,6 @@ func DecodeConfig(raw []byte) (*Config, error) {
 	}
 	c.RefreshKey, c.RequestTimeout = cable.NewSecret(stored.RefreshKey), seconds(stored.RequestTimeout)
 	return c, nil
-}
-
-// client is the configuration of a client.
-func (c *Config) client() cable.Config {
-	return cable.Config{
-		RefreshKey: c.RefreshKey,
-		TokenURL:   c.TokenURL,
-		Bearer:     c.AuthScheme == AuthSchemeBearer,
-		CACert:     c.CACert,
-		Timeout:    c.RequestTimeout,
-		UserAgent:  "vault-plugin-secrets-cable/" + version.String(),
-	}
 }
 
 // NarrowedBy reports whether next, written in place of the configuration, takes something away from readers: it
@@ -210,7 +197,8 @@ func decode(raw []byte, stored any) (unknown, error) {
 	for _, field := range reflect.VisibleFields(reflect.TypeOf(stored).Elem()) {
 		if tag, ok := field.Tag.Lookup("json"); ok {
 			key, _, _ := strings.Cut(tag, ",")
-			delete(rest, key)
+			// A known key in another case is known, as it is to encoding/json.
+			maps.DeleteFunc(rest, func(k string, _ json.RawMessage) bool { return strings.EqualFold(k, key) })
 		}
 	}
 	return rest, nil

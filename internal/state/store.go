@@ -33,6 +33,7 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/mount"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
 // maxRoles bounds the roles that are kept in memory, and the names of those whose last write failed. That takes some
@@ -53,7 +54,7 @@ type Settings struct {
 
 	// Version identifies the pair of entries.
 	Version Version
-	name    string
+	key     string // of the role
 }
 
 // Version has the numbers of the last change of the configuration and of a role.
@@ -140,13 +141,16 @@ func (s *Store) Close() {
 
 // Settings returns the entries that a request of the role, received at that time, is resolved with. It returns by the
 // end of the request's budget.
-func (s *Store) Settings(ctx context.Context, storage logical.Storage, role string, received time.Time) (Settings, error) {
+func (s *Store) Settings(
+	ctx context.Context, storage logical.Storage, role string, received time.Time,
+) (Settings, error) {
+	key := RoleKey(role)
 	s.mu.Lock()
 	timeout := s.timeout
 	config, known := s.knownLocked(ConfigKey)
-	r, roleKnown := s.knownLocked(RoleKey(role))
+	r, roleKnown := s.knownLocked(key)
 	s.mu.Unlock()
-	set := Settings{name: role, Version: Version{config.number, r.number}}
+	set := Settings{key: key, Version: Version{config.number, r.number}}
 	set.Config, _ = config.value.(*Live)
 	set.Role, _ = r.value.(*Role)
 	if known && roleKnown {
@@ -155,7 +159,7 @@ func (s *Store) Settings(ctx context.Context, storage logical.Storage, role stri
 	var err error
 	configCtx, cancel := WithBudget(ctx, received, timeout)
 	defer cancel()
-	if set.Config, set.Version.config, err = s.readConfig(configCtx, storage); err != nil {
+	if set.Config, set.Version.config, err = loadAs[*Live](configCtx, s, storage, ConfigKey); err != nil {
 		return set, err
 	}
 	if set.Config != nil {
@@ -163,18 +167,18 @@ func (s *Store) Settings(ctx context.Context, storage logical.Storage, role stri
 	}
 	roleCtx, cancel := WithBudget(ctx, received, timeout)
 	defer cancel()
-	set.Role, set.Version.role, err = s.readRole(roleCtx, storage, role)
+	set.Role, set.Version.role, err = loadAs[*Role](roleCtx, s, storage, key)
 	return set, err
 }
 
 // RoleSettings returns the settings without the configuration, to try another one.
 func (s *Store) RoleSettings(ctx context.Context, storage logical.Storage, role string) (Settings, error) {
 	s.mu.Lock()
-	set := Settings{name: role, Version: Version{config: s.config.number}}
+	set := Settings{key: RoleKey(role), Version: Version{config: s.config.number}}
 	err := s.narrowedLocked(ConfigKey)
 	s.mu.Unlock()
 	if err == nil {
-		set.Role, set.Version.role, err = s.readRole(ctx, storage, role)
+		set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, set.key)
 	}
 	return set, err
 }
@@ -188,26 +192,44 @@ func WithBudget(ctx context.Context, received time.Time, timeout time.Duration) 
 func (s *Store) IsCurrent(set Settings) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return set.Version == Version{s.config.number, s.findLocked(RoleKey(set.name)).number}
+	return s.isCurrentLocked(set)
+}
+
+func (s *Store) isCurrentLocked(set Settings) bool {
+	return set.Version == Version{s.config.number, s.findLocked(set.key).number}
+}
+
+// IsCertain reports whether the settings are current and neither entry is uncertain, so that storage need not be read.
+func (s *Store) IsCertain(set Settings) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.isCurrentLocked(set) && s.isCertainLocked(ConfigKey) && s.isCertainLocked(set.key)
 }
 
 // Config returns the configuration in use, or nil if none is stored.
 func (s *Store) Config(ctx context.Context, storage logical.Storage) (*Live, error) {
-	live, _, err := s.readConfig(ctx, storage)
+	live, _, err := loadAs[*Live](ctx, s, storage, ConfigKey)
 	return live, err
 }
 
 // Role returns the role, from memory or storage, or nil if there is none.
 func (s *Store) Role(ctx context.Context, storage logical.Storage, name string) (*Role, error) {
-	role, _, err := s.readRole(ctx, storage, name)
+	role, _, err := loadAs[*Role](ctx, s, storage, RoleKey(name))
 	return role, err
 }
 
 // NewLive makes a client for a configuration, without using it yet.
 func NewLive(c *Config, pause *cable.Pause, observe func(cable.Call)) (*Live, error) {
-	config := c.client()
-	config.Observe, config.Pause = observe, pause
-	client, err := cable.New(config)
+	client, err := cable.New(cable.Config{
+		RefreshKey: c.RefreshKey,
+		TokenURL:   c.TokenURL,
+		Bearer:     c.AuthScheme == AuthSchemeBearer,
+		CACert:     c.CACert,
+		Timeout:    c.RequestTimeout,
+		UserAgent:  "vault-plugin-secrets-cable/" + version.String(),
+		Observe:    observe,
+		Pause:      pause,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -229,18 +251,11 @@ func pauseTarget(c *Config) [sha256.Size]byte {
 	return sha256.Sum256([]byte(c.TokenURL + "\x00" + c.RefreshKey.Reveal()))
 }
 
-// readConfig returns the configuration from memory or storage, with its number.
-func (s *Store) readConfig(ctx context.Context, storage logical.Storage) (*Live, uint64, error) {
-	value, number, err := s.load(ctx, storage, ConfigKey)
-	live, _ := value.(*Live)
-	return live, number, err
-}
-
-// readRole returns a role from memory or storage, with its number.
-func (s *Store) readRole(ctx context.Context, storage logical.Storage, name string) (*Role, uint64, error) {
-	value, number, err := s.load(ctx, storage, RoleKey(name))
-	role, _ := value.(*Role)
-	return role, number, err
+// loadAs returns an entry from memory or storage, nil if there is none, and its number.
+func loadAs[T *Live | *Role](ctx context.Context, s *Store, storage logical.Storage, key string) (T, uint64, error) {
+	value, number, err := s.load(ctx, storage, key)
+	entry, _ := value.(T)
+	return entry, number, err
 }
 
 // load returns an entry and its number. It reads storage unless a certain value is in memory. A value whose bytes are
@@ -394,14 +409,10 @@ func (s *Store) Invalidate(key string) {
 	s.settleLocked(key)
 }
 
-// wrote notes how a write of an entry ended. The shared token of the entry is dropped in any case.
-func (s *Store) wrote(key string, narrows, stored bool) {
+// writeFailed notes that a write of an entry failed, which drops the entry's shared token.
+func (s *Store) writeFailed(key string, narrows bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if stored {
-		s.settleLocked(key)
-		return
-	}
 	s.changeLocked(key, false).certain = false
 	switch {
 	case narrows:
@@ -436,14 +447,9 @@ func (s *Store) changeLocked(key string, drop bool) *record {
 }
 
 const (
-	// writeTimeout bounds a write from when it begins to store.
-	writeTimeout = 10 * time.Second
+	writeTimeout = 10 * time.Second // of a write, from when it begins to store
+	lockTimeout  = 10 * time.Second // of the wait for another write of the same entry
 
-	// lockTimeout bounds the wait for another write of the same entry.
-	lockTimeout = 10 * time.Second
-)
-
-const (
 	errLockTimeout  = outcome.Timeout("it has not ended within 10s; nothing was stored, try again")
 	errWriteTimeout = outcome.Timeout("Vault's storage did not respond to the write within 10s, " +
 		"and whether it was stored is not known: write it again")
@@ -538,10 +544,19 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 	defer context.AfterFunc(e.store.ctx, func() { cancel(errClosed) })()
 	written := make(chan struct{})
 	e.written = written
+	var once sync.Once // a write fails once, and not after it has succeeded
+	failed := func() { e.store.writeFailed(e.key, narrows) }
 	_, err := mount.Call(ctx, func() (any, error) {
 		stored := false
 		defer close(written)
-		defer func() { e.store.wrote(e.key, narrows, stored) }() // also if storage panics
+		defer func() {
+			if !stored { // even if storage panics
+				once.Do(failed)
+				return
+			}
+			once.Do(func() {})
+			e.store.Invalidate(e.key)
+		}()
 		var err error
 		if raw == nil {
 			err = e.storage.Delete(ctx, e.key)
@@ -551,10 +566,8 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 		stored = err == nil
 		return nil, err
 	})
-	select {
-	case <-written:
-	default: // abandoned
-		e.store.wrote(e.key, narrows, false)
+	if err != nil {
+		once.Do(failed) // the call was abandoned
 	}
 	return err
 }

@@ -20,7 +20,7 @@ type Request struct {
 	Header       map[string]string
 }
 
-// Response is what the server sent back, whatever its status.
+// Response is the server's response, of any status.
 type Response struct {
 	Status int
 	Header http.Header

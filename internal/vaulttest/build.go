@@ -43,7 +43,8 @@ type Plugin struct {
 // version if it is the plugin; "" leaves it as it is.
 func Build(ctx context.Context, dir, program, version string) (Plugin, error) {
 	p := Plugin{Name: path.Base(program), Version: version, File: filepath.Join(dir, path.Base(program))}
-	_, err := output(ctx, "go", "build", "-o", p.File, "-ldflags", "-X "+module+"/internal/version.stamped="+version, module+"/"+program)
+	stamp := "-X " + module + "/internal/version.stamped=" + version
+	_, err := output(ctx, "go", "build", "-o", p.File, "-ldflags", stamp, module+"/"+program)
 	return p, err
 }
 
@@ -54,7 +55,7 @@ func (p Plugin) Sum() (string, error) {
 	return hex.EncodeToString(sum[:]), err
 }
 
-// output returns what a program wrote to its standard output.
+// output returns the standard output of a program.
 func output(ctx context.Context, name string, args ...string) (string, error) {
 	out, err := exec.CommandContext(ctx, name, args...).Output()
 	var exit *exec.ExitError

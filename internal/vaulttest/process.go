@@ -65,7 +65,8 @@ type Simulator struct {
 func StartSimulator(ctx context.Context, binary, dir string, args ...string) (*Simulator, error) {
 	file := func(name string) string { return filepath.Join(dir, name) }
 	s := &Simulator{KeyFile: file("refresh-key")}
-	args = append(args, "-url-file", file("cable-url"), "-control", "127.0.0.1:0", "-control-url-file", file("cable-control"), "-refresh-key-out", s.KeyFile)
+	args = append(args, "-url-file", file("cable-url"), "-control", "127.0.0.1:0",
+		"-control-url-file", file("cable-control"), "-refresh-key-out", s.KeyFile)
 	var err error
 	if s.process, err = start(ctx, file("cable-sim.log"), os.Environ(), binary, args...); err != nil {
 		return nil, err

@@ -13,13 +13,13 @@ import (
 	"time"
 )
 
-// Product is who made a server, by what the server says of itself. Whatever
-// depends on it is a method here.
+// Product is the maker of a server, as the server names it. All that depends on it is
+// a method here.
 //
-// NOTE: what needs no method, because one test is right for all: OpenBao's
-// standbys serve reads themselves, and learn of a new configuration or role some
-// tenths of a second after the active node (tests wait for each node); a path
-// that a server does not have is, on its command line, "No value found".
+// NOTE: two differences need no method, because one test is right for all servers.
+// OpenBao's standbys learn of a new configuration or role some tenths of a second after
+// the active node, so tests wait for each node; and a path that a server does not have
+// is, on its command line, "No value found".
 type Product string
 
 // The products that the plugin runs on.
@@ -28,7 +28,7 @@ const (
 	OpenBao Product = "OpenBao"
 )
 
-// versionLine is what `vault version` prints, such as "Vault v1.21.2, built …".
+// versionLine matches the output of `vault version`, as "Vault v1.21.2, built …".
 var versionLine = regexp.MustCompile(`^(Vault|OpenBao) v([^\s,]+)`)
 
 // Identify asks a binary which server it is.
@@ -46,9 +46,9 @@ func Identify(ctx context.Context, binary string) (product Product, version stri
 	return Product(m[1]), m[2], nil
 }
 
-// configuration is what the server needs in its configuration file beyond what
-// all servers need. OpenBao 2.3.2 and later enable no audit device over the API
-// without it; earlier ones warn that they do not know it.
+// configuration is the part of the configuration file that only this product needs.
+// OpenBao 2.3.2 and later enable no audit device over the API without it; earlier ones
+// warn that they do not know it.
 func (p Product) configuration() string {
 	if p == OpenBao {
 		return "unsafe_allow_api_audit_creation = true\n"
@@ -56,7 +56,7 @@ func (p Product) configuration() string {
 	return ""
 }
 
-// TokenPrefix is what service tokens begin with, wrapping tokens included.
+// TokenPrefix is the beginning of service tokens, wrapping tokens included.
 func (p Product) TokenPrefix() string {
 	if p == OpenBao {
 		return "s."
@@ -72,6 +72,8 @@ const (
 	MemoryLock       Feature = iota // the server locks its memory, and plugins theirs
 	PinnedVersions                  // sys/plugins/pins
 	RenewalThreshold                // lease_renewal_threshold of its Agent
+	DeclaredPlugins                 // plugin and initialize blocks in its configuration
+	Namespaces                      // sys/namespaces
 )
 
 // Lacks returns why the tests of a feature do not apply to a version of the
@@ -80,6 +82,12 @@ func (p Product) Lacks(version string, f Feature) string {
 	switch {
 	case p == Vault && f == RenewalThreshold && strings.HasPrefix(version, "1.16."):
 		return "Agent of Vault 1.16 ignores lease_renewal_threshold"
+	case p == Vault && f == DeclaredPlugins:
+		return "Vault's configuration declares no plugins"
+	case p == Vault && f == Namespaces:
+		return "Vault Community has no namespaces"
+	case f == DeclaredPlugins && !p.ReloadsOneNode(version):
+		return "OpenBao declares plugins from 2.5 on"
 	case p != OpenBao:
 		return ""
 	case f == RenewalThreshold:
@@ -92,6 +100,16 @@ func (p Product) Lacks(version string, f Feature) string {
 	return ""
 }
 
+// ReloadsOneNode reports whether a reload concerns only the node that receives it,
+// because standbys serve reads and run the plugin themselves: they have to be restarted.
+func (p Product) ReloadsOneNode(version string) bool {
+	return p == OpenBao && !regexp.MustCompile(`^2\.[0-4]\.`).MatchString(version)
+}
+
+// DropsRequests reports whether a server that is told to end closes the connections
+// of the requests under way, for which Vault waits.
+func (p Product) DropsRequests() bool { return p == OpenBao }
+
 // Unaware reports whether a response comes from a standby that serves requests
 // itself and is about to learn of a new or changed mount. Standbys of OpenBao
 // 2.5 and later do so.
@@ -100,5 +118,5 @@ func (p Product) Unaware(status int, text string) bool {
 }
 
 // ReloadUnlocks reports whether a mount whose plugin did not start may take writes
-// after a reload, before a step-down: newer versions of OpenBao see to that.
+// after a reload, before a step-down, as on newer versions of OpenBao.
 func (p Product) ReloadUnlocks() bool { return p == OpenBao }

@@ -13,7 +13,7 @@
 //	defer server.Stop()
 //	err = server.Call(ctx, "POST", "sys/mounts/cable", map[string]any{"type": plugin.Name}, nil)
 //
-// What differs between servers is in product.go.
+// The differences between servers are in product.go.
 package vaulttest
 
 import (
@@ -38,6 +38,8 @@ type Config struct {
 	Env      []string // more of the server's environment, and so of the plugin's
 
 	LockMemory bool // as in production; default: disable_mlock
+
+	Extra string // more of the configuration file
 
 	// PluginDir is the plugin folder; default: the one that holds the first of
 	// Plugins, which are those to register.
@@ -134,8 +136,9 @@ func (s *Server) run(ctx context.Context, c Config) error {
 	if c.Raft == nil {
 		args = append(args, "-dev", "-dev-no-store-token", "-dev-root-token-id="+s.Root, "-dev-listen-address="+addr)
 	}
-	// The simulator is on loopback: the server must not use this machine's proxy.
-	env := append(cleanEnv(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+c.Dir, "VAULT_LOG_LEVEL="+level)
+	// The server must not use this machine's proxy, because the simulator is on loopback.
+	env := append(cleanEnv(), "HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=",
+		"HOME="+c.Dir, "VAULT_LOG_LEVEL="+level)
 	if s.process, err = start(ctx, s.Log, append(env, c.Env...), c.Binary, args...); err != nil {
 		return err
 	}
@@ -165,7 +168,8 @@ func (s *Server) configuration(c Config, addr string) (string, error) {
 			return "", err
 		}
 	}
-	text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = %t\napi_addr = %q\n", folder, !c.LockMemory, s.Addr) + s.Product.configuration()
+	text := fmt.Sprintf("plugin_directory = %q\ndisable_mlock = %t\napi_addr = %q\n", folder, !c.LockMemory, s.Addr) +
+		s.Product.configuration() + c.Extra + "\n"
 	if c.Raft == nil {
 		return text, nil
 	}
@@ -227,7 +231,8 @@ func (s *Server) Init(ctx context.Context) error {
 		Keys      []string `json:"keys"`
 		RootToken string   `json:"root_token"`
 	}
-	if err := s.Call(ctx, "PUT", "sys/init", map[string]any{"secret_shares": 1, "secret_threshold": 1}, &keys); err != nil {
+	shares := map[string]any{"secret_shares": 1, "secret_threshold": 1}
+	if err := s.Call(ctx, "PUT", "sys/init", shares, &keys); err != nil {
 		return err
 	}
 	s.Key, s.Root = keys.Keys[0], keys.RootToken
@@ -254,7 +259,8 @@ func (s *Server) Register(ctx context.Context, p Plugin) error {
 
 // EnableAudit has the server write its audit log to a file.
 func (s *Server) EnableAudit(ctx context.Context, file string) error {
-	return s.Call(ctx, "PUT", "sys/audit/file", map[string]any{"type": "file", "options": map[string]any{"file_path": file}}, nil)
+	device := map[string]any{"type": "file", "options": map[string]any{"file_path": file}}
+	return s.Call(ctx, "PUT", "sys/audit/file", device, nil)
 }
 
 // waitForState waits until sys/health responds with one of some statuses.

@@ -8,14 +8,15 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 )
 
-// TestMain runs a stand-in for a server if FAKE_SERVER says which: a name, and
-// the path that it refuses.
+// TestMain runs a stand-in for a server if FAKE_SERVER has its name and the path that
+// it refuses.
 func TestMain(m *testing.M) {
 	if fake := os.Getenv("FAKE_SERVER"); fake != "" {
 		fakeServer(strings.Fields(fake))
@@ -62,18 +63,23 @@ func TestStart(t *testing.T) {
 		{fake: "OpenBao", prefix: "s."},
 		{fake: "Vault", prefix: "hvs."},
 		{fake: "Consul", want: "is neither Vault nor OpenBao: its version is \"Consul v2.5.0"},
-		{fake: "Vault /v1/sys/plugins/", want: "setting up Vault: PUT sys/plugins/catalog/secret/p: HTTP 400 {\"errors\":[\"refused\"]}"},
+		{
+			fake: "Vault /v1/sys/plugins/",
+			want: `setting up Vault: PUT sys/plugins/catalog/secret/p: HTTP 400 {"errors":["refused"]}`,
+		},
 		{fake: "OpenBao /v1/sys/audit/", want: "setting up OpenBao: PUT sys/audit/file: HTTP 400"},
 	} {
 		t.Run(tt.fake, func(t *testing.T) {
 			t.Setenv("FAKE_SERVER", tt.fake)
 			dir := t.TempDir()
 			s, err := Start(t.Context(), Config{
-				Binary: os.Args[0], Dir: dir, Audit: filepath.Join(dir, "audit.log"), Plugins: []Plugin{{Name: "p", File: os.Args[0]}},
+				Binary: os.Args[0], Dir: dir, Audit: filepath.Join(dir, "audit.log"),
+				Plugins: []Plugin{{Name: "p", File: os.Args[0]}},
 			})
 			t.Log(err)
 			if err == nil {
-				if tt.want != "" || string(s.Product) != tt.fake || s.Version != "2.5.0" || s.Product.TokenPrefix() != tt.prefix {
+				got := []string{string(s.Product), s.Version, s.Product.TokenPrefix()}
+				if tt.want != "" || !slices.Equal(got, []string{tt.fake, "2.5.0", tt.prefix}) {
 					t.Errorf("started %s %s, want %q", s.Product, s.Version, tt.want)
 				}
 				s.Stop()
@@ -90,19 +96,29 @@ func TestStart(t *testing.T) {
 	}
 }
 
-// TestProduct: what a server lacks has a reason, and a 404 is excused only if it
-// comes from a standby that does not yet know the mount.
+// TestProduct checks that a feature that a server lacks has a reason, and that a 404 is
+// accepted only if it comes from a standby that does not yet know the mount.
 func TestProduct(t *testing.T) {
 	for _, f := range []Feature{MemoryLock, PinnedVersions, RenewalThreshold} {
 		if v, o := Vault.Lacks("1.21.1", f), OpenBao.Lacks("2.6.2", f); v != "" || !strings.HasPrefix(o, "OpenBao") {
 			t.Errorf("feature %d: Vault lacks it: %q, OpenBao: %q", f, v, o)
 		}
 	}
+	for _, f := range []Feature{DeclaredPlugins, Namespaces} {
+		if v, o := Vault.Lacks("1.21.1", f), OpenBao.Lacks("2.6.2", f); !strings.HasPrefix(v, "Vault") || o != "" {
+			t.Errorf("feature %d: Vault lacks it: %q, OpenBao: %q", f, v, o)
+		}
+	}
+	if OpenBao.Lacks("2.4.4", DeclaredPlugins) == "" || OpenBao.ReloadsOneNode("2.4.4") ||
+		!OpenBao.ReloadsOneNode("2.10.0") || Vault.ReloadsOneNode("2.0.0") {
+		t.Error("OpenBao 2.5 and later declare plugins and reload one node, and no other server")
+	}
 	if Vault.Lacks("1.16.3", RenewalThreshold) == "" || Vault.Lacks("1.16.3", PinnedVersions) != "" {
 		t.Error("Vault 1.16 lacks a renewal threshold alone")
 	}
 	const unknown = `{"errors":["no handler for route \"cable/config\". route entry not found."]}`
-	if !OpenBao.Unaware(404, unknown) || OpenBao.Unaware(404, `{"errors":[]}`) || OpenBao.Unaware(500, unknown) || Vault.Unaware(404, unknown) {
+	if !OpenBao.Unaware(404, unknown) || Vault.Unaware(404, unknown) ||
+		OpenBao.Unaware(404, `{"errors":[]}`) || OpenBao.Unaware(500, unknown) {
 		t.Error("only a 404 of OpenBao for an unknown mount is that of a standby")
 	}
 }

@@ -1,13 +1,13 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command compat runs the end-to-end tests against a server, and writes what
-// came of it into the server's row of the table in docs/compatibility.md:
+// Command compat runs the end-to-end tests against a server, and writes the result
+// into the server's row of the table in docs/compatibility.md:
 //
 //	compat BINARY
 //
-// It prints what failed, and exits with 1 if a test did or if none was run. The
-// server must be there: tests that find no server fail.
+// It prints the output of tests that failed, and exits with 1 if there were any, or if
+// no test was run. Tests that find no server fail.
 package main
 
 import (
@@ -78,7 +78,7 @@ func run(ctx context.Context, binary string) (ok bool, err error) {
 	return len(r.failed) == 0, os.WriteFile(filepath.FromSlash(page), []byte(setRow(string(text), row)), 0o644)
 }
 
-// result is what came of the tests that have no subtests, and of what failed.
+// result has the ends of the tests that have no subtests, and of those that failed.
 type result struct {
 	passed  int
 	failed  []string            // names
@@ -88,7 +88,7 @@ type result struct {
 // reason is the line of a test's output that says why it was skipped.
 var reason = regexp.MustCompile(`^\s+\S+\.go:\d+: (.*)\n$`)
 
-// read reads what go test -json prints. The output of tests that failed goes to w.
+// read reads the output of go test -json. The output of tests that failed goes to w.
 func read(in io.Reader, w io.Writer) (*result, error) {
 	r := &result{skipped: map[string][]string{}}
 	ended, output, parents := map[string]string{}, map[string][]string{}, map[string]bool{}
@@ -141,7 +141,7 @@ func read(in io.Reader, w io.Writer) (*result, error) {
 			r.skipped[why] = append(r.skipped[why], test)
 		}
 	}
-	// A test fails with its subtest, and the package with each: name the last.
+	// A test fails with its subtest, and the package with each, so only the last is named.
 	all := slices.Clone(r.failed)
 	r.failed = slices.DeleteFunc(r.failed, func(test string) bool {
 		return slices.ContainsFunc(all, func(other string) bool {
@@ -149,14 +149,14 @@ func read(in io.Reader, w io.Writer) (*result, error) {
 		})
 	})
 	if slices.Contains(r.failed, "") {
-		r.failed = []string{"TestMain"} // what it checks after all tests
+		r.failed = []string{"TestMain"} // its checks after all tests
 	}
 	slices.Sort(r.failed)
 	return r, nil
 }
 
-// row is the table's row: the server, the day, tests run, passed, failed, and
-// skipped, with the reasons.
+// row is the table's row with the server, the day, and the numbers of tests that were
+// run, passed, failed, and were skipped, with the reasons.
 func (r *result) row(server string, day time.Time) string {
 	skipped, reasons := 0, []string{}
 	for why, tests := range r.skipped {
@@ -169,12 +169,14 @@ func (r *result) row(server string, day time.Time) string {
 	if len(r.failed) > 0 {
 		failed = fmt.Sprintf("**%d**: `%s`", len(r.failed), strings.Join(r.failed, "`, `"))
 	}
-	cells := []any{server, day.UTC().Format(time.DateOnly), r.passed + len(r.failed), r.passed, failed, skipped, strings.ReplaceAll(strings.Join(reasons, "; "), "|", `\|`)}
+	notes := strings.ReplaceAll(strings.Join(reasons, "; "), "|", `\|`)
+	ended := r.passed + len(r.failed)
+	cells := []any{server, day.UTC().Format(time.DateOnly), ended, r.passed, failed, skipped, notes}
 	return strings.Join(strings.Fields(fmt.Sprintf("| %v | %v | %v | %v | %v | %v | %v |", cells...)), " ")
 }
 
-// setRow puts the row of a server into the table of a page: in place of the one
-// that is there, else as the last.
+// setRow puts the row of a server into the table of a page, in place of its last one
+// or below the others.
 func setRow(text, row string) string {
 	lines := strings.Split(text, "\n")
 	first := slices.IndexFunc(lines, func(l string) bool { return strings.HasPrefix(l, "| ---") })

@@ -13,8 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestRow: what go test -json prints becomes a row, in place of the server's last
-// one or as a new one.
+// TestRow checks that the output of go test -json becomes a row, in place of the
+// server's last one or as a new one.
 func TestRow(t *testing.T) {
 	t.Parallel()
 	type event struct{ Action, Test, Output string }
@@ -56,9 +56,15 @@ func TestRow(t *testing.T) {
 		server       string
 		want, output string
 	}{
-		"passes": {good, "Vault 1.0", strings.Replace(page, "| Vault 1.0 | old |", "| Vault 1.0 | 2026-11-25 | 2 | 2 | 0 | 1 | `TestA/one`: not \\| here |", 1), ""},
+		"passes": {
+			good, "Vault 1.0", strings.Replace(page, "| Vault 1.0 | old |",
+				"| Vault 1.0 | 2026-11-25 | 2 | 2 | 0 | 1 | `TestA/one`: not \\| here |", 1),
+			"",
+		},
 		"fails": {
-			bad, "OpenBao 2.6.2", strings.Replace(page, "\n\nEnd", "\n| OpenBao 2.6.2 | 2026-11-25 | 3 | 2 | **1**: `TestC/deep` | 1 | `TestA/one`: not \\| here |\n\nEnd", 1),
+			bad, "OpenBao 2.6.2", strings.Replace(page, "\n\nEnd",
+				"\n| OpenBao 2.6.2 | 2026-11-25 | 3 | 2 | **1**: `TestC/deep` | 1 |"+
+					" `TestA/one`: not \\| here |\n\nEnd", 1),
 			"    c_test.go:1: wrong\n",
 		},
 	} {

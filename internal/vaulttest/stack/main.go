@@ -75,7 +75,8 @@ func run(command []string) (status int, err error) {
 		return 1, err
 	}
 	defer sim.Stop()
-	server, err := vaulttest.Start(context.Background(), vaulttest.Config{Binary: vault, Dir: dir, LogLevel: "debug", PluginDir: bin})
+	config := vaulttest.Config{Binary: vault, Dir: dir, LogLevel: "debug", PluginDir: bin}
+	server, err := vaulttest.Start(context.Background(), config)
 	if err != nil {
 		return 1, err
 	}
