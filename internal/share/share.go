@@ -89,8 +89,7 @@ type token struct {
 
 	holders int  // readers that wait for the call or are about to receive the token
 	readers int  // readers that received the token
-	isGone  bool // dropped, or never kept
-	counted bool // as undelivered
+	isGone  bool // dropped, or never kept; it gets no holder after that
 }
 
 // Reader is a request that shares.
@@ -279,13 +278,12 @@ func notInTime(why string) *outcome.Failure {
 
 // deliver gives a token that the reader holds to the reader, with a lease of its own.
 func (s *role) deliver(t *token, r Reader, result Result) (Result, error) {
-	err := r.Check()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	defer s.releaseLocked(t)
-	if err != nil {
+	defer s.release(t) // even if the check panics
+	if err := r.Check(); err != nil {
 		return result, err
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	now := time.Now()
 	result.Reused = result.Reused || t.readers > 0
 	lease := t.lease(now, result.Reused)
@@ -309,7 +307,7 @@ func (s *role) fallBack(f *outcome.Failure, r Reader, waited bool) (Result, erro
 	failed := Result{Waited: waited, CallFailed: true}
 	s.mu.Lock()
 	t := s.last
-	if s.retired || !f.MeansDown() || !t.isFallback(time.Now(), r.Lifetime) {
+	if !f.MeansDown() || !t.isFallback(time.Now(), r.Lifetime) {
 		s.mu.Unlock()
 		return failed, f
 	}
@@ -328,7 +326,7 @@ func (s *role) fallBack(f *outcome.Failure, r Reader, waited bool) (Result, erro
 // backingOff returns the failure for readers while the role makes no call after a failure, else nil. s.mu is held.
 func (s *role) backingOff(now time.Time) *outcome.Failure {
 	wait := s.backoffEnds().Sub(now)
-	if s.call != nil || s.failures == 0 || wait <= 0 {
+	if s.failures == 0 || wait <= 0 {
 		return nil
 	}
 	later := *s.failure
@@ -410,11 +408,6 @@ func (s *role) retireIfIdle(now time.Time) bool {
 func (s *role) release(t *token) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.releaseLocked(t)
-}
-
-// releaseLocked is release for callers that hold mu.
-func (s *role) releaseLocked(t *token) {
 	t.holders--
 	s.settleLocked(t)
 }
@@ -422,17 +415,17 @@ func (s *role) releaseLocked(t *token) {
 // settleLocked counts a token as undelivered, once, if it is gone and no reader received it or can still receive it.
 // The caller holds mu.
 func (s *role) settleLocked(t *token) {
-	if t.isGone && t.minted != nil && t.readers == 0 && t.holders == 0 && !t.counted {
-		t.counted = true
+	if t.isGone && t.minted != nil && t.readers == 0 && t.holders == 0 {
 		t.undelivered(t.minted)
 	}
 }
 
-// isFresh reports whether the token may be returned: its call was sent at most reuseFor ago, at least half of its
-// lifetime remains, and no more than most was requested for it.
+// isFresh reports whether the token may be returned, namely if its call was sent at most reuseFor ago, at least half of
+// its lifetime remains, no more than most was requested for it, and there is time for a lease.
 func (t *token) isFresh(now time.Time, reuseFor, most time.Duration) bool {
 	return t != nil && t.requested <= most && cable.Elapsed(t.minted.SentAt, now) <= reuseFor &&
-		t.remaining(now) >= t.usable()/2 // at least half of its lifetime remains
+		t.remaining(now) >= t.usable()/2 && // at least half of its lifetime remains
+		t.lease(now, true) >= time.Second
 }
 
 // isFallback reports whether the token may be returned while Cable is down.

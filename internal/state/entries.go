@@ -197,7 +197,8 @@ func decode(raw []byte, stored any) (unknown, error) {
 	for _, field := range reflect.VisibleFields(reflect.TypeOf(stored).Elem()) {
 		if tag, ok := field.Tag.Lookup("json"); ok {
 			key, _, _ := strings.Cut(tag, ",")
-			delete(rest, key)
+			// A known key in another case is known, as it is to encoding/json.
+			maps.DeleteFunc(rest, func(k string, _ json.RawMessage) bool { return strings.EqualFold(k, key) })
 		}
 	}
 	return rest, nil

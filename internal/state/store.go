@@ -54,7 +54,7 @@ type Settings struct {
 
 	// Version identifies the pair of entries.
 	Version Version
-	name    string
+	key     string // of the role
 }
 
 // Version has the numbers of the last change of the configuration and of a role.
@@ -144,12 +144,13 @@ func (s *Store) Close() {
 func (s *Store) Settings(
 	ctx context.Context, storage logical.Storage, role string, received time.Time,
 ) (Settings, error) {
+	key := RoleKey(role)
 	s.mu.Lock()
 	timeout := s.timeout
 	config, known := s.knownLocked(ConfigKey)
-	r, roleKnown := s.knownLocked(RoleKey(role))
+	r, roleKnown := s.knownLocked(key)
 	s.mu.Unlock()
-	set := Settings{name: role, Version: Version{config.number, r.number}}
+	set := Settings{key: key, Version: Version{config.number, r.number}}
 	set.Config, _ = config.value.(*Live)
 	set.Role, _ = r.value.(*Role)
 	if known && roleKnown {
@@ -166,18 +167,18 @@ func (s *Store) Settings(
 	}
 	roleCtx, cancel := WithBudget(ctx, received, timeout)
 	defer cancel()
-	set.Role, set.Version.role, err = loadAs[*Role](roleCtx, s, storage, RoleKey(role))
+	set.Role, set.Version.role, err = loadAs[*Role](roleCtx, s, storage, key)
 	return set, err
 }
 
 // RoleSettings returns the settings without the configuration, to try another one.
 func (s *Store) RoleSettings(ctx context.Context, storage logical.Storage, role string) (Settings, error) {
 	s.mu.Lock()
-	set := Settings{name: role, Version: Version{config: s.config.number}}
+	set := Settings{key: RoleKey(role), Version: Version{config: s.config.number}}
 	err := s.narrowedLocked(ConfigKey)
 	s.mu.Unlock()
 	if err == nil {
-		set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, RoleKey(role))
+		set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, set.key)
 	}
 	return set, err
 }
@@ -191,7 +192,18 @@ func WithBudget(ctx context.Context, received time.Time, timeout time.Duration) 
 func (s *Store) IsCurrent(set Settings) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return set.Version == Version{s.config.number, s.findLocked(RoleKey(set.name)).number}
+	return s.isCurrentLocked(set)
+}
+
+func (s *Store) isCurrentLocked(set Settings) bool {
+	return set.Version == Version{s.config.number, s.findLocked(set.key).number}
+}
+
+// IsCertain reports whether the settings are current and neither entry is uncertain, so that storage need not be read.
+func (s *Store) IsCertain(set Settings) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.isCurrentLocked(set) && s.isCertainLocked(ConfigKey) && s.isCertainLocked(set.key)
 }
 
 // Config returns the configuration in use, or nil if none is stored.
@@ -397,14 +409,10 @@ func (s *Store) Invalidate(key string) {
 	s.settleLocked(key)
 }
 
-// wrote notes how a write of an entry ended. The shared token of the entry is dropped in any case.
-func (s *Store) wrote(key string, narrows, stored bool) {
+// writeFailed notes that a write of an entry failed, which drops the entry's shared token.
+func (s *Store) writeFailed(key string, narrows bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if stored {
-		s.settleLocked(key)
-		return
-	}
 	s.changeLocked(key, false).certain = false
 	switch {
 	case narrows:
@@ -536,10 +544,19 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 	defer context.AfterFunc(e.store.ctx, func() { cancel(errClosed) })()
 	written := make(chan struct{})
 	e.written = written
+	var once sync.Once // a write fails once, and not after it has succeeded
+	failed := func() { e.store.writeFailed(e.key, narrows) }
 	_, err := mount.Call(ctx, func() (any, error) {
 		stored := false
 		defer close(written)
-		defer func() { e.store.wrote(e.key, narrows, stored) }() // also if storage panics
+		defer func() {
+			if !stored { // even if storage panics
+				once.Do(failed)
+				return
+			}
+			once.Do(func() {})
+			e.store.Invalidate(e.key)
+		}()
 		var err error
 		if raw == nil {
 			err = e.storage.Delete(ctx, e.key)
@@ -549,10 +566,8 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 		stored = err == nil
 		return nil, err
 	})
-	select {
-	case <-written:
-	default: // abandoned
-		e.store.wrote(e.key, narrows, false)
+	if err != nil {
+		once.Do(failed) // the call was abandoned
 	}
 	return err
 }

@@ -1,0 +1,303 @@
+// Copyright (c) The vault-plugin-secrets-cable authors
+// SPDX-License-Identifier: MPL-2.0
+
+package state
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
+)
+
+// showEntry compares entries, and shows them without the refresh key.
+var showEntry = cmp.Options{
+	cmp.AllowUnexported(Config{}, Role{}),
+	cmp.Comparer(func(a, b cable.Secret) bool { return a.Reveal() == b.Reveal() }),
+}
+
+// TestStoredEntries checks that entries as versions of the engine stored them are read,
+// and that writing one back changes none of its bytes.
+func TestStoredEntries(t *testing.T) {
+	t.Parallel()
+	at := time.Date(2026, 11, 1, 2, 3, 4, 0, time.UTC)
+	whole := NewConfig()
+	whole.RefreshKey, whole.RefreshKeyVersion, whole.RefreshKeyUpdatedAt = cable.NewSecret("k"), 3, at
+	whole.TokenURL, whole.AuthScheme, whole.OrganizationID = "https://a.example/t", AuthSchemeBearer, "org_1"
+	whole.RequestTimeout, whole.CACert, whole.Disabled = 5*time.Second, "pem", true
+	least := NewConfig()
+	least.RefreshKey, least.RefreshKeyVersion, least.RefreshKeyUpdatedAt = cable.NewSecret("k"), 1, at
+	for _, tt := range []struct {
+		stored string
+		want   *Config
+	}{
+		{`{"auth_scheme":"bearer","ca_cert":"pem","disabled":true,"organization_id":"org_1","refresh_key":"k",` +
+			`"refresh_key_updated_at":"2026-11-01T02:03:04Z","refresh_key_version":3,"request_timeout":5,` +
+			`"token_url":"https://a.example/t"}`, whole},
+		{`{"auth_scheme":"raw","refresh_key":"k","refresh_key_updated_at":"2026-11-01T02:03:04Z",` +
+			`"refresh_key_version":1,"request_timeout":20,"token_url":"https://api.cable.tech/v2/auth/token"}`, least},
+	} {
+		got, err := DecodeConfig([]byte(tt.stored))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tt.want.unknown = unknown{}
+		if diff := cmp.Diff(tt.want, got, showEntry); diff != "" {
+			t.Error(diff)
+		}
+		checkSameJSON(t, tt.stored, got)
+	}
+	for _, tt := range []struct {
+		stored string
+		want   Role
+	}{
+		{`{"scopes":["a:b"]}`, Role{Scopes: []string{"a:b"}}},
+		{`{"organization_id":"org_1","scopes":["a:b","c:d"],"ttl":600,"max_ttl":3600,"reuse_for":300,"disabled":true,` +
+			`"earlier_until":1800000000}`, Role{
+			OrganizationID: "org_1",
+			Scopes:         []string{"a:b", "c:d"},
+			TTL:            10 * time.Minute,
+			MaxTTL:         time.Hour,
+			ReuseFor:       5 * time.Minute,
+			Disabled:       true,
+			EarlierUntil:   1800000000,
+		}},
+	} {
+		got, err := DecodeRole("r", []byte(tt.stored))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tt.want.unknown = unknown{}
+		if diff := cmp.Diff(&tt.want, got, showEntry); diff != "" {
+			t.Error(diff)
+		}
+		checkSameJSON(t, tt.stored, got)
+	}
+	config, err := DecodeConfig([]byte(`{"refresh_key":"k"}`))
+	if err != nil || config.TokenURL != cable.DefaultTokenURL || config.RequestTimeout != cable.DefaultTimeout ||
+		config.AuthScheme != AuthSchemeRaw {
+		t.Errorf("absent keys do not mean the defaults: %+v %v", config, err)
+	}
+}
+
+// checkSameJSON checks that an entry is stored as the given JSON object.
+func checkSameJSON(t *testing.T, want string, e entry) {
+	t.Helper()
+	raw, err := e.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var a, b map[string]any
+	if err := json.Unmarshal([]byte(want), &a); err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(raw, &b); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(a, b); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestUnknownFields checks that fields of a newer version are kept when an entry is
+// rewritten, also when a known field is set or unset.
+func TestUnknownFields(t *testing.T) {
+	t.Parallel()
+	const newer = `,"lease":false,"organization_ids":["org_1"],"n":12345678901234567890,"o":{"a":null},"null":null`
+	check := func(stored string, decode func([]byte) (entry, error), edits map[string]func(entry)) {
+		for name, edit := range edits {
+			e, err := decode([]byte(stored))
+			if err != nil {
+				t.Fatal(err)
+			}
+			edit(e)
+			raw, err := e.Encode()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for field := range strings.SplitSeq(newer[1:], `,"`) {
+				if !strings.Contains(string(raw), strings.TrimPrefix(field, `"`)) {
+					t.Errorf("%s: %s is lost: %s", name, field, raw)
+				}
+			}
+			again, err := decode(raw)
+			if diff := cmp.Diff(e, again, showEntry); diff != "" || err != nil {
+				t.Errorf("%s: %s %v", name, diff, err)
+			}
+		}
+	}
+	role := func(f func(*Role)) func(entry) { return func(e entry) { f(e.(*Role)) } }
+	check(`{"scopes":["a:b"],"max_ttl":600,"disabled":true`+newer+`}`,
+		func(raw []byte) (entry, error) { return DecodeRole("r", raw) },
+		map[string]func(entry){
+			"nothing":     func(entry) {},
+			"set":         role(func(r *Role) { r.TTL, r.OrganizationID = time.Hour, "org_2" }),
+			"unset":       role(func(r *Role) { r.MaxTTL, r.Disabled = 0, false }),
+			"other names": role(func(r *Role) { r.Scopes = []string{"x:y", "z:z"} }),
+		})
+	config := func(f func(*Config)) func(entry) { return func(e entry) { f(e.(*Config)) } }
+	check(`{"refresh_key":"k","disabled":true,"ca_cert":"pem"`+newer+`}`,
+		func(raw []byte) (entry, error) { return DecodeConfig(raw) },
+		map[string]func(entry){
+			"nothing": func(entry) {},
+			"set":     config(func(c *Config) { c.OrganizationID = "org_2" }),
+			"unset":   config(func(c *Config) { c.CACert, c.Disabled = "", false }),
+		})
+
+	// A known field in another case is no unknown one, or it would come back.
+	r, err := DecodeRole("r", []byte(`{"Disabled":true,"MAX_TTL":600,"ſcopes":["a:b"]}`))
+	if err != nil || !r.Disabled || r.MaxTTL != 10*time.Minute || len(r.unknown) > 0 {
+		t.Errorf("%+v %v", r, err)
+	}
+	// A copy is changed, and not the entry in memory.
+	r, _ = DecodeRole("r", []byte(`{"scopes":["a:b"],"x":1}`))
+	next := *r
+	next.Disabled = true
+	if _, err := next.Encode(); err != nil || r.Disabled || len(r.unknown) != 1 {
+		t.Errorf("%+v %v", r, err)
+	}
+}
+
+// TestUnreadableEntries checks that errors for entries that cannot be read say how to
+// fix that and repeat none of them.
+func TestUnreadableEntries(t *testing.T) {
+	t.Parallel()
+	for _, raw := range []string{
+		"", "{", "[]", "7", `"REFRESHKEYCANARY"`, `{"scopes":7,"refresh_key":["REFRESHKEYCANARY"]}`,
+		`{"scopes":[],"refresh_key":"REFRESHKEYCANARY","request_timeout":"REFRESHKEYCANARY","ttl":"REFRESHKEYCANARY"}`,
+	} {
+		_, configErr := DecodeConfig([]byte(raw))
+		_, roleErr := DecodeRole("REFRESHKEYCANARY", []byte(raw))
+		for _, err := range []error{configErr, roleErr} {
+			if text := fmt.Sprint(err); strings.Contains(text, "CANARY") || !strings.Contains(text, "write it again") {
+				t.Errorf("%q: %v", raw, err)
+			}
+		}
+	}
+	if c, err := DecodeConfig(nil); c != nil || err != nil {
+		t.Error("a configuration of no bytes")
+	}
+	if r, err := DecodeRole("r", nil); r != nil || err != nil {
+		t.Error("a role of no bytes")
+	}
+	for n, want := range map[int64]time.Duration{
+		math.MinInt64: -time.Second, -1: -time.Second, 0: 0, 300: 5 * time.Minute,
+		math.MaxInt64: math.MaxInt32 * time.Second,
+	} {
+		if got := seconds(n); got != want {
+			t.Errorf("%d seconds are %s, want %s", n, got, want)
+		}
+	}
+}
+
+// FuzzStoredConfig checks reading a configuration that another version stored. Nothing
+// panics, an error repeats none of it, and an accepted one is stored and read again as
+// it was, with the fields that this version does not know.
+func FuzzStoredConfig(f *testing.F) {
+	for _, raw := range []string{
+		`{"refresh_key":"REFRESHKEYCANARY"}`,
+		`{"refresh_key":"REFRESHKEYCANARY","token_url":"https://a.example/t","of_a_later_version":{"x":1}}`,
+		`{"refresh_key":"REFRESHKEYCANARY","refresh_key_updated_at":"2024-01-01T00:00:00Z","disabled":true}`,
+		`{"refresh_key":["REFRESHKEYCANARY"]}`,
+		`{"refresh_key":"REFRESHKEYCANARY","request_timeout":"REFRESHKEYCANARY"}`,
+		`{"refresh_key":"REFRESHKEYCANARY","Auth_sCheme":"","request_timeout":0,"DISABLED":true}`,
+		`{"refresh_key":"REFRESHKEYCANARY","disabled":true,"disabled":false,"n":1,"n":2}`,
+		`{"refresh_key":"-01T00:00:00Z"}`, // a key like a time
+		`{"":"`,
+		`"REFRESHKEYCANARY"`,
+		`null`,
+		"\"\x0e",
+	} {
+		f.Add([]byte(raw))
+	}
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		c, err := DecodeConfig(raw)
+		if err != nil {
+			if strings.Contains(err.Error(), cabletest.RefreshKeyMarker) {
+				t.Errorf("the error repeats the key: %v", err)
+			}
+			return
+		}
+		if c == nil || c.RefreshKey.IsZero() {
+			t.Fatal("accepted without a key")
+		}
+		c.RefreshKey = cable.NewSecret(cabletest.RefreshKeyMarker)
+		printed, _ := json.Marshal(c)
+		if shown := fmt.Sprintf("%v %+v %#v %s", c, *c, c, printed); !strings.Contains(string(raw), "CANARY") &&
+			strings.Contains(shown, cabletest.RefreshKeyMarker) {
+			t.Errorf("the key is printed: %s", shown)
+		}
+		stored, err := c.Encode()
+		if err != nil {
+			return // a year that RFC 3339 cannot write
+		}
+		again, err := DecodeConfig(stored)
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkAgain(t, stored, again, c.unknown, again.unknown)
+		c.unknown, again.unknown = nil, nil
+		if diff := cmp.Diff(c, again, showEntry); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+// FuzzStoredRole is FuzzStoredConfig for roles.
+func FuzzStoredRole(f *testing.F) {
+	for _, raw := range []string{
+		`{"scopes":["a:b"],"of_a_later_version":[1]}`,
+		`{}`,
+		`null`,
+		`{"scopes":7}`,
+		`{"ttl":1e99}`,
+		`{"ttl":-9223372036854775808,"max_ttl":9223372036854775807,"earlier_until":-1}`,
+		`{"Scopes":null,"Disabled":true,"max_Ttl":1}`,
+		`{"":"","<":"&"}`,
+	} {
+		f.Add([]byte(raw))
+	}
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		r, err := DecodeRole("r", raw)
+		if err != nil {
+			return
+		}
+		stored, err := r.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := DecodeRole("r", stored)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again.NarrowedBy(r) != r.Disabled || r.NarrowedBy(again) != r.Disabled {
+			t.Error("writing a role back narrows it")
+		}
+		checkAgain(t, stored, again, r.unknown, again.unknown)
+		r.unknown, again.unknown = nil, nil
+		if diff := cmp.Diff(r, again, showEntry); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+// checkAgain checks that an entry that was stored and read again is stored in the same
+// bytes, with the same unknown fields.
+func checkAgain(t *testing.T, stored []byte, again entry, before, after unknown) {
+	t.Helper()
+	if twice, err := again.Encode(); err != nil || !slices.Equal(twice, stored) {
+		t.Errorf("stored as %s\nand then as %s, %v", stored, twice, err)
+	}
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after))); diff != "" {
+		t.Error(diff)
+	}
+}
