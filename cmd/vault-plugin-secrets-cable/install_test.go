@@ -24,11 +24,7 @@ var installed = "vault-plugin-secrets-cable-" + testVersion + map[bool]string{tr
 // content returns the content of a file.
 func content(t *testing.T, path string) []byte {
 	t.Helper()
-	data, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return data
+	return must(os.ReadFile(path))(t)
 }
 
 // onlyInstalled checks that a folder has a complete copy of the plugin, with its mode,
@@ -93,41 +89,35 @@ func TestInstall(t *testing.T) {
 			}
 			dir := filepath.Join(t.TempDir(), "plugins")
 			path := filepath.Join(dir, installed)
-			if err := os.Mkdir(dir, 0o755); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Mkdir(dir, 0o755))
 			if tt.before != nil {
-				if err := tt.before(path); err != nil {
-					t.Fatal(err)
-				}
+				check(t, tt.before(path))
 			}
 			before, _ := os.ReadDir(dir)
 			cmd := exec.Command(plugin, "-install", dir)
 			if tt.script != "" {
 				cmd = exec.Command("/bin/sh", "-c", tt.script, plugin, "--install="+dir)
 			}
-			var stdout, stderr strings.Builder
-			cmd.Stdout, cmd.Stderr = &stdout, &stderr
-			err := cmd.Run()
-			t.Log(stderr.String())
+			stdout, stderr, status := run(cmd)
+			t.Log(stderr)
 			if tt.error == "" {
 				want := fmt.Sprintf("%x  %s\n", sha256.Sum256(program), path)
-				if err != nil || stdout.String() != want {
-					t.Fatalf("%v, standard output %q, want %q", err, &stdout, want)
+				if status != 0 || stdout != want {
+					t.Fatalf("exit status %d, standard output %q, want %q", status, stdout, want)
 				}
 				remedy := "run: setcap cap_ipc_lock=+ep " + path + "\n"
-				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr.String(), remedy) {
-					t.Errorf("standard error: %q", &stderr)
+				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr, remedy) {
+					t.Errorf("standard error: %q", stderr)
 				}
 				onlyInstalled(t, dir)
 				return
 			}
-			if cmd.ProcessState.ExitCode() != 1 || stdout.Len() > 0 {
-				t.Errorf("%v, standard output %q", err, &stdout)
+			if status != 1 || stdout != "" {
+				t.Errorf("exit status %d, standard output %q", status, stdout)
 			}
-			if got := stderr.String(); !strings.HasPrefix(got, "vault-plugin-secrets-cable was not installed: ") ||
-				runtime.GOOS != "windows" && !strings.Contains(got, tt.error) {
-				t.Errorf("standard error: %q, want %q", got, tt.error)
+			if !strings.HasPrefix(stderr, "vault-plugin-secrets-cable was not installed: ") ||
+				runtime.GOOS != "windows" && !strings.Contains(stderr, tt.error) {
+				t.Errorf("standard error: %q, want %q", stderr, tt.error)
 			}
 			if after, _ := os.ReadDir(dir); fmt.Sprint(after) != fmt.Sprint(before) {
 				t.Errorf("the folder has %v, before %v", after, before)
@@ -160,9 +150,7 @@ func TestInstallAtOnce(t *testing.T) {
 	for try := range 20 {
 		dir := t.TempDir()
 		cmd := exec.Command(plugin, "-install", dir)
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		check(t, cmd.Start())
 		time.Sleep(time.Duration(try) * 5 * time.Millisecond)
 		_ = cmd.Process.Signal(os.Interrupt)
 		ended := cmd.Wait()
@@ -181,18 +169,11 @@ func TestInstallAlone(t *testing.T) {
 		skipUnlessRequired(t, "to change the root folder takes root, on Linux")
 	}
 	needProgram(t, "chroot")
-	root, err := os.MkdirTemp("", "cable-root-") // t.TempDir is behind folders of root alone
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := must(os.MkdirTemp("", "cable-root-"))(t) // t.TempDir is behind folders of root alone
 	t.Cleanup(func() { _ = os.RemoveAll(root) })
 	program, plugins := content(t, build(t)), filepath.Join(root, "plugins")
-	if err := errors.Join(
-		os.WriteFile(filepath.Join(root, "plugin"), program, 0o755), os.Chmod(root, 0o755),
-		os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000),
-	); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(root, "plugin"), program, 0o755))
+	check(t, errors.Join(os.Chmod(root, 0o755), os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000)))
 	out, err := exec.Command("chroot", "--userspec=100:1000", root, "/plugin", "-install", "/plugins").Output()
 	if want := fmt.Sprintf("%x  /plugins/%s\n", sha256.Sum256(program), installed); err != nil || string(out) != want {
 		t.Fatalf("%v, %q, want %q", err, out, want)

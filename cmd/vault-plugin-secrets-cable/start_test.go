@@ -4,7 +4,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -13,7 +12,6 @@ import (
 	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -25,9 +23,7 @@ func TestCannotStart(t *testing.T) {
 	plugin := build(t)
 	cert := "PLUGIN_CLIENT_CERT=" + certificate()
 	long := filepath.Join(t.TempDir(), strings.Repeat("long", 30))
-	if err := os.Mkdir(long, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(long, 0o700))
 	nobody := []string{"/bin/sh", "-c", `ulimit -l 64 && exec "$0"`, plugin}
 	if os.Geteuid() == 0 { // root may lock as much memory as it likes
 		nobody = append([]string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"}, nobody...)
@@ -39,20 +35,27 @@ func TestCannotStart(t *testing.T) {
 		error, remedy string // regular expressions
 	}{
 		"memory cannot be locked": {
-			nobody, []string{cert, "VAULT_PLUGIN_MLOCK_ENABLED=true"}, "locking memory: cannot allocate memory",
+			nobody,
+			[]string{cert, "VAULT_PLUGIN_MLOCK_ENABLED=true"},
+			"locking memory: cannot allocate memory",
 			`"setcap cap_ipc_lock=\+ep ` + plugin + `", again after each upgrade .* disable_mlock = true`,
 		},
 		"no folder for the socket": {
-			nil, []string{cert, "TMPDIR=/nonexistent/folder"},
+			nil,
+			[]string{cert, "TMPDIR=/nonexistent/folder"},
 			"open /nonexistent/folder/plugin.*: no such file or directory",
 			"a socket in /nonexistent/folder: let Vault's user create files there, .* -env=TMPDIR=FOLDER",
 		},
 		"no such folder of a container's": {
-			nil, []string{cert, "PLUGIN_UNIX_SOCKET_DIR=/nonexistent/sockets"}, "open /nonexistent/sockets/plugin",
+			nil,
+			[]string{cert, "PLUGIN_UNIX_SOCKET_DIR=/nonexistent/sockets"},
+			"open /nonexistent/sockets/plugin",
 			"a socket in /nonexistent/sockets:",
 		},
 		"folder with too long a path": {
-			nil, []string{cert, "TMPDIR=" + long}, "invalid argument",
+			nil,
+			[]string{cert, "TMPDIR=" + long},
+			"invalid argument",
 			"a socket in " + long + ":.* of at most 80 characters",
 		},
 		"no such group of the socket": {
@@ -60,11 +63,13 @@ func TestCannotStart(t *testing.T) {
 		},
 		"no descriptors": {
 			[]string{"/bin/sh", "-c", `ulimit -n 8 && exec "$0"`, plugin},
-			[]string{cert}, "too many open files", "limit of open files .*LimitNOFILE",
+			[]string{cert},
+			"too many open files", "limit of open files .*LimitNOFILE",
 		},
 		"no certificate": {nil, nil, "PLUGIN_CLIENT_CERT is not set", leaveEnvironment},
 		"garbled certificate": {
-			nil, []string{"PLUGIN_CLIENT_CERT=-----BEGIN " + canary},
+			nil,
+			[]string{"PLUGIN_CLIENT_CERT=-----BEGIN " + canary},
 			"PLUGIN_CLIENT_CERT contains no certificate", leaveEnvironment,
 		},
 	}
@@ -81,27 +86,23 @@ func TestCannotStart(t *testing.T) {
 				tt.command = []string{plugin}
 			}
 			needProgram(t, tt.command[0])
-			var stdout, stderr strings.Builder
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-			defer cancel()
-			cmd := exec.CommandContext(ctx, tt.command[0], tt.command[1:]...)
-			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			cmd := exec.Command(tt.command[0], tt.command[1:]...)
 			cmd.Env = underVault(append([]string{"VAULT_LOG_LEVEL=error"}, tt.env...)...)
-			_ = cmd.Run()
-			if status := cmd.ProcessState.ExitCode(); status != 1 || stdout.Len() > 0 {
-				t.Errorf("exit status %d, standard output: %q", status, &stdout)
+			stdout, stderr, status := run(cmd)
+			if status != 1 || stdout != "" {
+				t.Errorf("exit status %d, standard output: %q", status, stdout)
 			}
-			t.Log(stderr.String())
-			lines := logLines(t, stderr.String())
+			t.Log(stderr)
+			lines := logLines(t, stderr)
 			if len(lines) != 1 || lines[0]["@level"] != "error" || lines[0]["@message"] != "plugin cannot run" {
-				t.Fatalf("log: %q, want one line at error level", &stderr)
+				t.Fatalf("log: %q, want one line at error level", stderr)
 			}
 			for field, want := range map[string]string{"error": tt.error, "remedy": tt.remedy} {
 				if got, _ := lines[0][field].(string); !regexp.MustCompile(want).MatchString(got) {
 					t.Errorf("%s: %q, want %q", field, got, want)
 				}
 			}
-			if strings.Contains(stderr.String(), canary) {
+			if strings.Contains(stderr, canary) {
 				t.Error("the line repeats the certificate")
 			}
 		})

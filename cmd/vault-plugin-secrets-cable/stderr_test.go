@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,12 +27,7 @@ func TestStderr(t *testing.T) {
 		"VAULT_LOG_LEVEL=trace", // of the logger, so that there are lines
 	}
 	var stderr bytes.Buffer
-	client := client(&stderr, cmd)
-	t.Cleanup(client.Kill)
-	protocol, err := client.Client()
-	if err != nil {
-		t.Fatal(err)
-	}
+	client, protocol := connect(t, &stderr, cmd)
 	for range 10 {
 		if err := protocol.Ping(); err != nil {
 			t.Error(err)
@@ -57,14 +51,8 @@ func TestCrash(t *testing.T) {
 	pidFile := filepath.Join(t.TempDir(), "pid")
 	var stderr bytes.Buffer
 	const script = `echo $$ >"$1"; TMPDIR=${1%/*} exec "$0"`
-	client := client(&stderr, exec.Command("/bin/sh", "-c", script, build(t), pidFile))
-	t.Cleanup(client.Kill)
-	if _, err := client.Client(); err != nil {
-		t.Fatal(err)
-	}
-	if err := readProcess(t, pidFile).Signal(syscall.SIGQUIT); err != nil {
-		t.Fatal(err)
-	}
+	client, _ := connect(t, &stderr, exec.Command("/bin/sh", "-c", script, build(t), pidFile))
+	check(t, readProcess(t, pidFile).Signal(syscall.SIGQUIT))
 	waitFor(t, "the process to end", client.Exited)
 	if text := stderr.String(); !strings.HasPrefix(text, "SIGQUIT: quit\n") || !strings.Contains(text, "\ngoroutine ") {
 		t.Errorf("standard error: %.1000q, want the runtime's report", text)
@@ -74,11 +62,6 @@ func TestCrash(t *testing.T) {
 // readProcess returns the process whose id a script has written to a file.
 func readProcess(t *testing.T, file string) *os.Process {
 	t.Helper()
-	text, readErr := os.ReadFile(file)
-	pid, parseErr := strconv.Atoi(strings.TrimSpace(string(text)))
-	process, err := os.FindProcess(pid)
-	if err := errors.Join(readErr, parseErr, err); err != nil {
-		t.Fatal(err)
-	}
-	return process
+	pid := must(strconv.Atoi(strings.TrimSpace(string(content(t, file)))))(t)
+	return must(os.FindProcess(pid))(t)
 }

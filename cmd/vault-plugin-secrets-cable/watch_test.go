@@ -6,7 +6,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -147,28 +146,21 @@ func TestServerKilled(t *testing.T) {
 				t.Skip("Windows has no shell scripts")
 			}
 			if strings.Contains(name, "namespace") {
-				needNamespace(t)
+				needProgram(t, "unshare", "--pid", "--fork", "--mount-proc", "true") // takes root, on Linux
 			}
 			// The plugin inherits the reading end of standard input. Once all of its
 			// processes have ended, writing fails.
 			r, w, err := os.Pipe()
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			defer w.Close()
 			sockets := t.TempDir()
 			server := exec.Command(os.Args[0], append([]string{hostArg}, command...)...)
 			server.Env = append(os.Environ(), "TMPDIR="+sockets)
 			server.Stdin = r
-			stdout, err := server.StdoutPipe()
-			if err == nil {
-				err = server.Start()
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			stdout := bufio.NewReader(must(server.StdoutPipe())(t))
+			check(t, server.Start())
 			_ = r.Close()
-			if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "ready\n" {
+			if line, err := stdout.ReadString('\n'); line != "ready\n" {
 				t.Fatalf("the server does not start: %q, %v", line, err)
 			}
 			_ = server.Process.Kill()
@@ -199,19 +191,6 @@ func noSocket(t *testing.T, dir string) {
 	t.Helper()
 	if left, err := filepath.Glob(filepath.Join(dir, "plugin*")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %q, %v", left, err)
-	}
-}
-
-// needNamespace skips a test that needs a PID namespace, for which one must be
-// root on Linux.
-func needNamespace(t *testing.T) {
-	t.Helper()
-	if runtime.GOOS != "linux" {
-		t.Skip("PID namespaces are Linux's")
-	}
-	needProgram(t, "unshare")
-	if out, err := exec.Command("unshare", "--pid", "--fork", "--mount-proc", "true").CombinedOutput(); err != nil {
-		skipUnlessRequired(t, fmt.Sprintf("no PID namespace: %v: %s", err, out))
 	}
 }
 
@@ -246,12 +225,7 @@ func TestServerRuns(t *testing.T) {
 			t.Parallel()
 			file := filepath.Join(t.TempDir(), "pid")
 			var stderr bytes.Buffer
-			client := client(&stderr, exec.Command("/bin/sh", "-c", tt.script, plugin, file))
-			t.Cleanup(client.Kill)
-			protocol, err := client.Client()
-			if err != nil {
-				t.Fatal(err)
-			}
+			_, protocol := connect(t, &stderr, exec.Command("/bin/sh", "-c", tt.script, plugin, file))
 			if tt.signal != nil {
 				process := readProcess(t, file)
 				for range 5 {
@@ -288,24 +262,14 @@ func TestSignal(t *testing.T) {
 				cmd.Env = []string{"TMPDIR=" + sockets}
 				client := client(io.Discard, cmd)
 				t.Cleanup(client.Kill)
-				addr, err := client.Start()
-				if err != nil {
-					t.Fatal(err)
-				}
+				addr := must(client.Start())(t)
 				// A process without the server's certificate is not the server.
-				stranger, err := net.Dial(addr.Network(), addr.String())
-				if err != nil {
-					t.Fatal(err)
-				}
+				stranger := must(net.Dial(addr.Network(), addr.String()))(t)
 				defer stranger.Close()
 				if connected {
-					protocol, err := client.Client()
-					if err == nil {
-						err = errors.Join(protocol.Ping(), protocol.(*goplugin.GRPCClient).Conn.Close())
-					}
-					if err != nil {
-						t.Fatal(err)
-					}
+					protocol := must(client.Client())(t)
+					check(t, protocol.Ping())
+					check(t, protocol.(*goplugin.GRPCClient).Conn.Close())
 				}
 				waitFor(t, "the plugin to end after a signal", func() bool {
 					_ = cmd.Process.Signal(signal) // the plugin may not yet know that its connection is closed
@@ -322,14 +286,9 @@ func TestSignal(t *testing.T) {
 func TestParent(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer w.Close()
-	file, err := os.Create(filepath.Join(t.TempDir(), "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	file := must(os.Create(filepath.Join(t.TempDir(), "log")))(t)
 	defer file.Close()
 	gone := newParent(w, file)
 	if gone() {
