@@ -52,8 +52,8 @@ func (b *backend) pathConfig() *framework.Path {
 	}
 }
 
-// configResponseFields describes what a read of config returns. There are no defaults: a client that applied them to a
-// write would reset what is stored.
+// configResponseFields describes the response to a read of config. There are no defaults, because a client that applied
+// them to a write would reset the stored values.
 func configResponseFields() map[string]*framework.FieldSchema {
 	schema := map[string]*framework.FieldSchema{
 		"token_url": field(framework.TypeString,
@@ -96,7 +96,7 @@ func configResponseData(c *state.Config) map[string]any {
 func (b *backend) pathConfigRead(ctx context.Context, r *request) (*logical.Response, error) {
 	c, err := state.ReadConfig(ctx, r.Storage)
 	if c == nil || err != nil {
-		return nil, err // Vault answers nil with 404
+		return nil, err // Vault turns nil into a 404
 	}
 	return &logical.Response{Data: configResponseData(c)}, nil
 }
@@ -163,8 +163,8 @@ func orNoContent(resp *logical.Response) *logical.Response {
 	return resp
 }
 
-// mergeConfig decodes the stored entry, nil if there is none, and lays a write over it. It refuses what the write must
-// not change; the rest of the entry may come from another version of the engine, and is not judged.
+// mergeConfig decodes the stored entry, nil if there is none, and lays a write over it. It judges the fields that the
+// write changes, and no others, because another version of the engine may have stored them.
 func mergeConfig(stored []byte, r *request) (before, next *state.Config, err error) {
 	if before, err = state.DecodeConfig(stored); err != nil {
 		return nil, nil, err
@@ -200,7 +200,7 @@ func mergeConfig(stored []byte, r *request) (before, next *state.Config, err err
 	case before == nil:
 		return nil, nil, outcome.Refuse("refresh_key is missing: the first write of config needs it")
 	case changes.Has("token_url"), changes.Has("ca_cert"):
-		// URL and key: changing token_url or ca_cert needs the key.
+		// Key and destination belong together, so changing token_url or ca_cert needs the key.
 		return nil, nil, outcome.Refuse("changing token_url or ca_cert needs refresh_key in the same request: " +
 			"permission to edit the configuration is not permission to send the key to another host")
 	}

@@ -76,8 +76,8 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 	}
 }
 
-// pathStatusRead handles GET status. It reports what is in memory even if Vault's storage cannot be read, because that
-// is when it is needed.
+// pathStatusRead handles GET status. It reports the figures in memory even if Vault's storage cannot be read, because
+// it is needed most then.
 func (b *backend) pathStatusRead(ctx context.Context, r *request) (*logical.Response, error) {
 	resp := &logical.Response{Data: b.report.Status()}
 	resp.Data["version"], resp.Data["commit"] = version.String(), version.Commit()
@@ -101,7 +101,7 @@ func (b *backend) pathStatusRead(ctx context.Context, r *request) (*logical.Resp
 	return resp, nil
 }
 
-// configStatus returns what status reports of the configuration in use, which is nil if none is stored.
+// configStatus returns the fields of status about the configuration in use, which is nil if none is stored.
 func configStatus(live *state.Live, now time.Time) map[string]any {
 	var pause, age time.Duration
 	var pausedUntil time.Time

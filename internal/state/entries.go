@@ -95,8 +95,8 @@ func DecodeConfig(raw []byte) (*Config, error) {
 	return c, nil
 }
 
-// NarrowedBy reports whether next, written in place of the configuration, takes something away from readers: it
-// disables the mount, or changes the organization or the destination.
+// NarrowedBy reports whether next, written in place of the configuration, takes something away from readers. It does if
+// it disables the mount, or changes the organization or the destination.
 func (c *Config) NarrowedBy(next *Config) bool {
 	return c != nil && (next.Disabled || c.OrganizationID != next.OrganizationID || !c.SameDestination(next))
 }
@@ -167,8 +167,8 @@ func (r *Role) NarrowedBy(next *Role) bool {
 		next.MaxLifetime() < r.MaxLifetime() || len(fields.Without(r.Scopes, next.Scopes)) > 0)
 }
 
-// unknown has the keys of a stored entry that this version does not know. Fields that this version does not know are
-// kept when an entry is rewritten, because an older version must not drop what a newer one stored.
+// unknown has the keys of a stored entry that this version does not know. Unknown stored fields are kept when an entry
+// is rewritten, because an older version must not drop the fields of a newer one.
 type unknown map[string]json.RawMessage
 
 // encode marshals a stored type together with the unknown keys.
