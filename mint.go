@@ -320,6 +320,9 @@ func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token,
 //
 // Reading storage may exceed the request's budget by recheckTimeout, because giving up now would waste a token.
 func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
+	if b.state.IsCertain(a.set) {
+		return context.Cause(ctx) // set if the caller left, because Vault would drop the token
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, recheckTimeout, outcome.ErrBudget)
 	defer cancel()
 	for began := time.Now(); ; {
@@ -334,7 +337,7 @@ func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
 				"and does not allow this token any more: read again", a.role)
 		}
 		if err == nil && ctx.Err() != nil {
-			err = context.Cause(ctx) // the caller left, so Vault would drop the token
+			err = context.Cause(ctx) // the caller left, or the second is over
 		}
 		if err != nil || b.state.IsCurrent(now) {
 			return err

@@ -90,36 +90,29 @@ func TestRequest(t *testing.T) {
 // then.
 func TestClose(t *testing.T) {
 	t.Parallel()
-	for name, newServer := range map[string]func(testing.TB, *cabletest.Options) *cabletest.Server{
-		"HTTP/1.1": cabletest.NewServer, "HTTP/2.0": cabletest.NewTLSServer,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			arrived, closed := make(chan struct{}), make(chan struct{})
-			var once sync.Once
-			srv := newServer(t, &cabletest.Options{Log: func(cabletest.Call) {
-				once.Do(func() {
-					close(arrived)
-					<-closed
-				})
-			}})
-			c := newClient(t, srv, Config{})
-			done := make(chan error)
-			go func() {
-				_, err := c.RequestToken(t.Context(), testRequest())
-				done <- err
-			}()
-			<-arrived
-			c.Close()
-			close(closed)
-			if err := <-done; err != nil {
-				t.Errorf("the call under way: %v", err)
-			}
-			mustMint(t, c)
-			if n := srv.Connections(); n != 2 {
-				t.Errorf("%d connections, want 2", n)
-			}
+	arrived, closed := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	srv := cabletest.NewTLSServer(t, &cabletest.Options{Log: func(cabletest.Call) {
+		once.Do(func() {
+			close(arrived)
+			<-closed
 		})
+	}})
+	c := newClient(t, srv, Config{})
+	done := make(chan error)
+	go func() {
+		_, err := c.RequestToken(t.Context(), testRequest())
+		done <- err
+	}()
+	<-arrived
+	c.Close()
+	close(closed)
+	if err := <-done; err != nil {
+		t.Errorf("the call under way: %v", err)
+	}
+	mustMint(t, c)
+	if n := srv.Connections(); n != 2 {
+		t.Errorf("%d connections, want 2", n)
 	}
 }
 
@@ -148,25 +141,22 @@ func TestCallsAreIndependent(t *testing.T) {
 func TestNew(t *testing.T) {
 	t.Parallel()
 	key := NewSecret(testKey)
+	const (
+		noKey  = "the refresh key is missing"
+		scheme = "token_url must begin with https:// (http:// for a loopback host only): " + exampleURL
+		notPEM = "ca_cert is not PEM at block 1: write CERTIFICATE blocks only, without other text around them"
+	)
 	for _, tt := range []struct {
 		name string
 		cfg  Config
 		want string // the whole error; "" for none
 	}{
 		{"default", Config{RefreshKey: key}, ""},
-		{"no key", Config{}, "the refresh key is missing"},
-		{"empty key", Config{RefreshKey: NewSecret("")}, "the refresh key is missing"},
-		{
-			"bad URL",
-			Config{RefreshKey: key, TokenURL: "ftp://h/"},
-			"token_url must begin with https:// (http:// for a loopback host only): " + exampleURL,
-		},
+		{"no key", Config{}, noKey},
+		{"empty key", Config{RefreshKey: NewSecret("")}, noKey},
+		{"bad URL", Config{RefreshKey: key, TokenURL: "ftp://h/"}, scheme},
 		{"certificate", Config{RefreshKey: key, CACert: newAuthority(t).pem}, ""},
-		{
-			"bad certificate",
-			Config{RefreshKey: key, CACert: "hello"},
-			"ca_cert is not PEM at block 1: write CERTIFICATE blocks only, without other text around them",
-		},
+		{"bad certificate", Config{RefreshKey: key, CACert: "hello"}, notPEM},
 	} {
 		c, err := New(tt.cfg)
 		if got := fmt.Sprint(err); err != nil && got != tt.want || err == nil && tt.want != "" ||
@@ -174,37 +164,4 @@ func TestNew(t *testing.T) {
 			t.Errorf("%s: got %v, %q; want %q", tt.name, c, got, tt.want)
 		}
 	}
-}
-
-// BenchmarkRequestToken measures a token request over loopback, including the simulator.
-func BenchmarkRequestToken(b *testing.B) {
-	run := func(b *testing.B, f func(b *testing.B, mint func())) {
-		c := newClient(b, cabletest.NewServer(b, nil), Config{})
-		mint := func() {
-			if _, err := c.RequestToken(b.Context(), testRequest()); err != nil {
-				b.Error(err)
-			}
-		}
-		mint()
-		b.ReportAllocs()
-		b.ResetTimer()
-		f(b, mint)
-	}
-	b.Run("serial", func(b *testing.B) {
-		run(b, func(b *testing.B, mint func()) {
-			for b.Loop() {
-				mint()
-			}
-		})
-	})
-	b.Run("parallel", func(b *testing.B) {
-		run(b, func(b *testing.B, mint func()) {
-			b.SetParallelism(16)
-			b.RunParallel(func(pb *testing.PB) {
-				for pb.Next() {
-					mint()
-				}
-			})
-		})
-	})
 }

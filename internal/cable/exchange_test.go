@@ -192,13 +192,13 @@ func TestEnd(t *testing.T) {
 	for _, failed := range []bool{false, true} {
 		x := newExchange(func() error { return nil }, []byte("{}"), false)
 		x.conn = new(countingConn) // to which nothing was written yet
-		if sent, _ := x.end(failed); sent {
+		if p, _ := x.end(failed); p.sent {
 			t.Errorf("failed %t: sent before the gate opened", failed)
 		}
 		x.ended = false
 		x.open()
-		if sent, _ := x.end(failed); sent == failed {
-			t.Errorf("failed %t: sent %t", failed, sent)
+		if p, _ := x.end(failed); p.sent == failed {
+			t.Errorf("failed %t: sent %t", failed, p.sent)
 		}
 	}
 }

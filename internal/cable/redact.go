@@ -34,10 +34,8 @@ type redactor struct{ known func() *spellings }
 
 // spellings are a secret as it is and in the encodings in which servers echo it.
 type spellings struct {
-	whole   []string            // each of them
-	short   []string            // those that are shorter than a window
-	windows map[string]struct{} // each run of redactWindow bytes of the others
-	begins  [1 << 16]bool       // the first two bytes of each window, which rule out most text
+	whole   []string
+	windows map[string]struct{} // each run of redactWindow bytes of them
 }
 
 // newRedactor returns a redactor that finds the secret as it is, in URL, HTML and hexadecimal encoding, quoted, and in
@@ -63,12 +61,8 @@ func newRedactor(secret Secret) redactor {
 			continue // a run of a short key's base64
 		}
 		k.whole = append(k.whole, s)
-		if len(s) < redactWindow {
-			k.short = append(k.short, s)
-		}
 		for i := 0; i+redactWindow <= len(s); i++ {
 			k.windows[s[i:i+redactWindow]] = struct{}{}
-			k.begins[pair(s, i)] = true
 		}
 	}
 	return r
@@ -94,16 +88,19 @@ func base64Runs(key string) []string {
 	return runs
 }
 
-// pair returns the two bytes of s at i as an index.
-func pair(s string, i int) uint16 { return uint16(s[i])<<8 | uint16(s[i+1]) }
-
-// at reports whether a window of the secret begins in s at i.
-func (k *spellings) at(s string, i int) bool {
-	if i+redactWindow > len(s) || !k.begins[pair(s, i)] {
-		return false
+// at returns the end of the part of the secret that begins in s at i, or i if none does.
+func (k *spellings) at(s string, i int) int {
+	if i+redactWindow <= len(s) {
+		if _, hit := k.windows[s[i:i+redactWindow]]; hit {
+			return i + redactWindow
+		}
 	}
-	_, hit := k.windows[s[i:i+redactWindow]]
-	return hit
+	for _, w := range k.whole {
+		if len(w) < redactWindow && strings.HasPrefix(s[i:], w) {
+			return i + len(w)
+		}
+	}
+	return i
 }
 
 // contains reports whether s contains the secret or a part of it.
@@ -127,13 +124,8 @@ func (r redactor) redact(s string) string {
 	kept := 0 // s[:kept] is written or redacted
 	for i := 0; i < len(s); i++ {
 		end := i
-		for next := i; next <= end && k.at(s, next); next++ {
-			end = next + redactWindow
-		}
-		for _, short := range k.short {
-			if strings.HasPrefix(s[i:], short) {
-				end = max(end, i+len(short))
-			}
+		for next := i; next <= end && next < len(s) && k.at(s, next) > next; next++ {
+			end = k.at(s, next)
 		}
 		if end == i {
 			continue

@@ -54,7 +54,7 @@ func TestRefusedConnection(t *testing.T) {
 	mustMint(t, c)
 	c.Close()
 	srv.Close()
-	diffError(t, Error{Kind: Unreachable, Detail: "connection refused", Attempts: 3}, mustFail(t, t.Context(), c))
+	diffError(t, unsent(Unreachable, "connection refused", 3), mustFail(t, t.Context(), c))
 	checkCounts(t, srv, 1, 1)
 }
 
@@ -85,10 +85,9 @@ func TestRetries(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				sim, c := newMemory(t, Config{Timeout: tt.timeout})
 				sim.SetFault(rateLimit(0, tt.retryAfter))
-				diffError(
-					t, Error{Kind: Responded, StatusCode: 429, Detail: "Too Many Requests", Attempts: tt.attempts},
-					mustFail(t, t.Context(), c),
-				)
+				want := responded(429, "Too Many Requests")
+				want.Attempts = tt.attempts
+				diffError(t, want, mustFail(t, t.Context(), c))
 				calls := sim.Calls()
 				if len(calls) != tt.attempts {
 					t.Fatalf("%d calls, want %d", len(calls), tt.attempts)
@@ -118,32 +117,19 @@ func TestRetries(t *testing.T) {
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	const date = "Sun, 31 Mar 2024 23:00:00 GMT"
+	const later, far = "Sun, 31 Mar 2024 23:01:00 GMT", "Fri, 31 Dec 9999 23:59:59 GMT"
 	for _, tt := range []struct {
 		text, date string
 		want       time.Duration // negative if it cannot be read
 	}{
-		{"0", "", 0},
-		{"1", "", time.Second},
-		{" 299 ", "", 299 * time.Second},
-		{"86401", "", MaxLifetime},
-		{"9223372036854775807", "", MaxLifetime},
-		{"9223372036854775808", "", -1},
-		{"99999999999999999999", "", -1},
-		{"", "", -1},
-		{"soon", "", -1},
-		{"-1", "", -1},
-		{"+1", "", -1},
-		{"1.5", "", -1},
-		{"1, 2", "", -1},
-		{date, date, 0},
-		{"Sun, 31 Mar 2024 23:01:00 GMT", date, time.Minute},
-		{"Sunday, 31-Mar-24 23:01:00 GMT", date, time.Minute},
-		{"Thu, 28 Mar 2024 23:00:00 GMT", date, 0},
-		{"Fri, 31 Dec 9999 23:59:59 GMT", date, MaxLifetime},
-		{"Fri, 31 Dec 9999 23:59:59 GMT", "", MaxLifetime}, // by the local clock
-		{date, "", 0},
+		{"0", "", 0}, {"1", "", time.Second}, {" 299 ", "", 299 * time.Second}, {"86401", "", MaxLifetime},
+		{"9223372036854775807", "", MaxLifetime}, {"9223372036854775808", "", -1}, {"99999999999999999999", "", -1},
+		{"", "", -1}, {"soon", "", -1}, {"-1", "", -1}, {"+1", "", -1}, {"1.5", "", -1}, {"1, 2", "", -1},
+		{date, date, 0}, {later, date, time.Minute}, {"Sunday, 31-Mar-24 23:01:00 GMT", date, time.Minute},
+		{"Thu, 28 Mar 2024 23:00:00 GMT", date, 0}, {far, date, MaxLifetime},
+		{far, "", MaxLifetime}, {date, "", 0}, // by the local clock
 	} {
-		got, ok := retryAfter(&http.Response{Header: http.Header{"Retry-After": {tt.text}, "Date": {tt.date}}})
+		got, ok := retryAfter(http.Header{"Retry-After": {tt.text}, "Date": {tt.date}})
 		if ok != (tt.want >= 0) || got != max(0, tt.want) {
 			t.Errorf("%q at %q: %s, %t; want %s", tt.text, tt.date, got, ok, tt.want)
 		}
@@ -181,11 +167,9 @@ func TestBudget(t *testing.T) {
 				const budget = 2 * time.Second
 				for delay := time.Duration(0); delay < budget; delay += 9 * time.Millisecond {
 					sim, c := newMemory(t, Config{Timeout: budget})
-					sim.SetFault(
-						cabletest.Fault{
-							Status: 429, Delay: delay, Header: map[string]string{"Retry-After": retryAfter},
-						},
-					)
+					f := rateLimit(0, retryAfter)
+					f.Delay = delay
+					sim.SetFault(f)
 					start := time.Now()
 					_, err := c.RequestToken(t.Context(), testRequest())
 					if took := time.Since(start); took > budget {
@@ -329,20 +313,14 @@ func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { retu
 // FuzzRetryAfter pins that no header makes the wait negative, or longer than a day.
 func FuzzRetryAfter(f *testing.F) {
 	for _, s := range [][2]string{
-		{"1", ""},
-		{"-1", ""},
-		{"99999999999999999999", ""},
-		{"9223372036854775807", ""},
-		{"Fri, 31 Dec 9999 23:59:59 GMT", ""},
+		{"1", ""}, {"-1", ""}, {"99999999999999999999", ""}, {"9223372036854775807", ""}, {"1.5", ""}, {"", "x"},
 		{"Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:36 GMT"},
 		{"Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 GMT"},
-		{"1.5", ""},
-		{"", "x"},
 	} {
 		f.Add(s[0], s[1])
 	}
 	f.Fuzz(func(t *testing.T, after, date string) {
-		wait, ok := retryAfter(&http.Response{Header: http.Header{"Retry-After": {after}, "Date": {date}}})
+		wait, ok := retryAfter(http.Header{"Retry-After": {after}, "Date": {date}})
 		if wait < 0 || wait > MaxLifetime || !ok && wait != 0 {
 			t.Errorf("%q at %q: %s %v", after, date, wait, ok)
 		}

@@ -54,7 +54,7 @@ type Settings struct {
 
 	// Version identifies the pair of entries.
 	Version Version
-	name    string
+	key     string // of the role
 }
 
 // Version has the numbers of the last change of the configuration and of a role.
@@ -143,12 +143,13 @@ func (s *Store) Close() {
 func (s *Store) Settings(
 	ctx context.Context, storage logical.Storage, role string, received time.Time,
 ) (Settings, error) {
+	key := RoleKey(role)
 	s.mu.Lock()
 	timeout := s.timeout
 	config, known := s.knownLocked(ConfigKey)
-	r, roleKnown := s.knownLocked(RoleKey(role))
+	r, roleKnown := s.knownLocked(key)
 	s.mu.Unlock()
-	set := Settings{name: role, Version: Version{config.number, r.number}}
+	set := Settings{key: key, Version: Version{config.number, r.number}}
 	set.Config, _ = config.value.(*Live)
 	set.Role, _ = r.value.(*Role)
 	if known && roleKnown {
@@ -165,18 +166,18 @@ func (s *Store) Settings(
 	}
 	roleCtx, cancel := WithBudget(ctx, received, timeout)
 	defer cancel()
-	set.Role, set.Version.role, err = loadAs[*Role](roleCtx, s, storage, RoleKey(role))
+	set.Role, set.Version.role, err = loadAs[*Role](roleCtx, s, storage, key)
 	return set, err
 }
 
 // RoleSettings returns the settings without the configuration, to try another one.
 func (s *Store) RoleSettings(ctx context.Context, storage logical.Storage, role string) (Settings, error) {
 	s.mu.Lock()
-	set := Settings{name: role, Version: Version{config: s.config.number}}
+	set := Settings{key: RoleKey(role), Version: Version{config: s.config.number}}
 	err := s.narrowedLocked(ConfigKey)
 	s.mu.Unlock()
 	if err == nil {
-		set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, RoleKey(role))
+		set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, set.key)
 	}
 	return set, err
 }
@@ -190,7 +191,18 @@ func WithBudget(ctx context.Context, received time.Time, timeout time.Duration) 
 func (s *Store) IsCurrent(set Settings) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return set.Version == Version{s.config.number, s.findLocked(RoleKey(set.name)).number}
+	return s.isCurrentLocked(set)
+}
+
+func (s *Store) isCurrentLocked(set Settings) bool {
+	return set.Version == Version{s.config.number, s.findLocked(set.key).number}
+}
+
+// IsCertain reports whether the settings are current and neither entry is uncertain, so that storage need not be read.
+func (s *Store) IsCertain(set Settings) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.isCurrentLocked(set) && s.isCertainLocked(ConfigKey) && s.isCertainLocked(set.key)
 }
 
 // Config returns the configuration in use, or nil if none is stored.
