@@ -50,8 +50,8 @@ type backend struct {
 	requestToken func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) // replaced in tests
 }
 
-// Factory returns a mount of the engine. It touches neither storage nor network, so it cannot fail for a passing
-// reason.
+// Factory returns a mount of the engine. It touches neither storage, system view nor network, so it cannot fail for a
+// passing reason.
 func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
 	b := newBackend()
 	if conf.System != nil {

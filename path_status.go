@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	maxStatusRoles = 1000            // that a read of status checks, because each may be a read from Vault's storage
-	statusTimeout  = 2 * time.Second // of status and metrics for storage, which may be at fault
+	maxStatusRoles = 1000            // roles that a read of status checks, because each may be a read from storage
+	statusTimeout  = 2 * time.Second // within which status and metrics respond, even if storage hangs
 )
 
 func (b *backend) pathStatus() *framework.Path {

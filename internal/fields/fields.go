@@ -276,7 +276,7 @@ func ParseScopes(list []string) ([]string, error) {
 	scopes := slices.Clone(list)
 	slices.Sort(scopes)
 	scopes = slices.Compact(scopes)
-	if len(scopes) > maxScopes {
+	if len(scopes) > maxScopes { // at most 64 scopes
 		return nil, outcome.Refuse("scopes names %d: at most %d are allowed", len(scopes), maxScopes)
 	}
 	for _, s := range scopes {

@@ -42,7 +42,7 @@ type Bounds struct {
 	MountMax     time.Duration // the mount's max_lease_ttl
 }
 
-// errNoMountTTL means that Vault did not report the mount's lease settings. The SDK returns zero then.
+// errNoMountTTL fails a request if Vault did not respond, which the SDK reports as a mount maximum of 0.
 var errNoMountTTL = errors.New("reading the mount's lease settings: Vault did not respond")
 
 // ceiling returns the longest lifetime that may be requested now, and the name of the setting that it comes from.
