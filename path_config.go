@@ -371,8 +371,8 @@ that it does not name; the merged result is stored, and only then used. What a
 read returns can be written back.
 
 Key and destination belong together. Changing token_url or ca_cert needs
-refresh_key in the same request. A write of refresh_key names each of token_url
-and ca_cert whose stored value is not the default; ca_cert="" removes it.
+refresh_key in the same request. A write of refresh_key must also name token_url
+and ca_cert if their stored values are not the default; ca_cert="" removes it.
 
 With verify_role, one token of five minutes is minted for that role with the
 new settings before they are stored; if that fails, nothing is stored.
