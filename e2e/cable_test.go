@@ -16,7 +16,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -85,9 +84,7 @@ func newStandInCable(t *testing.T) *standInCable {
 	}))
 	t.Cleanup(proxy.Close)
 	c.proxyURL, c.bundle = proxy.URL, filepath.Join(t.TempDir(), "roots.pem")
-	if err := os.WriteFile(c.bundle, roots, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, c.bundle, string(roots))
 	c.env = []string{"HTTPS_PROXY=" + c.proxyURL, "SSL_CERT_FILE=" + c.bundle, "SSL_CERT_DIR=/nonexistent"}
 	return c
 }
@@ -97,11 +94,7 @@ func newStandInCable(t *testing.T) *standInCable {
 func (c *standInCable) curl(t *testing.T) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "curl")
-	script := "#!/bin/sh\nPATH=${PATH#*:} HTTPS_PROXY=" + c.proxyURL + " CURL_CA_BUNDLE=" + c.bundle +
-		" exec curl \"$@\"\n"
-	if err := os.WriteFile(file, []byte(script), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	writeScript(t, file, "PATH=${PATH#*:} HTTPS_PROXY="+c.proxyURL+" CURL_CA_BUNDLE="+c.bundle+` exec curl "$@"`)
 	return file
 }
 

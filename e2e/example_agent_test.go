@@ -24,19 +24,12 @@ func (m *mount) smallest(t *testing.T, file string, needed map[string]request, r
 	t.Helper()
 	policy := readFile(t, file)
 	tokenWith := func(text string) string {
-		m.ok(t, "PUT", "sys/policies/acl/smallest", map[string]any{"policy": text})
-		return m.ok(t, "POST", "auth/token/create", map[string]any{
-			"policies": []string{"smallest"}, "no_default_policy": true,
-		}).Auth.ClientToken
+		m.writePolicy(t, "smallest", text)
+		return m.tokenWith(t, "smallest", nil)
 	}
 	status := func(r request, token string) int {
 		t.Helper()
-		r.token = token
-		a, err := m.call(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return a.status
+		return m.as(t, token, r.method, r.path, r.body).status
 	}
 	for path := range needed {
 		without := regexp.MustCompile(`(?ms)^path "`+path+`" \{.*?^\}`).ReplaceAllString(policy, "")
@@ -227,13 +220,11 @@ func TestExampleVaultAgent(t *testing.T) {
 	if _, err := once(short); err == nil {
 		t.Error("a template with parameters needs no update")
 	}
-	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{
-		"policy": `path "cable/creds/reports" { capabilities = ["update"] }`,
-	})
+	m.writePolicy(t, "reports", `path "cable/creds/reports" { capabilities = ["update"] }`)
 	if out, err := once(short); err != nil {
 		t.Errorf("a template with parameters: %v\n%s", err, out)
 	}
-	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{"policy": readFile(t, s.place("policy.hcl"))})
+	m.writePolicy(t, "reports", readFile(t, s.place("policy.hcl")))
 	// While Cable is down, Agent exits in the end, and the file stays.
 	s.write("app.env", "the last token")
 	m.sim.SetFault(cabletest.Fault{Status: 500})

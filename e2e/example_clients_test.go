@@ -30,10 +30,7 @@ func newClients(t *testing.T) (s *shell, m *mount, token string) {
 	t.Helper()
 	s, m = newExample(t, "clients")
 	s.run(blocksOf(t, "examples/clients/README.md")[0].text)
-	created := m.ok(t, "POST", "auth/token/create", map[string]any{
-		"policies": []string{"reports"}, "no_default_policy": true,
-	})
-	return s, m, created.Auth.ClientToken
+	return s, m, m.tokenWith(t, "reports", nil)
 }
 
 // TestExampleClients builds the application of examples/clients/go as its page

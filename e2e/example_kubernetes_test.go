@@ -26,59 +26,49 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// csiObject has the fields that the CSI provider knows of an object of a
-// SecretProviderClass.
-type csiObject struct {
-	ObjectName     string         `yaml:"objectName"`
-	SecretPath     string         `yaml:"secretPath"`
-	SecretKey      string         `yaml:"secretKey"`
-	Method         string         `yaml:"method"`
-	SecretArgs     map[string]any `yaml:"secretArgs"`
-	FilePermission os.FileMode    `yaml:"filePermission"`
-	Encoding       string         `yaml:"encoding"`
-}
-
-// csiCalls returns the requests of the CSI provider for a SecretProviderClass, which
-// is decoded strictly. The provider sends one for each path and method, with the
+// csiRequest returns the request of the CSI provider for a SecretProviderClass, whose
+// objects are decoded strictly. The provider sends one for each path and method, with the
 // arguments as a body.
-func csiCalls(t *testing.T, file string) (calls []request) {
+func csiRequest(t *testing.T, file string) (r request) {
 	t.Helper()
 	var class struct {
 		Spec struct {
 			Provider   string
 			Parameters struct {
-				VaultAddress string `yaml:"vaultAddress"`
-				RoleName     string `yaml:"roleName"`
-				Audience     string
-				Objects      string
+				RoleName string `yaml:"roleName"`
+				Objects  string
 			}
 		}
 	}
-	decode := func(text string, known bool, into any) {
-		d := yaml.NewDecoder(strings.NewReader(text))
-		d.KnownFields(known)
-		if err := d.Decode(into); err != nil {
-			t.Fatalf("%s: %v", file, err)
+	if err := yaml.Unmarshal([]byte(readFile(t, "../examples/kubernetes/"+file)), &class); err != nil {
+		t.Fatal(err)
+	}
+	var objects []struct { // all fields that the provider knows
+		ObjectName     string         `yaml:"objectName"`
+		SecretPath     string         `yaml:"secretPath"`
+		SecretKey      string         `yaml:"secretKey"`
+		Method         string         `yaml:"method"`
+		SecretArgs     map[string]any `yaml:"secretArgs"`
+		FilePermission os.FileMode    `yaml:"filePermission"`
+		Encoding       string         `yaml:"encoding"`
+	}
+	d := yaml.NewDecoder(strings.NewReader(class.Spec.Parameters.Objects))
+	d.KnownFields(true)
+	if err := d.Decode(&objects); err != nil || class.Spec.Provider != "vault" ||
+		class.Spec.Parameters.RoleName != "reports" {
+		t.Fatalf("%s: %+v, %v", file, class.Spec, err)
+	}
+	for i, o := range objects {
+		method := cmp.Or(o.Method, "GET")
+		if i > 0 && (o.SecretPath != r.path || method != r.method) {
+			t.Errorf("%s: the objects take more than one request", file)
 		}
-	}
-	decode(readFile(t, "../examples/kubernetes/"+file), false, &class)
-	var objects []csiObject
-	decode(class.Spec.Parameters.Objects, true, &objects)
-	if class.Spec.Provider != "vault" || class.Spec.Parameters.RoleName != "reports" {
-		t.Fatalf("%s: %+v", file, class.Spec)
-	}
-	seen := map[string]bool{}
-	for _, o := range objects {
-		call := request{method: cmp.Or(o.Method, "GET"), path: o.SecretPath}
+		r = request{method: method, path: o.SecretPath}
 		if o.SecretArgs != nil {
-			call.body = o.SecretArgs
-		}
-		if !seen[call.method+call.path] {
-			seen[call.method+call.path] = true
-			calls = append(calls, call)
+			r.body = o.SecretArgs
 		}
 	}
-	return calls
+	return r
 }
 
 // TestExampleKubernetesCalls replays requests of the consumers. Each policy of
@@ -113,28 +103,16 @@ func TestExampleKubernetesCalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	read := strings.TrimPrefix(generator.Spec.Path, "/")
-	csi := func(file string) request {
-		t.Helper()
-		calls := csiCalls(t, file)
-		if len(calls) != 1 {
-			t.Fatalf("%s: %+v, want one request for all objects", file, calls)
-		}
-		return calls[0]
-	}
 	for _, tt := range []struct {
 		request
 		want int64
 	}{
 		{request{method: "GET", path: read + "?" + generator.Spec.GetParameters.Encode()}, 600},
 		{request{method: "GET", path: read, body: withTTL}, 900},
-		{csi("csi/secret.yaml"), 900},
-		{csi("csi/parameters/secret.yaml"), 600},
+		{csiRequest(t, "csi/secret.yaml"), 900},
+		{csiRequest(t, "csi/parameters/secret.yaml"), 600},
 	} {
-		tt.token = m.root
-		a, err := m.call(tt.request)
-		if err != nil || a.status != 200 {
-			t.Fatalf("%+v: %v %v", tt.request, a, err)
-		}
+		m.ok(t, tt.method, tt.path, tt.body)
 		m.requested(t, tt.want)
 	}
 }

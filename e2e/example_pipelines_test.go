@@ -133,9 +133,9 @@ func (p *pipeline) refusals(login string, others map[string]any) {
 	}
 	refused := func(why, jwt string) {
 		p.t.Helper()
-		a, err := p.m.call(request{method: "POST", path: login, body: map[string]any{"role": "ci", "jwt": jwt}})
-		if err != nil || a.status != 400 && a.status != 403 {
-			p.t.Errorf("a job with %s: %v %v", why, a, err)
+		a := p.m.as(p.t, "", "POST", login, map[string]any{"role": "ci", "jwt": jwt})
+		if a.status != 400 && a.status != 403 {
+			p.t.Errorf("a job with %s: %v", why, a)
 		}
 	}
 	p.m.costs(p.t, 0, "jobs that may not log in", func() {
@@ -211,11 +211,7 @@ func TestExampleGitHubActions(t *testing.T) {
 			}
 			path, key, name := fields[1], fields[2], fields[3]
 			if responses[path] == nil {
-				a, err := m.call(request{method: "GET", path: path, token: outputs["vault_token"]})
-				if err != nil || a.status != 200 {
-					t.Fatalf("GET %s: %v %v", path, a, err)
-				}
-				responses[path] = a
+				responses[path] = m.as(t, outputs["vault_token"], "GET", path, nil)
 			}
 			outputs[name], _ = responses[path].Data[key].(string)
 		}

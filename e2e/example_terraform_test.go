@@ -91,11 +91,10 @@ func newTerraform(t *testing.T, v *vaultServer, sim *cabletest.Server, module, p
 	return p
 }
 
-// tokenWith returns a new token with a policy.
+// tokenWith returns a new token with a policy and the default one.
 func (p *terraform) tokenWith(policy string) string {
 	p.t.Helper()
-	a := p.v.ok(p.t, "POST", "auth/token/create", map[string]any{"policies": []string{policy}, "ttl": "1h"})
-	return a.Auth.ClientToken
+	return p.v.tokenWith(p.t, policy, map[string]any{"no_default_policy": false, "ttl": "1h"})
 }
 
 // plan returns the output of a plan, and whether it has changes.
@@ -199,10 +198,9 @@ func (p *terraform) minimal(name string) {
 		for _, capability := range regexp.MustCompile(`\w+`).FindAllString(rule[2], -1) {
 			if capability == "sudo" { // without it, the same request is refused
 				part := strings.Replace(text, rule[0], strings.Replace(rule[0], `, "sudo"`, "", 1), 1)
-				p.v.ok(p.t, "PUT", "sys/policies/acl/part", map[string]any{"policy": part})
-				r := request{method: "PUT", path: rule[1], body: map[string]any{}, token: p.tokenWith("part")}
-				if a, err := p.v.call(r); err != nil || a.status != 403 {
-					p.t.Errorf("%s without sudo: %v %v", rule[1], a, err)
+				p.v.writePolicy(p.t, "part", part)
+				if a := p.v.as(p.t, p.tokenWith("part"), "PUT", rule[1], map[string]any{}); a.status != 403 {
+					p.t.Errorf("%s without sudo: %v", rule[1], a)
 				}
 				continue
 			}

@@ -13,14 +13,12 @@ import (
 	"encoding/pem"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
@@ -58,9 +56,7 @@ func newKubernetes(t *testing.T) *kubernetes {
 	}
 	write := func(name, text string) {
 		t.Helper()
-		if err := os.WriteFile(file(name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		writeFile(t, file(name), text)
 	}
 	write("accounts.key", privateKey(t, accounts))
 	admin := rand.Text()
@@ -87,7 +83,7 @@ users: [{name: admin, user: {token: %s}}]
 `, server, base64.StdEncoding.EncodeToString(ca), admin))
 
 	// Vault, with both plugins in its folder.
-	folder, _ := pluginFolder(t)
+	folder := pluginFolder(t)
 	plugin := vaulttest.Plugin{Name: "kubernetes", File: filepath.Join(folder, authPlugin)}
 	data, err := os.ReadFile(filepath.Join(bin, authPlugin))
 	if err == nil {
@@ -101,15 +97,12 @@ users: [{name: admin, user: {token: %s}}]
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
-	watch(t, v)
 	sum, err := plugin.Sum()
 	if err != nil {
 		t.Fatal(err)
 	}
 	v.ok(t, "POST", "sys/plugins/catalog/auth/kubernetes", map[string]any{"sha256": sum, "command": authPlugin})
-	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
-	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName})
-	m.configure(t)
+	m := newMountOf(t, v)
 
 	k := &kubernetes{shell: newShell(t, v, map[string]string{"kubectl": filepath.Join(bin, "kubectl")}), m: m}
 	k.env = append(k.env, "KUBECONFIG="+file("kubeconfig"), "NO_PROXY=127.0.0.1")
@@ -211,43 +204,7 @@ func (k *kubernetes) applyCRDs(t *testing.T, module, path string) {
 // Vault's client, and so External Secrets, would prefer that to logging in.
 func (k *kubernetes) consumer(t *testing.T, name string, args ...string) (stop func()) {
 	t.Helper()
-	return runUntilEnd(t, t.TempDir(), slices.Concat(k.env, []string{"VAULT_TOKEN=", "VAULT_ADDR="}), name, args...)
-}
-
-// runUntilEnd runs a program in a folder until the test ends or stop is called. Its
-// output is shown if the test fails.
-func runUntilEnd(t *testing.T, dir string, env []string, name string, args ...string) (stop func()) {
-	t.Helper()
-	cmd := exec.CommandContext(suite.ctx, name, args...)
-	cmd.Env, cmd.Dir = env, dir
-	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	stopped := false
-	stop = func() {
-		if stopped {
-			return
-		}
-		stopped = true
-		_ = cmd.Process.Signal(os.Interrupt)
-		timer := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() })
-		_ = cmd.Wait()
-		timer.Stop()
-		_ = out.Close()
-		text := readFile(t, out.Name())
-		if secret := findSecret(text, false); secret != "" {
-			t.Errorf("the output of %s holds %s", filepath.Base(name), secret)
-		}
-		if t.Failed() {
-			t.Logf("%s: %s", filepath.Base(name), text[max(0, len(text)-2000):])
-		}
-	}
-	t.Cleanup(stop)
+	stop, _ = runUntilEnd(t, t.TempDir(), slices.Concat(k.env, []string{"VAULT_TOKEN=", "VAULT_ADDR="}), name, args...)
 	return stop
 }
 

@@ -225,6 +225,22 @@ func sharedServer(t testing.TB) *vaultServer {
 	return v
 }
 
+func readFile(t testing.TB, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func writeFile(t testing.TB, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // waitFor polls until done returns true.
 func waitFor(t testing.TB, limit time.Duration, event string, done func() bool) {
 	t.Helper()

@@ -67,20 +67,11 @@ func startNginx(t *testing.T, nginx, upstream string) (url, ca string) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	write := func(name string, text []byte) {
-		if err := os.WriteFile(filepath.Join(dir, name), text, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	write := func(name string, text []byte) { writeFile(t, filepath.Join(dir, name), string(text)) }
 	write("tls.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]}))
 	write("tls.key", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
-	port, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := port.Addr().String()
-	_ = port.Close()
-	write("nginx.conf", fmt.Appendf(nil, `daemon off; master_process off; pid nginx.pid; error_log error.log warn;
+	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	write("nginx.conf", fmt.Appendf(nil, `daemon off; master_process off; pid nginx.pid; error_log stderr warn;
 events { worker_connections 512; }
 http {
   access_log off;
@@ -92,20 +83,7 @@ http {
   }
 }
 `, address, upstream))
-	cmd := exec.Command(nginx, "-p", dir, "-c", "nginx.conf")
-	output := new(strings.Builder)
-	cmd.Stdout, cmd.Stderr = output, output
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		if t.Failed() {
-			text, _ := os.ReadFile(filepath.Join(dir, "error.log"))
-			t.Logf("nginx: %s%s", output, text)
-		}
-	})
+	runUntilEnd(t, dir, os.Environ(), nginx, "-p", dir, "-c", "nginx.conf")
 	waitFor(t, 10*time.Second, "nginx", func() bool {
 		conn, err := net.Dial("tcp", address)
 		if err == nil {

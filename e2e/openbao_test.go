@@ -159,9 +159,7 @@ func newOpenBao(t *testing.T) *openBao {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(b.folder, "seal.key"), bytes.Repeat([]byte{7}, 32), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, filepath.Join(b.folder, "seal.key"), strings.Repeat("7", 32))
 	b.shell = &shell{t: t}
 	t.Cleanup(b.stop)
 	return b
@@ -232,9 +230,7 @@ initialize "access" {
 func (b *openBao) configure(change func(string) string) {
 	b.t.Helper()
 	file := filepath.Join(b.folder, "vault.hcl")
-	if err := os.WriteFile(file, []byte(change(readFile(b.t, file))), 0o600); err != nil {
-		b.t.Fatal(err)
-	}
+	writeFile(b.t, file, change(readFile(b.t, file)))
 	if err := b.v.Process.Signal(syscall.SIGHUP); err != nil {
 		b.t.Fatal(err)
 	}
@@ -338,17 +334,9 @@ func TestNamespaces(t *testing.T) {
 	}
 
 	// A policy and a quota of the root namespace name it.
-	policy := `path "team-a/cable/creds/reports" { capabilities = ["read"] }`
-	r.ok("PUT", "sys/policies/acl/reader", map[string]any{"policy": policy})
-	token := r.ok("POST", "auth/token/create", map[string]any{"policies": []string{"reader"}}).Auth.ClientToken
-	read := func() int {
-		t.Helper()
-		a, err := r.v.call(request{method: "GET", path: "team-a/cable/creds/reports", token: token})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return a.status
-	}
+	r.v.writePolicy(t, "reader", `path "team-a/cable/creds/reports" { capabilities = ["read"] }`)
+	token := r.v.tokenWith(t, "reader", nil)
+	read := func() int { return r.v.as(t, token, "GET", "team-a/cable/creds/reports", nil).status }
 	if got := read(); got != 200 {
 		t.Errorf("a read by a policy of the root namespace: status %d", got)
 	}

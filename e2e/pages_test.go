@@ -219,9 +219,7 @@ func (s *shell) place(name string) string { return filepath.Join(s.dir, name) }
 // write writes such a file.
 func (s *shell) write(name, text string) {
 	s.t.Helper()
-	if err := os.WriteFile(s.place(name), []byte(text), 0o600); err != nil {
-		s.t.Fatal(err)
-	}
+	writeFile(s.t, s.place(name), text)
 }
 
 // exists reports whether there is such a file.

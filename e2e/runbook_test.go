@@ -94,7 +94,7 @@ func (r *runbook) block(names ...string) (out string) {
 }
 
 // ok sends a request that must succeed.
-func (r *runbook) ok(method, path string, body map[string]any) *answer {
+func (r *runbook) ok(method, path string, body map[string]any) *response {
 	r.t.Helper()
 	return r.v.ok(r.t, method, path, body)
 }
@@ -106,7 +106,7 @@ func (r *runbook) set(path string, fields map[string]any) {
 }
 
 // read requests a token, which may fail.
-func (r *runbook) read() *answer {
+func (r *runbook) read() *response {
 	r.t.Helper()
 	return r.v.do(r.t, "GET", "cable/creds/reports", nil)
 }
@@ -517,16 +517,13 @@ func (r *runbook) keySteps() map[string]step {
 		"who-wrote-config": {
 			before: func() {
 				// An editor who may update config, and does not know the key.
-				policy := map[string]any{"policy": `path "cable/config" { capabilities = ["update"] }`}
-				r.ok("PUT", "sys/policies/acl/editor", policy)
-				editor := r.ok("POST", "auth/token/create", map[string]any{
-					"policies": []string{"editor"}, "display_name": "mallory",
-				}).Auth.ClientToken
-				a, err := r.v.call(request{method: "POST", path: "cable/config", token: editor, body: map[string]any{
+				r.v.writePolicy(r.t, "editor", `path "cable/config" { capabilities = ["update"] }`)
+				editor := r.v.tokenWith(r.t, "editor", map[string]any{"display_name": "mallory"})
+				a := r.v.as(r.t, editor, "POST", "cable/config", map[string]any{
 					"refresh_key": "made-up", "token_url": tokenURL(thiefHost),
-				}})
-				if err != nil || a.status >= 300 {
-					r.t.Fatalf("%s, %v", a, err)
+				})
+				if a.status >= 300 {
+					r.t.Fatal(a)
 				}
 				r.failed("key_rejected")
 				r.withdrawn()
@@ -756,9 +753,8 @@ func (r *runbook) monitorSteps() map[string]step {
 			want: []string{"Success! Uploaded policy", `build_info\{.*version="` + pluginVersion + `"\} 1\n`},
 			after: func(string) {
 				token := strings.TrimSpace(readFile(r.t, r.place("metrics-token")))
-				a, err := r.v.call(request{method: "GET", path: "cable/status", token: token})
-				if err != nil || a.status != 403 {
-					r.t.Errorf("the token for the metrics reads status: %s, %v", a, err)
+				if a := r.v.as(r.t, token, "GET", "cable/status", nil); a.status != 403 {
+					r.t.Errorf("the token for the metrics reads status: %s", a)
 				}
 			},
 		},

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,14 +24,13 @@ import (
 // refresh-key.txt holds the refresh key.
 //
 // The environment has VAULT_ADDR and VAULT_TOKEN as for any use of Vault's CLI;
-// cable, the mount's path; CABLE_URL; ORG; SHA256 and VERSION of the plugin; and
-// TOKEN_PREFIX, an expression for the beginning of the server's own tokens.
+// cable, the mount's path; CABLE_URL; ORG; and SHA256 and VERSION of the plugin.
 //
 // Commands besides those of testscript, each of which can be negated:
 //
 //	vault ARG...                          Vault's CLI
 //	http [-token T] [-wrap TTL] METHOD PATH [BODY]
-//	                                      Vault's HTTP API: status line, Retry-After, and indented JSON with
+//	                                      Vault's HTTP API: status line, and indented JSON with
 //	                                      sorted keys; fails for a status from 400 on
 //	expand FILE...                        put variables into files
 //	get VAR KEY.KEY                       set a variable from the last command's JSON
@@ -63,7 +61,6 @@ func TestScript(t *testing.T) {
 				"ORG":               cabletest.DefaultOrganizationID,
 				"SHA256":            suite.sha256,
 				"VERSION":           pluginVersion,
-				"TOKEN_PREFIX":      regexp.QuoteMeta(v.Product.TokenPrefix()),
 			} {
 				env.Setenv(name, value)
 			}
@@ -142,9 +139,6 @@ func cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	checkOutput(ts, fmt.Sprint(a.text, a.header), a.status == 200 &&
 		strings.HasPrefix(r.path, mountOf(ts).path+"/creds/"))
 	fmt.Fprintf(ts.Stdout(), "HTTP %d\n", a.status)
-	if s := a.header.Get("Retry-After"); s != "" {
-		fmt.Fprintf(ts.Stdout(), "Retry-After: %s\n", s)
-	}
 	var body any
 	if json.Unmarshal([]byte(a.text), &body) == nil {
 		e := json.NewEncoder(ts.Stdout())

@@ -22,27 +22,16 @@ import (
 func TestArguments(t *testing.T) {
 	t.Parallel()
 	v := ownServer(t)
-	for name, args := range map[string][]string{
-		"ca-cert": {"-ca-cert=/" + cabletest.RefreshKeyMarker},
-		"version": {"-version"},
-		"several": {"-log-level=debug", "-help", cabletest.TokenMarker},
-	} {
-		plugin := pluginName + "-" + name
-		command := []string{
-			"plugin", "register", "-sha256=" + suite.sha256, "-command=" + pluginName, "-version=" + pluginVersion,
-		}
-		for _, arg := range args {
-			command = append(command, "-args="+arg)
-		}
-		t.Log(v.cli(t, append(command, "secret", plugin)...))
-		m := &mount{vaultServer: v, path: name, sim: cabletest.NewServer(t, nil)}
-		t.Log(v.cli(t, "secrets", "enable", "-path="+m.path, plugin))
-		m.configure(t)
-		m.read(t)
-		if !v.logHas("[WARN]", "secrets."+plugin+".", "arguments given at registration ignored: this plugin takes none",
-			fmt.Sprintf("count=%d", len(args))) {
-			t.Errorf("%s: no warning", name)
-		}
+	const plugin = pluginName + "-arguments"
+	v.cli(t, "plugin", "register", "-sha256="+suite.sha256, "-command="+pluginName, "-version="+pluginVersion,
+		"-args=-version", "-args=-ca-cert=/"+cabletest.RefreshKeyMarker, "-args="+cabletest.TokenMarker,
+		"secret", plugin)
+	m := v.mountAt(t, "cable", plugin, cabletest.NewServer(t, nil))
+	m.configure(t)
+	m.read(t)
+	const warning = "arguments given at registration ignored: this plugin takes none"
+	if !v.logHas("[WARN]", "secrets."+plugin+".", warning, "count=3") {
+		t.Error("no warning")
 	}
 	// Vault itself logs the command that it runs.
 	for line := range strings.Lines(readFile(t, v.log)) {
@@ -85,7 +74,7 @@ func TestCannotStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.stop)
-	v.register(t, "no-folder", map[string]any{"env": []string{"TMPDIR=/nonexistent"}})
+	v.register(t, "no-folder", "TMPDIR=/nonexistent")
 	a := v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
 	if a.status != 400 {
 		t.Errorf("%s: want 400", a)
@@ -94,7 +83,7 @@ func TestCannotStart(t *testing.T) {
 	v.cannotRun(t, "open /nonexistent/plugin",
 		"the plugin needs a socket in /nonexistent: let Vault's user create files there")
 	// The remedy.
-	v.register(t, "no-folder", map[string]any{"env": []string{"TMPDIR=" + suite.dir}})
+	v.register(t, "no-folder", "TMPDIR="+suite.dir)
 	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
 }
 

@@ -248,13 +248,7 @@ func TestStorm(t *testing.T) {
 		return time.Since(start) > length/2 && sim.CallCount() > readers
 	})
 	killed := time.Now()
-	process, err := os.FindProcess(before[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	kill(t, before[0])
 	waitFor(t, 20*time.Second, "a token after the kill", func() bool {
 		now := time.Now()
 		return slices.ContainsFunc(reads.seen(), func(s sample) bool {

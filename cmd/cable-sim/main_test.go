@@ -13,12 +13,10 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -31,15 +29,6 @@ const (
 	otherKey  = cabletest.RefreshKeyMarker + "-of-this-test"
 	validBody = `{"expiry_seconds":3600,"scopes":{"organization_id":"org_9f8b7c6d5e4a3b2c1d0e","scopes":["a:b","c:d"]}}`
 )
-
-// TestMain runs the program instead of the tests when TestProcess asks for it.
-func TestMain(m *testing.M) {
-	if os.Getenv("CABLE_SIM_TEST_MAIN") != "" {
-		main()
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
 
 // output is the program's stderr. It says when the program listens.
 type output struct {
@@ -310,50 +299,22 @@ func TestControl(t *testing.T) {
 	call(strings.TrimSpace(p.read(t, "key")), 200)
 }
 
-// TestProcess runs the program as a process. A signal ends it, without waiting for the call that is under way.
-func TestProcess(t *testing.T) {
+// TestStop pins that the program ends without waiting for the call that is under way.
+func TestStop(t *testing.T) {
 	t.Parallel()
-	command := func(args ...string) (cmd *exec.Cmd, stderr *output, stdout *bytes.Buffer, dir string) {
-		dir = t.TempDir()
-		cmd = exec.CommandContext(t.Context(), os.Args[0], append([]string{
-			"-refresh-key-out", dir + "/key", "-url-file", dir + "/url", "-latency", "1h",
-			"-control", "127.0.0.1:0", "-control-url-file", dir + "/control",
-		}, args...)...)
-		cmd.Env = append(os.Environ(), "CABLE_SIM_TEST_MAIN=1")
-		stderr, stdout = &output{listening: make(chan struct{})}, new(bytes.Buffer)
-		cmd.Stderr, cmd.Stdout = stderr, stdout
-		return cmd, stderr, stdout, dir
+	p := start(t, "-latency", "1h")
+	done := make(chan error, 1)
+	go func() {
+		_, err := http.Post(p.url, "application/json", strings.NewReader(validBody))
+		done <- err
+	}()
+	for body := ""; !strings.Contains(body, `"calls": 1`); {
+		_, body = p.send(t, "GET", p.control+"/stats", "", "")
 	}
-	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
-		cmd, stderr, stdout, dir := command()
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		<-stderr.listening
-		p := &program{dir: dir, client: new(http.Client)}
-		done := make(chan error, 1)
-		url := strings.TrimSpace(p.read(t, "url"))
-		go func() {
-			_, err := http.Post(url, "application/json", strings.NewReader(validBody))
-			done <- err
-		}()
-		stats := strings.TrimSpace(p.read(t, "control")) + "/stats"
-		for body := ""; !strings.Contains(body, `"calls": 1`); {
-			_, body = p.send(t, "GET", stats, "", "")
-		}
-		if err := cmd.Process.Signal(sig); err != nil {
-			t.Error(err)
-		}
-		err := cmd.Wait()
-		if err != nil || stdout.Len() > 0 || !strings.Contains(stderr.String(), "\ncable-sim: stopping\n") {
-			t.Errorf("%v: %v, stdout %q, stderr:\n%s", sig, err, stdout, stderr)
-		}
-		if err := <-done; err == nil {
-			t.Error("the call had a response")
-		}
+	if err := p.stop(); err != nil {
+		t.Errorf("run: %v", err)
 	}
-	cmd, stderr, _, _ := command("-control", ":0")
-	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 1 || !strings.HasPrefix(stderr.String(), "cable-sim: address") {
-		t.Errorf("%v, stderr:\n%s", err, stderr)
+	if err := <-done; err == nil {
+		t.Error("the call had a response")
 	}
 }

@@ -4,6 +4,8 @@
 package main
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -19,14 +21,14 @@ import (
 // installed is the name of the file that -install makes.
 var installed = "vault-plugin-secrets-cable-" + testVersion + map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
 
-// sumOf returns the SHA-256 of a file.
-func sumOf(t *testing.T, path string) string {
+// content returns the content of a file.
+func content(t *testing.T, path string) []byte {
 	t.Helper()
-	sum, err := sha256Of(path)
+	data, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return sum
+	return data
 }
 
 // onlyInstalled checks that a folder has a complete copy of the plugin, with its mode,
@@ -41,7 +43,7 @@ func onlyInstalled(t *testing.T, dir string) {
 	if err != nil || runtime.GOOS != "windows" && info.Mode() != 0o755 {
 		t.Errorf("mode %v (%v), want 0755", info.Mode(), err)
 	}
-	if path := filepath.Join(dir, installed); sumOf(t, path) != sumOf(t, build(t)) {
+	if path := filepath.Join(dir, installed); !bytes.Equal(content(t, path), content(t, build(t))) {
 		t.Errorf("%s is another file", path)
 	}
 }
@@ -51,44 +53,32 @@ func onlyInstalled(t *testing.T, dir string) {
 func TestInstall(t *testing.T) {
 	t.Parallel()
 	plugin := build(t)
-	write := func(text string, mode os.FileMode) func(string) error {
-		return func(path string) error { return os.WriteFile(path, []byte(text), mode) }
+	program := content(t, plugin)
+	write := func(content []byte, mode os.FileMode) func(string) error {
+		return func(path string) error { return errors.Join(os.WriteFile(path, content, mode), os.Chmod(path, mode)) }
 	}
-	content, err := os.ReadFile(plugin)
-	if err != nil {
-		t.Fatal(err)
+	link := func(to string) func(string) error {
+		return func(path string) error { return os.Symlink(to, path) }
 	}
+	const notRegular, otherContent = "is not a regular file", "other content, and is never replaced: its SHA-256 is "
 	tests := map[string]struct {
 		before func(path string) error // prepares the path of the new file
 		script string                  // runs the plugin, $0, by a shell
-		form   string                  // the option, in one argument with the folder
 		error  string                  // a part of it, or "" for success
 	}{
-		"nothing there":        {},
-		"one argument":         {form: "--install="},
-		"umask 077":            {script: `umask 077 && exec "$0" "$@"`},
-		"the same file":        {before: write(string(content), 0o755)},
-		"the same file, umask": {before: write(string(content), 0o600)},
-		"the same file, for all to write": {before: func(path string) error {
-			return errors.Join(write(string(content), 0o755)(path), os.Chmod(path, 0o777))
-		}},
-		"another file": {
-			before: write("another", 0o755),
-			error:  "is there with other content, and is never replaced: its SHA-256 is ",
-		},
-		"the start of the file": {before: write(string(content[:1000]), 0o755), error: "is there with other content"},
+		"nothing there":                   {},
+		"umask 077":                       {script: `umask 077 && exec "$0" "$@"`},
+		"the same file":                   {before: write(program, 0o755)},
+		"the same file, umask":            {before: write(program, 0o600)},
+		"the same file, for all to write": {before: write(program, 0o777)},
+		"another file":                    {before: write([]byte("another"), 0o755), error: otherContent},
+		"the start of the file":           {before: write(program[:1000], 0o755), error: otherContent},
 		"a folder": {
 			before: func(path string) error { return os.Mkdir(path, 0o755) },
-			error:  "is not a regular file",
+			error:  notRegular,
 		},
-		"a link to the file": {
-			before: func(path string) error { return os.Symlink(plugin, path) },
-			error:  "is not a regular file",
-		},
-		"a link to nothing": {
-			before: func(path string) error { return os.Symlink("nothing", path) },
-			error:  "is not a regular file",
-		},
+		"a link to the file": {before: link(plugin), error: notRegular},
+		"a link to nothing":  {before: link("nothing"), error: notRegular},
 		"no folder": {
 			before: func(path string) error { return os.Remove(filepath.Dir(path)) },
 			error:  "no such file or directory",
@@ -112,20 +102,17 @@ func TestInstall(t *testing.T) {
 				}
 			}
 			before, _ := os.ReadDir(dir)
-			args := []string{"-install", dir}
-			if tt.form != "" {
-				args = []string{tt.form + dir}
-			}
-			cmd := exec.Command(plugin, args...)
+			cmd := exec.Command(plugin, "-install", dir)
 			if tt.script != "" {
-				cmd = exec.Command("/bin/sh", append([]string{"-c", tt.script, plugin}, args...)...)
+				cmd = exec.Command("/bin/sh", "-c", tt.script, plugin, "--install="+dir)
 			}
 			var stdout, stderr strings.Builder
 			cmd.Stdout, cmd.Stderr = &stdout, &stderr
 			err := cmd.Run()
 			t.Log(stderr.String())
 			if tt.error == "" {
-				if want := fmt.Sprintf("%s  %s\n", sumOf(t, plugin), path); err != nil || stdout.String() != want {
+				want := fmt.Sprintf("%x  %s\n", sha256.Sum256(program), path)
+				if err != nil || stdout.String() != want {
 					t.Fatalf("%v, standard output %q, want %q", err, &stdout, want)
 				}
 				remedy := "run: setcap cap_ipc_lock=+ep " + path + "\n"
@@ -145,7 +132,7 @@ func TestInstall(t *testing.T) {
 			if after, _ := os.ReadDir(dir); fmt.Sprint(after) != fmt.Sprint(before) {
 				t.Errorf("the folder has %v, before %v", after, before)
 			}
-			if text, _ := os.ReadFile(path); name == "another file" && string(text) != "another" {
+			if name == "another file" && string(content(t, path)) != "another" {
 				t.Error("the file was replaced")
 			}
 		})
@@ -156,8 +143,7 @@ func TestInstall(t *testing.T) {
 // ends others meanwhile, which leave a complete file or nothing.
 func TestInstallAtOnce(t *testing.T) {
 	t.Parallel()
-	plugin := build(t)
-	dir := t.TempDir()
+	plugin, dir := build(t), t.TempDir()
 	var wg sync.WaitGroup
 	for range 5 {
 		wg.Go(func() {
@@ -171,7 +157,6 @@ func TestInstallAtOnce(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // it has no signals that one process sends to another
 	}
-	ended := 0
 	for try := range 20 {
 		dir := t.TempDir()
 		cmd := exec.Command(plugin, "-install", dir)
@@ -180,14 +165,12 @@ func TestInstallAtOnce(t *testing.T) {
 		}
 		time.Sleep(time.Duration(try) * 5 * time.Millisecond)
 		_ = cmd.Process.Signal(os.Interrupt)
-		if cmd.Wait() != nil {
-			ended++
-		}
+		ended := cmd.Wait()
 		if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
 			onlyInstalled(t, dir)
 		}
+		t.Logf("interrupted after %d ms: %v", 5*try, ended)
 	}
-	t.Logf("%d of 20 were ended before they were done", ended)
 }
 
 // TestInstallAlone installs from a root folder that contains nothing but the plugin, as
@@ -203,21 +186,15 @@ func TestInstallAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(root) })
-	content, err := os.ReadFile(build(t))
-	if err != nil {
+	program, plugins := content(t, build(t)), filepath.Join(root, "plugins")
+	if err := errors.Join(
+		os.WriteFile(filepath.Join(root, "plugin"), program, 0o755), os.Chmod(root, 0o755),
+		os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000),
+	); err != nil {
 		t.Fatal(err)
 	}
-	plugins := filepath.Join(root, "plugins")
-	for _, err := range []error{
-		os.WriteFile(filepath.Join(root, "plugin"), content, 0o755), os.Chmod(root, 0o755),
-		os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000),
-	} {
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
 	out, err := exec.Command("chroot", "--userspec=100:1000", root, "/plugin", "-install", "/plugins").Output()
-	if want := fmt.Sprintf("%s  /plugins/%s\n", sumOf(t, build(t)), installed); err != nil || string(out) != want {
+	if want := fmt.Sprintf("%x  /plugins/%s\n", sha256.Sum256(program), installed); err != nil || string(out) != want {
 		t.Fatalf("%v, %q, want %q", err, out, want)
 	}
 	onlyInstalled(t, plugins)

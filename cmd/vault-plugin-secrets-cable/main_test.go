@@ -4,7 +4,9 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -137,16 +139,10 @@ func needProgram(t *testing.T, name string) {
 func TestServe(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	tests := map[string][]string{
-		"no arguments": nil,
-		"-ca-cert":     {"-ca-cert=/" + canary},
-		"several":      {"-ca-cert", "/" + canary, canary},
-		"-version":     {"-version"},
-		"-help":        {"-help"},
-		"-install":     {"-install", dir},
-	}
-	for name, args := range tests {
-		t.Run(name, func(t *testing.T) {
+	for _, args := range [][]string{
+		nil, {"-ca-cert=/" + canary}, {"-ca-cert", "/" + canary, canary}, {"-version"}, {"-help"}, {"-install", dir},
+	} {
+		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			t.Parallel()
 			var stderr bytes.Buffer
 			client := client(&stderr, exec.Command(build(t), args...))
@@ -155,17 +151,12 @@ func TestServe(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got := client.NegotiatedVersion(); got != 5 {
-				t.Errorf("protocol version %d, want 5", got)
+			if got, err := client.NegotiatedVersion(), protocol.Ping(); got != 5 || err != nil {
+				t.Errorf("protocol version %d, want 5; ping: %v", got, err)
 			}
-			if err := protocol.Ping(); err != nil {
-				t.Errorf("ping: %v", err)
-			}
-			raw, err := protocol.Dispense("backend")
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, ok := raw.(logical.Backend); !ok {
+			if raw, err := protocol.Dispense("backend"); err != nil {
+				t.Error(err)
+			} else if _, ok := raw.(logical.Backend); !ok {
 				t.Errorf("the plugin is a %T, want a logical.Backend", raw)
 			}
 			client.Kill()
@@ -212,33 +203,24 @@ func logLines(t *testing.T, text string) (lines []map[string]any) {
 // handshake.
 func TestStdout(t *testing.T) {
 	t.Parallel()
-	cmd := exec.Command(build(t))
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, build(t))
 	cmd.Env = underVault("PLUGIN_CLIENT_CERT="+certificate(), "TMPDIR="+t.TempDir())
 	stdout, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	timeout := time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() })
-	defer timeout.Stop()
-	var got []byte
-	for chunk := make([]byte, 4096); !bytes.ContainsRune(got, '\n'); {
-		n, err := stdout.Read(chunk)
-		got = append(got, chunk[:n]...)
-		if err != nil {
-			t.Fatalf("standard output ended with %v: %q", err, got)
-		}
-	}
-	if err := cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	rest, _ := io.ReadAll(stdout)
+	reader := bufio.NewReader(stdout)
+	got, err := reader.ReadString('\n')
+	cancel()
+	more, _ := io.ReadAll(reader)
 	_ = cmd.Wait()
-	got = append(got, rest...)
-	if !regexp.MustCompile(`^1\|5\|.*\|grpc\|.*\n$`).Match(got) {
-		t.Errorf("standard output: %q, want the handshake, in one line", got)
+	if got += string(more); err != nil || !regexp.MustCompile(`^1\|5\|.*\|grpc\|.*\n$`).MatchString(got) {
+		t.Errorf("standard output: %q (%v), want the handshake, in one line", got, err)
 	}
 }
 

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,7 +14,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // TestStderr checks that standard error has the lines of the logger alone if the
@@ -41,11 +41,8 @@ func TestStderr(t *testing.T) {
 	}
 	client.Kill()
 	// The runtime may print before main begins, when there are no secrets.
-	text := stderr.String()
-	if i := strings.Index(text, "{"); i > 0 {
-		text = text[i:]
-	}
-	if len(logLines(t, text)) == 0 {
+	_, text, _ := strings.Cut(stderr.String(), "{")
+	if len(logLines(t, "{"+text)) == 0 {
 		t.Error("the log is empty")
 	}
 }
@@ -68,11 +65,7 @@ func TestCrash(t *testing.T) {
 	if err := readProcess(t, pidFile).Signal(syscall.SIGQUIT); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(20 * time.Second); !client.Exited(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the process has not ended")
-		}
-	}
+	waitFor(t, "the process to end", client.Exited)
 	if text := stderr.String(); !strings.HasPrefix(text, "SIGQUIT: quit\n") || !strings.Contains(text, "\ngoroutine ") {
 		t.Errorf("standard error: %.1000q, want the runtime's report", text)
 	}
@@ -81,16 +74,10 @@ func TestCrash(t *testing.T) {
 // readProcess returns the process whose id a script has written to a file.
 func readProcess(t *testing.T, file string) *os.Process {
 	t.Helper()
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	text, readErr := os.ReadFile(file)
+	pid, parseErr := strconv.Atoi(strings.TrimSpace(string(text)))
 	process, err := os.FindProcess(pid)
-	if err != nil {
+	if err := errors.Join(readErr, parseErr, err); err != nil {
 		t.Fatal(err)
 	}
 	return process

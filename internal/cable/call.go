@@ -40,13 +40,10 @@ func (c *Client) RequestToken(ctx context.Context, tr TokenRequest) (*Token, err
 			c.transport.CloseIdleConnections()
 		}
 	}()
-	body, err := json.Marshal(requestBody{
-		ExpirySeconds: int64(tr.Lifetime / time.Second),
-		Scopes:        scopesBody{OrganizationID: tr.OrganizationID, Scopes: tr.Scopes},
+	body, _ := json.Marshal(map[string]any{ // numbers and strings always marshal
+		"expiry_seconds": int64(tr.Lifetime / time.Second),
+		"scopes":         scopesBody{OrganizationID: tr.OrganizationID, Scopes: tr.Scopes},
 	})
-	if err != nil {
-		return nil, fmt.Errorf("encoding the request: %w", err)
-	}
 	if tr.Allow == nil {
 		tr.Allow = func() error { return nil }
 	}
@@ -251,8 +248,8 @@ func (r *request) failure(ctx context.Context, p progress, err error) *Error {
 	return e
 }
 
-// retryAfter reads the header in both of its forms (RFC 9110, 10.2.3), seconds or a date, which is compared with the
-// Date of the same response. It returns at most MaxLifetime.
+// retryAfter reads the header in both of its forms (RFC 9110, 10.2.3), seconds or a date by the clock of the response.
+// It returns at most MaxLifetime.
 func retryAfter(header http.Header) (time.Duration, bool) {
 	text := strings.TrimSpace(header.Get("Retry-After"))
 	if seconds, err := strconv.ParseUint(text, 10, 63); err == nil {

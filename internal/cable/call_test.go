@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httptrace"
 	"slices"
 	"strings"
@@ -237,6 +238,8 @@ func TestHostileServer(t *testing.T) {
 		chunked   = ok + "Transfer-Encoding: chunked\r\n"
 		body      = `{"token":"t","expiry":1}`
 		longHead  = "the head of its response is larger than 65536 bytes"
+		noHTTP1   = "it does not speak HTTP/1.1, and HTTP/2 is not supported"
+		settings  = "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a"
 		drip      = 10 * time.Millisecond
 		hangs     = time.Duration(-1)
 		switching = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -254,6 +257,7 @@ func TestHostileServer(t *testing.T) {
 		pause time.Duration // between, or hangs
 		want  Error
 	}{
+		{"SETTINGS of HTTP/2 (RFC 9113, 6.5)", settings, "", hangs, unreachable(noHTTP1)},
 		{"silence, then gone", "", "", 0, unreachable(connectionClosed)},
 		{"silence", "", "", hangs, timedOut},
 		{"no HTTP", "SSH-2.0-OpenSSH_9.6\r\n\r\n", "", 0, unreachable(notHTTP)},
@@ -435,36 +439,6 @@ func TestStart(t *testing.T) {
 	diffError(t, sent(TimedOut, detail), checkError(t, token, err))
 }
 
-// TestCallersAreIndependent pins that a caller that leaves does not end the calls of others on the same connection.
-func TestCallersAreIndependent(t *testing.T) {
-	t.Parallel()
-	arrived, release := make(chan struct{}, 20), make(chan struct{})
-	srv := cabletest.NewTLSServer(t, &cabletest.Options{Log: func(cabletest.Call) {
-		arrived <- struct{}{}
-		<-release
-	}})
-	c := newClient(t, srv, Config{})
-	ctx, leave := context.WithCancel(t.Context())
-	var left, stayed sync.WaitGroup
-	for range 10 {
-		left.Go(func() {
-			diffError(t, sent(Canceled, "the caller left after the request was sent"), mustFail(t, ctx, c))
-		})
-		stayed.Go(func() {
-			if _, err := c.RequestToken(t.Context(), testRequest()); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	for range 20 {
-		<-arrived
-	}
-	leave()
-	left.Wait()
-	close(release)
-	stayed.Wait()
-}
-
 // TestObserve pins that each call is observed once.
 func TestObserve(t *testing.T) {
 	t.Parallel()
@@ -516,6 +490,139 @@ func TestElapsed(t *testing.T) {
 	} {
 		if got := Elapsed(tt.from, tt.to); got != tt.want {
 			t.Errorf("from %s to %s: %s, want %s", tt.from, tt.to, got, tt.want)
+		}
+	}
+}
+
+// TestRequest pins the request, byte by byte where it matters, and that a second one is the same, because a client
+// keeps nothing of a response, no cookie and no other address.
+func TestRequest(t *testing.T) {
+	t.Parallel()
+	const key = "the-key-of-this-test"
+	for _, tt := range []struct {
+		name          string
+		cfg           Config
+		path          string // of token_url
+		uri           string // sent
+		authorization string
+	}{
+		{"raw", Config{}, "/v2/auth/token", "/v2/auth/token", key},
+		{"bearer", Config{Bearer: true}, "/v2/auth/token", "/v2/auth/token", "Bearer " + key},
+		{"user agent", Config{UserAgent: "engine/1.2"}, "/v2/auth/token", "/v2/auth/token", key},
+		{"no path", Config{}, "", "/", key},
+		{"escaped path", Config{}, "/a%2Fb//../c", "/a%2Fb//../c", key},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			type sent struct {
+				Method, URI, Host, Proto, Body string
+				Length                         int64
+				Header                         http.Header
+			}
+			requests := make(chan sent, 10)
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				body, _ := io.ReadAll(r.Body)
+				requests <- sent{r.Method, r.RequestURI, r.Host, r.Proto, string(body), r.ContentLength, r.Header}
+				w.Header().Set("Set-Cookie", "session=1; Path=/")
+				w.Header().Set("Alt-Svc", `h2="elsewhere.example:443"; ma=86400`)
+				w.Header().Set("Strict-Transport-Security", "max-age=9999")
+				fmt.Fprint(w, `{"token":"t","expiry":4102444800}`)
+			}))
+			t.Cleanup(srv.Close)
+			cfg := tt.cfg
+			cfg.RefreshKey, cfg.TokenURL = NewSecret(key), srv.URL+tt.path
+			c := newClientAt(t, cfg)
+			for range 2 {
+				if _, err := c.RequestToken(t.Context(), TokenRequest{
+					OrganizationID: `org_"<é`,
+					Scopes:         []string{"transactions:write", "person:read"},
+					Lifetime:       time.Hour + 999*time.Millisecond,
+				}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			body := `{"expiry_seconds":3600,"scopes":{"organization_id":"org_\"\u003cé",` +
+				`"scopes":["transactions:write","person:read"]}}`
+			want := sent{
+				Method: "POST", URI: tt.uri, Host: strings.TrimPrefix(srv.URL, "http://"), Proto: "HTTP/1.1",
+				Body: body, Length: int64(len(body)),
+				Header: http.Header{
+					"Authorization":   {tt.authorization},
+					"Content-Type":    {"application/json"},
+					"Accept":          {"application/json"},
+					"Accept-Encoding": {"identity"},
+					"Cache-Control":   {"no-store"},
+					"Content-Length":  {fmt.Sprint(len(body))},
+				},
+			}
+			if tt.cfg.UserAgent != "" {
+				want.Header["User-Agent"] = []string{tt.cfg.UserAgent}
+			}
+			if diff := cmp.Diff([]sent{want, want}, []sent{<-requests, <-requests}); diff != "" {
+				t.Errorf("requests (-want +got):\n%s", diff)
+			}
+			if len(requests) != 0 {
+				t.Errorf("%d more requests", len(requests))
+			}
+		})
+	}
+}
+
+// TestClose pins that a call under way when its client is closed ends as it would, and that its connection is closed
+// then.
+func TestClose(t *testing.T) {
+	t.Parallel()
+	arrived, closed := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	srv := cabletest.NewTLSServer(t, &cabletest.Options{Log: func(cabletest.Call) {
+		once.Do(func() {
+			close(arrived)
+			<-closed
+		})
+	}})
+	c := newClient(t, srv, Config{})
+	done := make(chan error)
+	go func() {
+		_, err := c.RequestToken(t.Context(), testRequest())
+		done <- err
+	}()
+	<-arrived
+	c.Close()
+	close(closed)
+	if err := <-done; err != nil {
+		t.Errorf("the call under way: %v", err)
+	}
+	mustMint(t, c)
+	if n := srv.Connections(); n != 2 {
+		t.Errorf("%d connections, want 2", n)
+	}
+}
+
+// TestNew pins which configurations are refused. See also TestParseTokenURL and TestCheckCACert.
+func TestNew(t *testing.T) {
+	t.Parallel()
+	key := NewSecret(testKey)
+	const (
+		noKey  = "the refresh key is missing"
+		scheme = "token_url must begin with https:// (http:// for a loopback host only): " + exampleURL
+		notPEM = "ca_cert is not PEM at block 1: write CERTIFICATE blocks only, without other text around them"
+	)
+	for _, tt := range []struct {
+		name string
+		cfg  Config
+		want string // the whole error; "" for none
+	}{
+		{"default", Config{RefreshKey: key}, ""},
+		{"no key", Config{}, noKey},
+		{"empty key", Config{RefreshKey: NewSecret("")}, noKey},
+		{"bad URL", Config{RefreshKey: key, TokenURL: "ftp://h/"}, scheme},
+		{"certificate", Config{RefreshKey: key, CACert: newAuthority(t).pem}, ""},
+		{"bad certificate", Config{RefreshKey: key, CACert: "hello"}, notPEM},
+	} {
+		c, err := New(tt.cfg)
+		if got := fmt.Sprint(err); err != nil && got != tt.want || err == nil && tt.want != "" ||
+			(c == nil) != (err != nil) {
+			t.Errorf("%s: got %v, %q; want %q", tt.name, c, got, tt.want)
 		}
 	}
 }

@@ -22,19 +22,12 @@ import (
 type Kind int
 
 const (
-	// Responded means that Cable responded with an error status, in StatusCode.
-	Responded Kind = iota + 1
-	// Paused means that no API call was made, because of an earlier 429.
-	Paused
-	// Unreachable means that there was no connection, or that it ended before the response was complete.
-	Unreachable
-	// InvalidResponse means that the response was refused, a 200 without a usable token, or a status that is neither
-	// 200 nor an error.
-	InvalidResponse
-	// TimedOut means that the budget ran out, or that the caller's deadline passed.
-	TimedOut
-	// Canceled means that the caller left.
-	Canceled
+	Responded       Kind = iota + 1 // Cable responded with an error status, in StatusCode
+	Paused                          // no API call was made, because of an earlier 429
+	Unreachable                     // there was no connection, or it ended before the response was complete
+	InvalidResponse                 // a 200 without a usable token, or a status that is neither 200 nor an error
+	TimedOut                        // the budget ran out, or the caller's deadline passed
+	Canceled                        // the caller left
 )
 
 // kinds has the name of each Kind, and the beginning of its errors' text.
@@ -50,9 +43,8 @@ var kinds = map[Kind][2]string{
 // String returns a stable lower-case name, for a log field or a label.
 func (k Kind) String() string { return cmp.Or(kinds[k][0], "unknown") }
 
-// Error says why a token request failed. Its text is safe to show, because it contains no secret and no raw body. Of
-// Cable's response it contains only the envelope's message and errors, and the name of a coding, bounded, escaped, and
-// with the refresh key redacted.
+// Error says why a token request failed. Its text is safe to show. Of Cable's response it contains only the envelope's
+// message and errors, and the name of a coding, bounded, escaped, and with the refresh key redacted.
 type Error struct {
 	Kind       Kind
 	StatusCode int           // of the response, or 0 if none arrived
@@ -115,6 +107,7 @@ func describe(err error, p progress) (text string, certificate bool) {
 		notTLS tls.RecordHeaderError
 		errno  syscall.Errno
 		known  *knownError
+		slow   interface{ Timeout() bool }
 	)
 	if errors.As(err, &known) {
 		return known.text, false
@@ -144,7 +137,7 @@ func describe(err error, p progress) (text string, certificate bool) {
 		text = fmt.Sprintf("the head of its response is larger than %d bytes", maxHeader)
 	case isErrno && networkErrors[errno] != "":
 		text = networkErrors[errno]
-	case isTimeout(err):
+	case errors.As(err, &slow) && slow.Timeout():
 		text = timedOut
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, net.ErrClosed),
 		says(err, "server closed idle connection"): // before a call was written to it
@@ -223,12 +216,6 @@ func describeCertificate(err error, asked bool) string {
 
 // says reports whether err contains the text of an error that net/http or crypto/tls does not export.
 func says(err error, text string) bool { return strings.Contains(err.Error(), text) }
-
-// isTimeout reports that dialling, the TLS handshake or the network timed out.
-func isTimeout(err error) bool {
-	var t interface{ Timeout() bool }
-	return errors.As(err, &t) && t.Timeout()
-}
 
 // isAlert reports whether err is one of these alerts of TLS, sent by the server.
 //

@@ -57,8 +57,6 @@ const (
 	atResponse = "waiting for the response"
 )
 
-var errPanicked = errors.New("allow panicked")
-
 func newExchange(allow func() error, content []byte, proxied bool) *exchange {
 	x := &exchange{allow: allow, content: content, proxied: proxied, body: bytes.NewReader(nil)}
 	x.stage = atTurn
@@ -72,7 +70,7 @@ func (x *exchange) open() {
 	if x.ended {
 		return
 	}
-	x.refusal = errPanicked
+	x.refusal = errors.New("it panicked")
 	defer func() {
 		x.panicked = recover()
 		if x.refusal == nil {

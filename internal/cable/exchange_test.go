@@ -58,21 +58,20 @@ func TestAllow(t *testing.T) {
 	t.Parallel()
 	observed := 0
 	observe := func(Call) { observed++ }
-	for _, kept := range []bool{false, true} { // the connection of an earlier call, or a new one
-		for times := range 2 {
-			srv := cabletest.NewTLSServer(t, nil)
-			c := newClient(t, srv, Config{Observe: observe})
-			if kept {
-				mustMint(t, c)
-			}
-			srv.Reset()
-			observed = 0
-			checkWithdrawn(t, c, allowTimes(times))
-			if s := srv.Stats(); s.Calls > 0 || observed > 0 {
-				t.Errorf("allowed %d times: %+v, observed %d calls", times, s, observed)
-			}
+	for bits := range 4 {
+		kept, times := bits&2 > 0, bits&1 // the connection is an earlier call's, or a new one
+		srv := cabletest.NewTLSServer(t, nil)
+		c := newClient(t, srv, Config{Observe: observe})
+		if kept {
 			mustMint(t, c)
 		}
+		srv.Reset()
+		observed = 0
+		checkWithdrawn(t, c, allowTimes(times))
+		if s := srv.Stats(); s.Calls > 0 || observed > 0 {
+			t.Errorf("allowed %d times: %+v, observed %d calls", times, s, observed)
+		}
+		mustMint(t, c)
 	}
 	srv := cabletest.NewServer(t, nil)
 	c := newClient(t, srv, Config{})
@@ -248,7 +247,7 @@ func TestNothingWritten(t *testing.T) {
 	}
 }
 
-// A cut is the point at which a server closes a connection.
+// cut is the point at which a server closes a connection.
 type cut struct {
 	kept     bool // in the connection's second exchange instead of its first
 	response bool // in the response, which means that the call was processed

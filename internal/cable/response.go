@@ -22,9 +22,12 @@ import (
 const (
 	maxBody      = 1 << 20  // bytes of a 200; a token and its scopes have a few KiB
 	maxErrorBody = 64 << 10 // bytes of an error
+	maxToken     = 16 << 10 // bytes of a token, because it has to fit a header, and Vault stores it with each lease
+	maxCoding    = 40       // bytes of a Content-Encoding that an error repeats
+	maxNumber    = 400      // bytes of a number whose value is computed
+	maxDigits    = 19       // bytes of a number that an error repeats, those of an int64
 
-	// errorBodyTimeout bounds the wait for the body of an error.
-	errorBodyTimeout = 500 * time.Millisecond
+	errorBodyTimeout = 500 * time.Millisecond // bounds the wait for the body of an error
 
 	// maxExpiry is the end of the year 9999, the last time that RFC 3339 can express. A later expiry is not in seconds;
 	// today's milliseconds are later.
@@ -33,11 +36,6 @@ const (
 	// ageSlack is by how much Age may exceed the duration of the call, because each cache on the way rounds it up (RFC
 	// 9111, 4.2.3).
 	ageSlack = 5 * time.Second
-
-	maxToken  = 16 << 10 // bytes of a token, because it has to fit a header, and Vault stores it with each lease
-	maxCoding = 40       // bytes of a Content-Encoding that an error repeats
-	maxNumber = 400      // bytes of a number whose value is computed
-	maxDigits = 19       // bytes of a number that an error repeats, those of an int64
 
 	// minToken is the length from which the rest of a response is searched for its token. A shorter one could match by
 	// chance, and is no secret.
@@ -53,14 +51,7 @@ type (
 		OrganizationID string   `json:"organization_id"`
 		Scopes         []string `json:"scopes"`
 	}
-	requestBody struct {
-		ExpirySeconds int64      `json:"expiry_seconds"`
-		Scopes        scopesBody `json:"scopes"`
-	}
-	fieldError struct {
-		Field   string `json:"field"`
-		Message string `json:"message"`
-	}
+	fieldError struct{ Field, Message string } // in the names of Go, because any case is read
 )
 
 // documented are the members of a response that count, by their paths.
@@ -133,10 +124,8 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 	if len(token) > maxToken {
 		return nil, fmt.Errorf("its token has %d bytes: at most %d are accepted", len(token), maxToken)
 	}
-	for _, c := range []byte(token) {
-		if c <= ' ' || c >= 0x7f {
-			return nil, errors.New("its token contains characters that a header cannot carry")
-		}
+	if strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return nil, errors.New("its token contains characters that a header cannot carry")
 	}
 	if body.Expiry == nil || string(body.Expiry) == "null" {
 		return nil, errors.New("it contains no expiry")
@@ -288,9 +277,6 @@ func cableClock(header http.Header, duration time.Duration) (time.Time, error) {
 
 // date reads the Date header, or returns the zero time.
 func date(header http.Header) time.Time {
-	t, err := http.ParseTime(header.Get("Date"))
-	if err != nil {
-		return time.Time{}
-	}
+	t, _ := http.ParseTime(header.Get("Date"))
 	return t
 }

@@ -52,13 +52,6 @@ func TestConnectionsAreReused(t *testing.T) {
 	if n := srv.Connections(); n > maxConns {
 		t.Errorf("%d connections for %d calls", n, srv.CallCount())
 	}
-	tokens := map[string]bool{}
-	for _, m := range srv.Minted() {
-		tokens[m.Token] = true
-	}
-	if len(tokens) != 11*maxConns {
-		t.Errorf("%d tokens, want %d", len(tokens), 11*maxConns)
-	}
 }
 
 // TestConnectionsAreBounded pins that 300 calls to a server that hangs open at most 64 connections; that the wait for
@@ -342,7 +335,7 @@ func newTLSServer(t testing.TB, config *tls.Config) (sim *cabletest.Simulator, u
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	type leaf = *x509.Certificate
-	ca, now := newAuthority(t), time.Now()
+	ca, now, later := newAuthority(t), time.Now(), time.Now().Add(2*time.Hour)
 	with := func(cert tls.Certificate) *tls.Config { return &tls.Config{Certificates: []tls.Certificate{cert}} }
 	issued := func(change func(leaf)) *tls.Config { return with(ca.issue(t, change)) }
 	good := func(least, most uint16, protocols ...string) *tls.Config {
@@ -373,7 +366,7 @@ func TestTLS(t *testing.T) {
 		{"unknown authority", good(0, 0), unknown, 1}, // no ca_cert
 		{"another authority", with(newAuthority(t).issue(t, nil)), unknown, 1},
 		{"expired", issued(func(c leaf) { c.NotBefore, c.NotAfter = now.Add(-2*time.Hour), now.Add(-1) }), expired, 1},
-		{"early", issued(func(c leaf) { c.NotBefore, c.NotAfter = now.Add(time.Hour), now.Add(2*time.Hour) }), expired, 1},
+		{"too early", issued(func(c leaf) { c.NotBefore, c.NotAfter = now.Add(time.Hour), later }), expired, 1},
 		{
 			"another host", issued(func(c leaf) { c.IPAddresses, c.DNSNames = nil, []string{"api.cable.tech"} }),
 			"its certificate is not valid for 127.0.0.1", 1,
@@ -511,20 +504,6 @@ func TestStages(t *testing.T) {
 			}
 			diffError(t, tt.want, mustFailInTime(t, c))
 		})
-	}
-}
-
-// TestHTTP2Alone pins the error for a server that speaks HTTP/2 although it was not offered.
-func TestHTTP2Alone(t *testing.T) {
-	t.Parallel()
-	url, _ := rawServer(t, func(conn net.Conn) {
-		_, _ = io.WriteString(conn, "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a")
-		hang(conn) // after SETTINGS (RFC 9113, 6.5)
-	})
-	e := mustFail(t, t.Context(), newClientAt(t, Config{TokenURL: url}))
-	// The frame may be read before the request is written.
-	if e.Kind != Unreachable || e.Detail != "it does not speak HTTP/1.1, and HTTP/2 is not supported" {
-		t.Errorf("%+v", e)
 	}
 }
 
@@ -727,7 +706,8 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		}
 		for _, value := range []string{
 			"http://" + user + "@[::1", "http://" + user + "/x@h/", "http://" + user + "#x@h/",
-			"http://" + user + "?x@h/", "http://user:1/x@h:3128", "http://user:1#x@h:3128", "http://" + user + "%zz@h/", "http://" + user + "%@h/",
+			"http://" + user + "?x@h/", "http://user:1/x@h:3128", "http://user:1#x@h:3128",
+			"http://" + user + "%zz@h/", "http://" + user + "%@h/",
 			"ftp://" + user + "@127.0.0.1:1/", "http:/proxy:3128", "http:proxy:3128", "http//proxy:3128", "http://",
 			"http://proxy:99999", "http://proxy:", "://proxy", " http://proxy:3128", "http://proxy:3128/path", "p q",
 		} {
