@@ -314,9 +314,9 @@ func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token,
 	return token, nil
 }
 
-// recheck refuses a token that the present settings do not allow, or if they cannot be read. It reads them until they
-// are still current at the end of the reading. So no token is returned whose last check did not begin after a write
-// that disables, deletes or narrows had returned.
+// recheck refuses a token that the present settings do not allow, such as that of a disabled role, or if they cannot be
+// read. If they have changed, it reads them until they are still current at the end of the reading. So no token is
+// returned whose last check did not begin after a write that disables, deletes or narrows had returned.
 //
 // Reading storage may exceed the request's budget by recheckTimeout, because giving up now would waste a token.
 func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {

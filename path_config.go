@@ -287,8 +287,8 @@ func checkRefreshKey(key string) error {
 	return nil
 }
 
-// verify mints a token of the shortest lifetime with settings that are not stored yet, and drops it. It returns the
-// warning that says so, and the bytes that were stored before.
+// verify mints a token of the shortest lifetime with settings that are not stored yet, and drops it. If it fails, the
+// write stores nothing. Otherwise it returns a warning about the token, and the bytes that were stored before.
 func (b *backend) verify(ctx context.Context, r *request) (warning string, stored []byte, err error) {
 	stored, err = state.Read(ctx, r.Storage, state.ConfigKey)
 	if err != nil {

@@ -20,7 +20,7 @@ import (
 
 const (
 	maxStatusRoles = 1000            // roles that a read of status checks, because each may be a read from storage
-	statusTimeout  = 2 * time.Second // within which status and metrics respond, even if storage hangs
+	statusTimeout  = 2 * time.Second // status and metrics respond within 2 s, even if storage hangs
 )
 
 func (b *backend) pathStatus() *framework.Path {
