@@ -271,7 +271,7 @@ func scopeWarnings(scopes []string) []string {
 	return warnings
 }
 
-// fallbackOrganization says which organization a role uses whose own was removed.
+// fallbackOrganization names the organization that a role uses once its own is removed.
 func fallbackOrganization(ctx context.Context, s logical.Storage) string {
 	c, err := state.ReadConfig(ctx, s)
 	switch {

@@ -18,8 +18,8 @@ import (
 // cableTokenType is the type of this engine's leases.
 const cableTokenType = "cable_token"
 
-// cableToken is the one secret type. It cannot be renewed, because Cable cannot lengthen a token; and its revocation
-// ends only the lease.
+// cableToken is the one secret type. It cannot be renewed, because Cable cannot lengthen a token, and revoking it ends
+// only the lease.
 func (b *backend) cableToken() *framework.Secret {
 	return &framework.Secret{Type: cableTokenType, Fields: credsResponseFields(), Revoke: b.handle(b.revokeToken)}
 }

@@ -146,8 +146,7 @@ type Failure struct {
 	Certificate bool          // Cable's certificate was refused
 	Granted     *cable.Token  // the token that was refused, or nil
 
-	// UndeliveredUntil is the Unix time until which a token may be valid that Cable issued and no reader received; 0 if
-	// there is none.
+	// UndeliveredUntil is the Unix time until which an undelivered token may be valid, or 0 if there is none.
 	UndeliveredUntil int64
 }
 
@@ -157,7 +156,7 @@ func (f *Failure) Error() string { return f.Message }
 // Unwrap lets errors.Is and errors.As find the cause.
 func (f *Failure) Unwrap() error { return f.Cause }
 
-// Classify makes a Failure of an error; nil of nil.
+// Classify makes a Failure of err, and returns nil for nil.
 func Classify(err error) *Failure {
 	if err == nil {
 		return nil

@@ -80,7 +80,7 @@ func (c *Config) Encode() ([]byte, error) {
 	return encode(storedConfig{c, c.RefreshKey.Reveal(), int64(c.RequestTimeout / time.Second)}, c.unknown)
 }
 
-// DecodeConfig reads a stored configuration; nil of nil. Its errors quote nothing.
+// DecodeConfig reads a stored configuration, and returns nil for nil. Its errors quote nothing.
 func DecodeConfig(raw []byte) (*Config, error) {
 	if raw == nil {
 		return nil, nil
@@ -115,8 +115,8 @@ type Role struct {
 	ReuseFor       time.Duration `json:"reuse_for,omitempty"`
 	Disabled       bool          `json:"disabled,omitempty"`
 
-	// EarlierUntil is the Unix time until which tokens may be valid that were minted under an earlier, higher max_ttl;
-	// 0 if there was none.
+	// EarlierUntil is the Unix time until which tokens of an earlier, higher max_ttl may be valid, or 0 if there was
+	// none.
 	EarlierUntil int64 `json:"earlier_until,omitempty"`
 
 	unknown unknown
@@ -137,7 +137,7 @@ func (r *Role) Encode() ([]byte, error) {
 	}, r.unknown)
 }
 
-// DecodeRole reads a stored role; nil of nil.
+// DecodeRole reads a stored role, and returns nil for nil.
 func DecodeRole(name string, raw []byte) (*Role, error) {
 	if raw == nil {
 		return nil, nil
