@@ -96,8 +96,8 @@ func NewLeaseSetting(read func() time.Duration) *LeaseSetting {
 	return &LeaseSetting{read: func() (time.Duration, error) { return read(), nil }}
 }
 
-// Get returns the present setting, or 0 if Vault did not report it. It gives up when ctx ends, and re-panics if the call
-// panicked.
+// Get returns the present setting, or 0 if Vault did not report it. It gives up when ctx ends, and re-panics if the
+// call panicked.
 func (s *LeaseSetting) Get(ctx context.Context) (time.Duration, error) {
 	s.mu.Lock()
 	if s.next == nil {

@@ -235,8 +235,8 @@ func NewLive(c *Config, pause *cable.Pause, observe func(cable.Call)) (*Live, er
 	return &Live{Config: c, Client: client}, nil
 }
 
-// InheritedPause returns the pause of the last client, or nil if that client was for another key or URL, because a pause
-// belongs to one refresh key at one URL.
+// InheritedPause returns the pause of the last client, or nil if that client was for another key or URL, because a
+// pause belongs to one refresh key at one URL.
 func (s *Store) InheritedPause(c *Config) *cable.Pause {
 	s.mu.Lock()
 	defer s.mu.Unlock()
