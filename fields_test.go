@@ -137,7 +137,11 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 				}
 			}
 			values := []any{
-				secret, []any{secret}, []any{"a:b", secret}, kv{secret: secret}, "https://" + secret + "/",
+				secret,
+				[]any{secret},
+				[]any{"a:b", secret},
+				kv{secret: secret},
+				"https://" + secret + "/",
 				secret + "," + secret, json.Number("1" + strings.Repeat("7", 12)),
 			}
 			paths := []string{"config", "roles/ci", "roles/new", "creds/ci", "roles/" + secret, "creds/" + secret}

@@ -88,7 +88,8 @@ func TestWithoutStorage(t *testing.T) {
 	}{
 		"garbage": {
 			func(m *testMount) logical.Storage { m.put("roles/broken", []byte("{"), nil); return m.storage },
-			[]string{"disabled_roles may be incomplete", `"broken"`}, "",
+			[]string{"disabled_roles may be incomplete", `"broken"`},
+			"",
 		},
 		"fails": {
 			func(m *testMount) logical.Storage {
@@ -106,7 +107,8 @@ func TestWithoutStorage(t *testing.T) {
 				m.Cleanup(func() { close(gate.proceed) })
 				return gate
 			},
-			[]string{"the configuration could not be read"}, "configured",
+			[]string{"the configuration could not be read"},
+			"configured",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

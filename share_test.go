@@ -206,7 +206,7 @@ func TestReuseProperties(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		steps := rapid.SliceOfN(rapid.Custom(func(rt *rapid.T) reuseStep {
 			return reuseStep{rapid.IntRange(0, 12).Draw(rt, "kind"), rapid.IntRange(0, 1<<20).Draw(rt, "n")}
-		}), 1, 40).Draw(rt, "steps")
+		}), 20, 80).Draw(rt, "steps")
 		var violation string // rapid's own goroutine has to report it
 		synctest.Test(t, func(t *testing.T) { violation = runReuse(t, steps) })
 		if violation != "" {

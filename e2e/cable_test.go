@@ -129,37 +129,27 @@ func tunnel(w http.ResponseWriter, addr string) {
 	<-done
 }
 
-// issue returns a certificate for host, a name or an address, and the root to trust with it (PEM).
+// issue returns a certificate for host, a name or an address, which is a root to trust, too (PEM).
 func issue(t *testing.T, host string) (certificate tls.Certificate, root []byte) {
 	t.Helper()
-	sign := func(template, parent *x509.Certificate, public *ecdsa.PublicKey, key *ecdsa.PrivateKey) []byte {
-		template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(24*time.Hour)
-		der, err := x509.CreateCertificate(rand.Reader, template, parent, public, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return der
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
 	}
-	newKey := func() *ecdsa.PrivateKey {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return key
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: host},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}
-	caKey, key := newKey(), newKey()
-	ca := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root of " + host}, IsCA: true,
-		BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	caDER := sign(ca, ca, &caKey.PublicKey, caKey)
-	of := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: host}}
 	if ip := net.ParseIP(host); ip != nil {
-		of.IPAddresses = []net.IP{ip}
+		template.IPAddresses = []net.IP{ip}
 	} else {
-		of.DNSNames = []string{host}
+		template.DNSNames = []string{host}
 	}
-	leaf := sign(of, ca, &key.PublicKey, caKey)
-	return tls.Certificate{Certificate: [][]byte{leaf}, PrivateKey: key},
-		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER})
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key},
+		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }

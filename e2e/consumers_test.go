@@ -86,43 +86,6 @@ func TestConsumers(t *testing.T) {
 	}
 }
 
-// TestAgentWithADisabledRole shows that one disabled role has Agent mint again for
-// its other roles, each time that it gives up.
-func TestAgentWithADisabledRole(t *testing.T) {
-	t.Parallel()
-	s, m := newApplication(t)
-	m.ok(t, "POST", "cable/roles/off", map[string]any{"scopes": "person:read", "disabled": true})
-	s.write("token", m.root)
-	s.write("agent.hcl", `
-vault {
-  retry {
-    num_retries = 1 # instead of 12, which take five minutes
-  }
-}
-auto_auth {
-  method "token_file" {
-    config = { token_file_path = "token" }
-  }
-}
-template {
-  destination = "on"
-  contents    = "{{ with secret \"cable/creds/reports\" }}{{ .Data.token }}{{ end }}"
-}
-template {
-  destination = "off"
-  contents    = "{{ with secret \"cable/creds/off\" }}{{ .Data.token }}{{ end }}"
-}
-`)
-	cmd := s.start(t, "vault", "agent", "-config=agent.hcl")
-	waitFor(t, 50*time.Second, "Agent mints the good role's third token", func() bool {
-		return m.sim.Stats().Minted >= 3
-	})
-	if s.exists("off") {
-		t.Error("Agent rendered a token of the disabled role")
-	}
-	cmd()
-}
-
 // start starts a program in the shell's folder, which ends with the test or
 // when stop is called.
 func (s *shell) start(t *testing.T, name string, args ...string) (stop func()) {
@@ -249,11 +212,7 @@ func TestReadersTokens(t *testing.T) {
 func TestReferencePage(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
-	jq, err := findJQ()
-	if err != nil {
-		skipUnlessRequired(t, err)
-	}
-	if err := os.Symlink(jq, s.place(".bin/jq")); err != nil {
+	if err := os.Symlink(needJQ(t), s.place(".bin/jq")); err != nil {
 		t.Fatal(err)
 	}
 	page := readFile(t, "../docs/reference.md")

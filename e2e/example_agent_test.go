@@ -236,6 +236,23 @@ func TestExampleVaultAgent(t *testing.T) {
 	if got := readFile(t, s.place("app.env")); got != "the last token" {
 		t.Error("while Cable is down, Agent changes the file")
 	}
+	m.sim.ClearFaults()
+	// Without exit_on_retry_failure, one disabled role has Agent mint again for its other
+	// roles, each time that it gives up.
+	m.ok(t, "POST", "cable/roles/off", map[string]any{"scopes": "person:read", "disabled": true})
+	m.writePolicy(t, "reports", `path "cable/creds/*" { capabilities = ["read"] }`)
+	_, template, _ := strings.Cut(file, "\n}\n")
+	s.write("off.hcl", failsFast+template+strings.NewReplacer("creds/reports", "creds/off", "app.env", "off").
+		Replace(template))
+	minted := m.sim.Stats().Minted
+	stop := s.start(t, "vault", "agent", "-config=login.hcl", "-config=off.hcl")
+	waitFor(t, 50*time.Second, "Agent mints the good role's third token", func() bool {
+		return m.sim.Stats().Minted >= minted+3
+	})
+	stop()
+	if s.exists("off") {
+		t.Error("Agent rendered a token of the disabled role")
+	}
 }
 
 // TestExampleVaultAgentSupervisor runs the application of examples/vault-agent

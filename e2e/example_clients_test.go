@@ -54,10 +54,7 @@ func TestExampleClients(t *testing.T) {
 func TestExampleClientsInstalled(t *testing.T) {
 	t.Parallel()
 	needExamples(t)
-	blocks := map[string]string{}
-	for _, b := range blocksOf(t, "examples/clients/README.md") {
-		blocks[strings.TrimPrefix(b.id, "examples/clients/README.md#")] = b.text
-	}
+	blocks := named(t, "examples/clients/README.md")
 	// While the file suspended exists, the wall clock of the application is two hours
 	// ahead, and its monotonic clock is not, as after the machine was suspended.
 	for name, suspend := range map[string]struct{ file, text, env string }{

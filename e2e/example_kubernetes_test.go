@@ -8,7 +8,6 @@ import (
 	"crypto/ecdsa"
 	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
 	"maps"
 	"net/url"
@@ -155,6 +154,14 @@ func (k *kubernetes) in(t *testing.T) *kubernetes {
 	return &kubernetes{shell: &s, m: k.m}
 }
 
+// mints waits until do has had n tokens minted.
+func (k *kubernetes) mints(t *testing.T, n int, what string, do func()) {
+	t.Helper()
+	before := k.m.sim.Stats().Minted
+	do()
+	k.minted(t, before, n, what)
+}
+
 // minted waits until n more tokens than before were minted.
 func (k *kubernetes) minted(t *testing.T, before, n int, what string) {
 	t.Helper()
@@ -277,9 +284,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 		t.Errorf("the Secret has the first token still, or the list as %q", now["LIST"])
 	}
 	k.m.ok(t, "POST", "cable/roles/reports", map[string]any{"ttl": "1h"})
-	before = k.m.sim.Stats().Minted
-	k.patch(resource, `"renewalPercent":67`)
-	k.minted(t, before, 1, "a lease of an hour")
+	k.mints(t, 1, "a lease of an hour", func() { k.patch(resource, `"renewalPercent":67`) })
 
 	// The operator starts again, long before the refresh is due.
 	k.wait(t, "the status", "kubectl --namespace reports get "+resource+
@@ -288,9 +293,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 		return generation == last
 	})
 	stop()
-	before = k.m.sim.Stats().Minted
-	stop = start()
-	k.minted(t, before, 1, "the operator restarted")
+	k.mints(t, 1, "the operator restarted", func() { stop = start() })
 
 	// Cable is down when the manifest changes. Each attempt is three API calls,
 	// because Vault's client repeats it twice.
@@ -317,9 +320,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 	if now := k.secret("cable-token"); now["CABLE_TOKEN"] != last["CABLE_TOKEN"] {
 		t.Error("the Secret has lost its token")
 	}
-	before = k.m.sim.Stats().Minted
-	k.m.sim.ClearFaults()
-	k.minted(t, before, 1, "Cable is back")
+	k.mints(t, 1, "Cable is back", k.m.sim.ClearFaults)
 	k.run("kubectl delete -f vault-secrets-operator")
 	stop()
 }
@@ -356,9 +357,7 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 					t.Errorf("%d tokens were minted at first", n)
 				}
 				// It refreshes by the interval, whatever the lease.
-				before = k.m.sim.Stats().Minted
-				k.patch(resource, `"refreshInterval":"5s"`)
-				k.minted(t, before, 3, "refreshes every 5 seconds")
+				k.mints(t, 3, "refreshes every 5 seconds", func() { k.patch(resource, `"refreshInterval":"5s"`) })
 				// Cable is down.
 				k.m.sim.SetFault(cabletest.Fault{Status: 500})
 				calls := k.m.sim.CallCount()
@@ -370,9 +369,7 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 				if now := k.secret("cable-token"); now["token"] == "" || now["token"] != last["token"] {
 					t.Error("the Secret has lost its token")
 				}
-				before = k.m.sim.Stats().Minted
-				k.m.sim.ClearFaults()
-				k.minted(t, before, 1, "Cable is back")
+				k.mints(t, 1, "Cable is back", k.m.sim.ClearFaults)
 				k.patch(resource, `"refreshInterval":"30m"`)
 			},
 		},
@@ -398,7 +395,7 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 // change the Deployment's pod, and the pod's Agents run here.
 func testInjector(t *testing.T, k *kubernetes) {
 	cert, root := issue(t, "127.0.0.1")
-	k.write("webhook.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})))
+	k.write("webhook.crt", string(root))
 	k.write("webhook.key", privateKey(t, cert.PrivateKey.(*ecdsa.PrivateKey)))
 	listen := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	k.consumer(t, filepath.Join(needTool(t, "consumers"), "injector"), "-listen="+listen, "-vault-address="+k.m.addr,

@@ -68,7 +68,7 @@ func startNginx(t *testing.T, nginx, upstream string) (url, ca string) {
 	}
 	dir := t.TempDir()
 	write := func(name string, text []byte) { writeFile(t, filepath.Join(dir, name), string(text)) }
-	write("tls.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]}))
+	write("tls.pem", root)
 	write("tls.key", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
 	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	write("nginx.conf", fmt.Appendf(nil, `daemon off; master_process off; pid nginx.pid; error_log stderr warn;

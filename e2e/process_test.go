@@ -285,7 +285,9 @@ func TestGroupSignal(t *testing.T) {
 				}
 			}
 			send("HUP") // Vault reads its configuration again
-			waitFor(t, 10*time.Second, "the server has seen SIGHUP", func() bool { return v.logHas(" reload triggered") })
+			waitFor(t, 10*time.Second, "the server has seen SIGHUP", func() bool {
+				return v.logHas(" reload triggered")
+			})
 			m.read(t)
 			if got := v.pluginProcesses(t); len(got) != 1 || !slices.Equal(got, plugins) {
 				t.Errorf("plugin processes %v after SIGHUP, want %v", got, plugins)
@@ -309,22 +311,14 @@ func TestGroupSignal(t *testing.T) {
 	}
 }
 
-// TestPluginLog checks that Vault starts the plugin with the newest protocol and knows
-// its version, and that the plugin logs nothing above info.
+// TestPluginLog checks that Vault starts the plugin with the newest protocol, and that the
+// plugin logs nothing above info.
 func TestPluginLog(t *testing.T) {
 	t.Parallel()
 	v := ownServer(t)
 	m := newMount(t, v, nil)
 	m.configure(t)
 	m.read(t)
-	a := v.ok(t, "GET", "sys/mounts/"+m.path, nil)
-	if a.Data["running_plugin_version"] != pluginVersion || a.Data["plugin_version"] != pluginVersion {
-		t.Errorf("versions of the mount: %s", a)
-	}
-	calls := m.sim.Calls()
-	if want := "vault-plugin-secrets-cable/" + pluginVersion; calls[0].UserAgent != want {
-		t.Errorf("User-Agent %q, want %q", calls[0].UserAgent, want)
-	}
 	for _, want := range [][]string{
 		{"using plugin", "version=5"},
 		{"[INFO]", "config written", "refresh_key_version=1", "mount=" + m.path + "/"},

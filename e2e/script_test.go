@@ -32,7 +32,6 @@ import (
 //	http [-token T] [-wrap TTL] METHOD PATH [BODY]
 //	                                      Vault's HTTP API: status line, and indented JSON with
 //	                                      sorted keys; fails for a status from 400 on
-//	expand FILE...                        put variables into files
 //	get VAR KEY.KEY                       set a variable from the last command's JSON
 //	sim add JSON                          misbehave after the faults added before; see cabletest.Fault
 //	sim close                             stop responding
@@ -67,7 +66,6 @@ func TestScript(t *testing.T) {
 			return os.WriteFile(filepath.Join(env.WorkDir, "refresh-key.txt"), []byte(m.sim.RefreshKey()+"\n"), 0o600)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"expand":   cmdExpand,
 			"vault":    cmdVault,
 			"http":     cmdHTTP,
 			"get":      cmdGet,
@@ -147,17 +145,6 @@ func cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(e.Encode(body))
 	}
 	checkResult(ts, neg, a.status < 400, fmt.Sprintf("HTTP %d", a.status))
-}
-
-// cmdExpand puts the values of variables into files.
-func cmdExpand(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) == 0 {
-		ts.Fatalf("usage: expand FILE...")
-	}
-	for _, file := range args {
-		text := os.Expand(ts.ReadFile(file), ts.Getenv)
-		ts.Check(os.WriteFile(ts.MkAbs(file), []byte(text), 0o600))
-	}
 }
 
 // cmdGet sets a variable from the JSON of the last command.

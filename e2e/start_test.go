@@ -64,31 +64,9 @@ func (v *vaultServer) cannotRun(t *testing.T, reason, remedy string) {
 	}
 }
 
-// TestCannotStart checks that at Vault's default log level an operator sees why the
-// plugin does not start, with a remedy.
-func TestCannotStart(t *testing.T) {
-	t.Parallel()
-	needVault(t)
-	v := &vaultServer{level: "info"}
-	if err := v.startDev(t.TempDir()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(v.stop)
-	v.register(t, "no-folder", "TMPDIR=/nonexistent")
-	a := v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
-	if a.status != 400 {
-		t.Errorf("%s: want 400", a)
-	}
-	t.Log(a)
-	v.cannotRun(t, "open /nonexistent/plugin",
-		"the plugin needs a socket in /nonexistent: let Vault's user create files there")
-	// The remedy.
-	v.register(t, "no-folder", "TMPDIR="+suite.dir)
-	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": "no-folder"})
-}
-
 // TestLockedMemory has a Vault that runs as a user other than root and locks memory. The
-// plugin cannot, and names the runbook's command, which helps.
+// plugin cannot, and at Vault's default log level it names the runbook's command, which
+// helps. TestCannotStart has other reasons.
 func TestLockedMemory(t *testing.T) {
 	t.Parallel()
 	needFeature(t, vaulttest.MemoryLock)

@@ -97,7 +97,6 @@ type response struct {
 
 	LeaseID       string         `json:"lease_id"`
 	LeaseDuration int64          `json:"lease_duration"`
-	Renewable     bool           `json:"renewable"`
 	Data          map[string]any `json:"data"`
 	WrapInfo      *struct {
 		Token string `json:"token"`

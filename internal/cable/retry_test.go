@@ -111,13 +111,27 @@ func TestRetryAfter(t *testing.T) {
 		text, date string
 		want       time.Duration // negative if it cannot be read
 	}{
-		{"0", "", 0}, {"1", "", time.Second}, {" 299 ", "", 299 * time.Second}, {"86401", "", MaxLifetime},
-		{"9223372036854775807", "", MaxLifetime}, {"9223372036854775808", "", -1}, {"99999999999999999999", "", -1},
-		{"", "", -1}, {"soon", "", -1}, {"-1", "", -1}, {"+1", "", -1}, {"1.5", "", -1}, {"1, 2", "", -1},
-		{date, date, 0}, {later, date, time.Minute}, {"Sunday, 31-Mar-24 23:01:00 GMT", date, time.Minute},
-		{"Thu, 28 Mar 2024 23:00:00 GMT", date, 0}, {far, date, MaxLifetime},
+		{"0", "", 0},
+		{"1", "", time.Second},
+		{" 299 ", "", 299 * time.Second},
+		{"86401", "", MaxLifetime},
+		{"9223372036854775807", "", MaxLifetime},
+		{"9223372036854775808", "", -1},
+		{"99999999999999999999", "", -1},
+		{"", "", -1},
+		{"soon", "", -1},
+		{"-1", "", -1},
+		{"+1", "", -1},
+		{"1.5", "", -1},
+		{"1, 2", "", -1},
+		{date, date, 0},
+		{later, date, time.Minute},
+		{"Sunday, 31-Mar-24 23:01:00 GMT", date, time.Minute},
+		{"Thu, 28 Mar 2024 23:00:00 GMT", date, 0},
+		{far, date, MaxLifetime},
 		{far, "Mon, 01 Jan 0001 00:00:00 GMT", MaxLifetime}, // more than a Duration has
-		{far, "", MaxLifetime}, {date, "", 0},               // by the local clock
+		{far, "", MaxLifetime},
+		{date, "", 0}, // by the local clock
 	} {
 		got, ok := retryAfter(http.Header{"Retry-After": {tt.text}, "Date": {tt.date}})
 		if ok != (tt.want >= 0) || got != max(0, tt.want) {

@@ -110,13 +110,20 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 	}
 	h := hidden{
 		cfg.RefreshKey, &token.Value, cfg, &cfg, *c, c, *token, token, testRequest(), failure,
-		[]Secret{cfg.RefreshKey, token.Value}, map[string]Token{"a": *token}, *asBearer,
+		[]Secret{cfg.RefreshKey, token.Value},
+		map[string]Token{"a": *token},
+		*asBearer,
 		deep{struct{ deeper Client }{*c}},
 	}
 	values := []any{
 		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token,
-		testRequest(), *failure, failure, c.Pause(), c.redactor, &c.redactor, h, &h, []any{h}, []Client{*c},
-		[]*Client{c}, [1]Token{*token}, map[string]any{"h": h, "c": *c}, map[Secret]int{token.Value: 1},
+		testRequest(), *failure, failure, c.Pause(), c.redactor, &c.redactor, h, &h,
+		[]any{h},
+		[]Client{*c},
+		[]*Client{c},
+		[1]Token{*token},
+		map[string]any{"h": h, "c": *c},
+		map[Secret]int{token.Value: 1},
 		fmt.Errorf("wrapped: %w", failure), errors.Join(failure, fmt.Errorf("%v %v", c, token)),
 		reflect.ValueOf(h), reflect.ValueOf(c),
 	}
