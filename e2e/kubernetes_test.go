@@ -54,10 +54,7 @@ func newKubernetes(t *testing.T) *kubernetes {
 	if err != nil {
 		t.Fatal(err)
 	}
-	write := func(name, text string) {
-		t.Helper()
-		writeFile(t, file(name), text)
-	}
+	write := func(name, text string) { writeFile(t, file(name), text) }
 	write("accounts.key", privateKey(t, accounts))
 	admin := rand.Text()
 	write("tokens.csv", admin+`,admin,admin,"system:masters"`+"\n")
@@ -106,31 +103,15 @@ users: [{name: admin, user: {token: %s}}]
 
 	k := &kubernetes{shell: newShell(t, v, map[string]string{"kubectl": filepath.Join(bin, "kubectl")}), m: m}
 	k.env = append(k.env, "KUBECONFIG="+file("kubeconfig"), "NO_PROXY=127.0.0.1")
-	copyExample(t, "kubernetes", k.dir, strings.NewReplacer("http://vault.vault.svc:8200", v.addr))
+	if err := os.CopyFS(k.dir, os.DirFS("../examples/kubernetes")); err != nil {
+		t.Fatal(err)
+	}
+	k.run("address=http://vault.vault.svc:8200; sed -i \"s|$address|$VAULT_ADDR|\" $(grep -rl $address *)")
 	waitFor(t, time.Minute, "the API server is ready", func() bool {
 		_, err := k.try("kubectl get --raw /readyz")
 		return err == nil
 	})
 	return k
-}
-
-// copyExample copies the files of an example, edited.
-func copyExample(t *testing.T, name, to string, edit *strings.Replacer) {
-	t.Helper()
-	from := filepath.Join("..", "examples", name)
-	err := filepath.WalkDir(from, func(path string, d os.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		target := filepath.Join(to, strings.TrimPrefix(path, from))
-		if d.IsDir() {
-			return os.MkdirAll(target, 0o700)
-		}
-		return os.WriteFile(target, []byte(edit.Replace(readFile(t, path))), 0o600)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 // setUp follows the README of examples/kubernetes, which makes the cluster known to
