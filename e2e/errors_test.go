@@ -101,7 +101,8 @@ func TestCableFails(t *testing.T) {
 			m.configure(t)
 			a := m.fail(t, f)
 			t.Log(a)
-			if calls := m.sim.CallCount(); a.status != f.status || calls != 1 || !strings.Contains(fmt.Sprint(a.Errors), f.text) {
+			calls, errors := m.sim.CallCount(), fmt.Sprint(a.Errors)
+			if a.status != f.status || calls != 1 || !strings.Contains(errors, f.text) {
 				t.Errorf("%s after %d calls; want status %d, %q, 1 call", a, calls, f.status, f.text)
 			}
 			if secret := findSecret(a.text, false); secret != "" {

@@ -117,8 +117,10 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 		{"    tls_config:\n", ""},
 		{"      ca_file: /etc/prometheus/vault-ca.pem", ""},
 		{"credentials_file: /etc/prometheus/vault-token", "credentials_file: " + tokenFile},
-		{"[vault.example.com:8200]\n        labels:\n          mount: cable\n",
-			"['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n"},
+		{
+			"[vault.example.com:8200]\n        labels:\n          mount: cable\n",
+			"['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n",
+		},
 	} {
 		if strings.Count(config, change[0]) != 1 {
 			t.Fatalf("monitoring/prometheus.yml does not have %q once", change[0])

@@ -58,7 +58,8 @@ func startNginx(t *testing.T, nginx, upstream string) (url, ca string) {
 	writeFile(t, filepath.Join(dir, "tls.pem"), string(root))
 	writeFile(t, filepath.Join(dir, "tls.key"), privateKey(t, certificate.PrivateKey.(*ecdsa.PrivateKey)))
 	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	writeFile(t, filepath.Join(dir, "nginx.conf"), fmt.Sprintf(`daemon off; master_process off; pid nginx.pid; error_log stderr warn;
+	writeFile(t, filepath.Join(dir, "nginx.conf"), fmt.Sprintf(`
+daemon off; master_process off; pid nginx.pid; error_log stderr warn;
 events { worker_connections 512; }
 http {
   access_log off;
