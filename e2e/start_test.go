@@ -73,9 +73,7 @@ func TestLockedMemory(t *testing.T) {
 		}
 	}
 	dir, err := os.MkdirTemp("", "cable-mlock-") // the other user cannot look into t.TempDir
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	const nobody = 65534
 	plugins, data, vault := filepath.Join(dir, "plugins"), filepath.Join(dir, "data"), filepath.Join(dir, "vault")
@@ -98,9 +96,7 @@ func TestLockedMemory(t *testing.T) {
 	v := &vaultServer{binary: script, plugins: plugins, mlock: true, level: "info"}
 	v.audit = filepath.Join(data, "audit.log")
 	registered := vaulttest.Plugin{Name: pluginName, Version: pluginVersion, File: plugin}
-	if err := v.start(dir, &vaulttest.Raft{Dir: data}, registered); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, v.start(dir, &vaulttest.Raft{Dir: data}, registered))
 	t.Cleanup(v.stop)
 	enable := func() *response { return v.do(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName}) }
 	if a := enable(); a.status != 400 {
