@@ -125,9 +125,7 @@ func pages(t *testing.T) (names []string) {
 	for _, pattern := range strings.Fields(
 		"*.md docs/*.md .github/*.md .github/*/*.md examples/*.md examples/*/*.md examples/*/*/*.md") {
 		found, err := filepath.Glob(filepath.Join("..", pattern))
-		if err != nil {
-			t.Fatal(err)
-		}
+		noError(t, err)
 		for _, f := range found {
 			names = append(names, strings.TrimPrefix(filepath.ToSlash(f), "../"))
 		}
@@ -143,9 +141,7 @@ func TestPagesAreCovered(t *testing.T) {
 	var sources strings.Builder
 	for _, pattern := range []string{"*_test.go", "../tools/release/*_test.go"} {
 		files, err := filepath.Glob(pattern)
-		if err != nil {
-			t.Fatal(err)
-		}
+		noError(t, err)
 		for _, f := range files {
 			sources.WriteString(readFile(t, f))
 		}
@@ -200,13 +196,9 @@ func newShell(t *testing.T, v *vaultServer, binaries map[string]string) *shell {
 	t.Helper()
 	s := &shell{t: t, dir: t.TempDir(), edit: strings.NewReplacer()}
 	bin := filepath.Join(s.dir, ".bin")
-	if err := os.Mkdir(bin, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.Mkdir(bin, 0o700))
 	for name, target := range binaries {
-		if err := os.Symlink(target, filepath.Join(bin, name)); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.Symlink(target, filepath.Join(bin, name)))
 	}
 	s.env = append(v.CLIEnv(), "PATH="+bin+":"+suite.bin+":"+os.Getenv("PATH"),
 		"HTTP_PROXY=", "HTTPS_PROXY=", "http_proxy=", "https_proxy=", "HOME="+s.dir)
