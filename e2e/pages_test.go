@@ -63,7 +63,6 @@ var notRun = map[string]string{
 	"docs/openbao.md#node-version":                   "needs a cluster: TestHA runs it",
 	"docs/runbook.md#setcap":                         "needs root: TestLockedMemory runs it",
 	"docs/runbook.md#remove-capability":              "the same: TestLockedMemory runs it",
-	"docs/design.md#History of optimisations/1":      "a profile of the benchmark, which takes the whole machine",
 	"docs/performance.md#How it was measured/1":      "the benchmark takes minutes and the whole machine",
 	"docs/releasing.md#Cut a release/1":              "makes a tag and pushes it",
 	"docs/security.md#search-log":                    "needs a log in either format: TestLogSearches runs it",
