@@ -7,9 +7,9 @@
 // An operator stores the long-lived refresh key under config. A role names an organization, a set of scopes and
 // lifetimes. A read of creds/<role> requests an access token from Cable and returns it as a leased secret.
 //
-// Two facts shape everything. Cable cannot revoke: a token is valid until it expires, so each lifetime is decided
-// before minting and no lease outlives its token. And a token request that fails half-way may leave a valid token that
-// nobody received, so a call is retried only if Cable cannot have issued one.
+// Two facts shape everything. Cable cannot revoke a token, so each lifetime is decided before minting, and no lease
+// outlives its token. And a token request that fails half-way may leave a valid token that was not delivered, so a call
+// is retried only if Cable cannot have issued one.
 package cablesecrets
 
 import (
@@ -50,8 +50,8 @@ type backend struct {
 	requestToken func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) // replaced in tests
 }
 
-// Factory returns a mount of the engine. It touches neither storage nor network, so it cannot fail for a passing
-// reason.
+// Factory returns a mount of the engine. It touches neither storage, system view nor network, so it cannot fail for a
+// passing reason.
 func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
 	b := newBackend()
 	if conf.System != nil {
@@ -111,7 +111,7 @@ func (b *backend) invalidate(key string) {
 	}
 }
 
-// request is a request for a handler.
+// request is a parsed request, as handlers get it.
 type request struct {
 	*logical.Request
 	role     string // the name in the path, if it has one

@@ -9,7 +9,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,7 +25,6 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/hashicorp/vault/sdk/plugin/pb"
 
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
@@ -50,8 +51,8 @@ const (
 	opRenew  = logical.RenewOperation
 )
 
-// testMount is a mount of the engine over Vault's in-memory storage, with a
-// simulated Cable, spoken to as Vault would.
+// testMount is a mount of the engine over Vault's in-memory storage, with a simulated Cable. Requests reach it as Vault
+// sends them.
 type testMount struct {
 	testing.TB
 	b       *backend
@@ -64,8 +65,7 @@ type testMount struct {
 	maxTTL  atomic.Int64                  // max_lease_ttl if not 0, for tuning during requests
 }
 
-// testView is what a mount asks Vault, from more than one goroutine: its
-// settings may change while the environment is asked for.
+// testView is Vault's system view. Its lease settings may change during requests.
 type testView struct {
 	*logical.StaticSystemView
 	m *testMount
@@ -105,16 +105,14 @@ func (s *syncBuffer) String() string {
 	return s.buf.String()
 }
 
-// newMount returns an unconfigured mount. When the test ends, its log at trace
-// level, its status and its metrics must hold neither the refresh
-// key nor a token.
-func newMount(t testing.TB) *testMount {
+// setUp returns an unconfigured mount.
+func setUp(t testing.TB, sim *cabletest.Server) *testMount {
 	t.Helper()
 	m := &testMount{
 		TB:      t,
 		storage: new(logical.InmemStorage),
 		sys:     &logical.StaticSystemView{DefaultLeaseTTLVal: 768 * time.Hour, MaxLeaseTTLVal: 768 * time.Hour},
-		sim:     cabletest.NewServer(t, nil),
+		sim:     sim,
 		log:     new(syncBuffer),
 	}
 	m.logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true})
@@ -124,16 +122,19 @@ func newMount(t testing.TB) *testMount {
 		StorageView: m.storage,
 		BackendUUID: "test",
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	m.b = lb.(*backend)
+	return m
+}
+
+// newMount returns an unconfigured mount. When the test ends, its log at trace level, its status and its metrics must
+// contain neither the refresh key nor a token.
+func newMount(t testing.TB) *testMount {
+	t.Helper()
+	m := setUp(t, cabletest.NewServer(t, nil))
 	t.Cleanup(func() {
 		for _, path := range []string{"status", "metrics"} {
-			resp, err := m.b.HandleRequest(
-				context.Background(),
-				&logical.Request{Operation: opRead, Path: path, Storage: m.storage},
-			)
+			resp, err := m.send(context.Background(), m.storage, opRead, path, nil)
 			m.noSecrets(path, fmt.Sprint(resp, err))
 		}
 		m.b.Cleanup(context.Background())
@@ -146,41 +147,86 @@ func newMount(t testing.TB) *testMount {
 func newConfiguredMount(t testing.TB) *testMount {
 	t.Helper()
 	m := newMount(t)
-	m.write(
-		"config",
-		kv{
-			"refresh_key":     m.sim.RefreshKey(),
-			"token_url":       m.sim.URL,
-			"organization_id": cabletest.DefaultOrganizationID,
-		},
-	)
-	m.write("roles/ci", kv{"scopes": "transactions:read,person:read"})
+	m.configure()
 	return m
 }
 
-// noSecrets fails the test if text holds a refresh key or an access token.
+// configure writes config, and the role "ci" of two scopes.
+func (m *testMount) configure() {
+	m.Helper()
+	m.writeConfig()
+	m.write("roles/ci", kv{"scopes": "transactions:read,person:read"})
+}
+
+// writeConfig writes config for the simulator, with an organization.
+func (m *testMount) writeConfig() {
+	m.Helper()
+	m.write("config", kv{
+		"refresh_key":     m.sim.RefreshKey(),
+		"token_url":       m.sim.URL,
+		"organization_id": cabletest.DefaultOrganizationID,
+	})
+}
+
+// noSecrets fails the test if text contains a refresh key or an access token.
 func (m *testMount) noSecrets(where, text string) {
 	m.Helper()
 	for _, marker := range []string{cabletest.RefreshKeyMarker, cabletest.TokenMarker} {
 		if strings.Contains(text, marker) {
-			m.Errorf("%s holds %s", where, marker)
+			m.Errorf("%s contains %s", where, marker)
 		}
 	}
 }
 
-// request sends a request as it comes out of Vault's plugin protocol, and
-// checks what must hold of every answer: the declared schema, no refresh key,
-// and no token but where it belongs.
-func (m *testMount) request(op logical.Operation, path string, data kv) (*logical.Response, error) {
+// newRequest returns a request as it comes out of Vault's plugin protocol.
+func (m *testMount) newRequest(s logical.Storage, op logical.Operation, path string, data kv) *logical.Request {
 	m.Helper()
-	req := &logical.Request{
+	return &logical.Request{
 		ID:         "req-1",
 		Operation:  op,
 		Path:       path,
-		Storage:    m.storage,
+		Storage:    s,
 		Data:       overJSON(m, data),
 		MountPoint: "cable/",
 	}
+}
+
+// send sends a request with a context and a storage of its own.
+func (m *testMount) send(
+	ctx context.Context, s logical.Storage, op logical.Operation, path string, data kv,
+) (*logical.Response, error) {
+	m.Helper()
+	return m.b.HandleRequest(ctx, m.newRequest(s, op, path, data))
+}
+
+// on sends a request with a storage of its own, and returns the status and the error of the response.
+func (m *testMount) on(s logical.Storage, op logical.Operation, path string, data kv) (int, error) {
+	m.Helper()
+	return statusOf(m.send(m.Context(), s, op, path, data))
+}
+
+// start is on without waiting for the response. Its error is sent to the channel.
+func (m *testMount) start(s logical.Storage, op logical.Operation, path string, data kv) <-chan error {
+	return m.startWith(m.Context(), s, op, path, data)
+}
+
+// startWith is start with a context.
+func (m *testMount) startWith(
+	ctx context.Context, s logical.Storage, op logical.Operation, path string, data kv,
+) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		_, err := statusOf(m.send(ctx, s, op, path, data))
+		done <- err
+	}()
+	return done
+}
+
+// request sends a request, and checks that the response has the declared schema, and that it contains no refresh key,
+// and a token in its place only.
+func (m *testMount) request(op logical.Operation, path string, data kv) (*logical.Response, error) {
+	m.Helper()
+	req := m.newRequest(m.storage, op, path, data)
 	if op == opUpdate {
 		if found, exists, err := m.b.HandleExistenceCheck(m.Context(), req); err != nil {
 			return nil, err
@@ -189,38 +235,26 @@ func (m *testMount) request(op logical.Operation, path string, data kv) (*logica
 		}
 	}
 	resp, err := m.b.HandleRequest(m.Context(), req)
-	err = pb.ProtoErrToErr(pb.ErrToProtoErr(err))
-	if err != nil {
+	if err = pb.ProtoErrToErr(pb.ErrToProtoErr(err)); err != nil {
 		m.noSecrets("an error", err.Error())
 	}
-	if resp != nil {
-		shown := *resp
-		if strings.HasPrefix(path, "creds/") && !resp.IsError() {
-			shown.Data = nil
-			if resp.Data != nil {
-				rest := make(kv)
-				for k, v := range resp.Data {
-					if k != "token" {
-						rest[k] = v
-					}
-				}
-				shown.Data = rest
-			}
-		}
-		m.noSecrets("an answer", fmt.Sprintf("%+v %+v", shown, shown.Secret))
-		if err == nil && !resp.IsError() && len(resp.Data) > 0 && op != opRevoke {
-			schema.ValidateResponse(
-				tester(m.TB),
-				schema.GetResponseSchema(tester(m.TB), m.b.Route(path), req.Operation),
-				resp,
-				true,
-			)
-		}
+	if resp == nil {
+		return nil, err
+	}
+	shown := *resp
+	if strings.HasPrefix(path, "creds/") && !resp.IsError() {
+		shown.Data = maps.Clone(resp.Data)
+		delete(shown.Data, "token")
+	}
+	m.noSecrets("a response", fmt.Sprintf("%+v %+v", shown, shown.Secret))
+	if err == nil && !resp.IsError() && len(resp.Data) > 0 && op != opRevoke {
+		t := tester(m.TB)
+		schema.ValidateResponse(t, schema.GetResponseSchema(t, m.b.Route(path), req.Operation), resp, true)
 	}
 	return resp, err
 }
 
-// tester gives the SDK's helpers the type that they want.
+// tester gives the SDK's helpers the type that they need.
 func tester(tb testing.TB) *testing.T {
 	if t, ok := tb.(*testing.T); ok {
 		return t
@@ -228,20 +262,18 @@ func tester(tb testing.TB) *testing.T {
 	return new(testing.T)
 }
 
-// overJSON returns data as the plugin protocol brings it.
+// overJSON returns data as it comes out of the plugin protocol.
 func overJSON(t testing.TB, data kv) kv {
 	t.Helper()
 	if data == nil {
 		return nil
 	}
 	raw, err := json.Marshal(data)
-	if err != nil {
-		t.Fatal(err)
-	}
 	var out kv
-	if err := json.Unmarshal(raw, &out); err != nil {
-		t.Fatal(err)
+	if err == nil {
+		err = json.Unmarshal(raw, &out)
 	}
+	must(t, err)
 	return out
 }
 
@@ -264,33 +296,50 @@ func (m *testMount) write(path string, data kv) []string {
 	return nil
 }
 
-// writeKey writes the refresh key together with where it goes.
+// writeKey writes the refresh key together with its destination.
 func (m *testMount) writeKey(key string) []string {
 	m.Helper()
 	return m.write("config", kv{"refresh_key": key, "token_url": m.sim.URL})
 }
 
-// putRole stores a role behind the engine's back, as another node does.
-func (m *testMount) putRole(name string, role *state.Role) {
+// put stores bytes as another node does, without an invalidation.
+func (m *testMount) put(key string, raw []byte, err error) {
 	m.Helper()
-	raw, err := role.Encode()
 	if err == nil {
-		err = m.storage.Put(m.Context(), &logical.StorageEntry{Key: state.RoleKey(name), Value: raw})
+		err = m.storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: raw})
 	}
 	if err != nil {
 		m.Error(err)
 	}
 }
 
-// putConfig is putRole for the configuration.
+// putRole stores a role as another node does.
+func (m *testMount) putRole(name string, role *state.Role) {
+	m.Helper()
+	raw, err := role.Encode()
+	m.put(state.RoleKey(name), raw, err)
+}
+
+// putConfig stores the configuration as another node does.
 func (m *testMount) putConfig(config *state.Config) {
 	m.Helper()
 	raw, err := config.Encode()
-	if err == nil {
-		err = m.storage.Put(m.Context(), &logical.StorageEntry{Key: state.ConfigKey, Value: raw})
-	}
+	m.put(state.ConfigKey, raw, err)
+}
+
+// stored returns the bytes of an entry.
+func (m *testMount) stored(key string) string {
+	m.Helper()
+	raw, err := state.Read(m.Context(), m.storage, key)
+	must(m, err)
+	return string(raw)
+}
+
+// must fails the test if there is an error.
+func must(t testing.TB, err error) {
+	t.Helper()
 	if err != nil {
-		m.Error(err)
+		t.Fatal(err)
 	}
 }
 
@@ -303,8 +352,7 @@ func (m *testMount) read(path string) kv {
 	return nil
 }
 
-// refused sends a request that must fail with a status and with each of the
-// texts, and returns the answer.
+// refused sends a request that must fail with a status and with each of the texts, and returns the response.
 func (m *testMount) refused(status int, op logical.Operation, path string, data kv, texts ...string) *logical.Response {
 	m.Helper()
 	resp, err := m.request(op, path, data)
@@ -318,13 +366,29 @@ func (m *testMount) refused(status int, op logical.Operation, path string, data 
 	}
 	for _, text := range texts {
 		if !strings.Contains(failure.Error(), text) {
-			m.Errorf("%s %s: %q does not say %q", op, path, failure, text)
+			m.Errorf("%s %s: %q does not contain %q", op, path, failure, text)
 		}
 	}
 	return resp
 }
 
-// statusOf is the HTTP status that Vault makes of an answer.
+// refusal is a request's data, and a text that its refusal contains.
+type refusal struct {
+	data kv
+	says string
+}
+
+// refusedAll sends requests with each of the operations that must all fail with 400.
+func (m *testMount) refusedAll(path string, ops []logical.Operation, refusals []refusal) {
+	m.Helper()
+	for _, r := range refusals {
+		for _, op := range ops {
+			m.refused(400, op, path, r.data, r.says)
+		}
+	}
+}
+
+// statusOf returns the HTTP status that Vault responds with, and the error if there is one.
 func statusOf(resp *logical.Response, err error) (int, error) {
 	status, failure := logical.RespondErrorCommon(&logical.Request{Operation: opUpdate}, resp, err)
 	if failure != nil {
@@ -333,21 +397,42 @@ func statusOf(resp *logical.Response, err error) (int, error) {
 	return status, failure
 }
 
-// wantText fails unless one of texts holds each of the parts.
+// wantWarning reports an error unless one of the warnings contains each of the parts.
 func (m *testMount) wantWarning(warnings []string, parts ...string) {
 	m.Helper()
 	for _, w := range warnings {
-		all := true
-		for _, p := range parts {
-			all = all && strings.Contains(w, p)
-		}
-		if all {
+		if !slices.ContainsFunc(parts, func(p string) bool { return !strings.Contains(w, p) }) {
 			return
 		}
 	}
-	m.Errorf("no warning says %q: %q", parts, warnings)
+	m.Errorf("no warning contains %q: %q", parts, warnings)
 }
 
+// wantUndelivered checks how many tokens were counted as undelivered.
+func (m *testMount) wantUndelivered(want float64) {
+	m.Helper()
+	if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != want {
+		m.Errorf("%v undelivered tokens, want %v", n, want)
+	}
+}
+
+// waitUntil polls until done returns true.
+func (m *testMount) waitUntil(done func() bool) {
+	m.Helper()
+	for end := time.Now().Add(10 * time.Second); !done(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			m.Fatal("waited in vain")
+		}
+	}
+}
+
+// calls waits until Cable was called n times.
+func (m *testMount) calls(n int) {
+	m.Helper()
+	m.waitUntil(func() bool { return m.sim.CallCount() >= n })
+}
+
+// TestFactory checks the type and the version of a mount, and that its factory needs nothing.
 func TestFactory(t *testing.T) {
 	t.Parallel()
 	m := newMount(t)
@@ -357,53 +442,30 @@ func TestFactory(t *testing.T) {
 	if got := m.b.PluginVersion().Version; got != version.String() || !strings.HasPrefix(got, "v") {
 		t.Errorf("version %q", got)
 	}
-	// Neither storage nor network nor Vault is asked.
-	lb, err := Factory(
-		t.Context(),
-		&logical.BackendConfig{Logger: hclog.NewNullLogger(), System: nil, StorageView: nil},
-	)
-	if err != nil {
-		t.Fatal(err)
-	}
+	// The factory uses neither storage nor network nor Vault.
+	lb, err := Factory(t.Context(), &logical.BackendConfig{Logger: hclog.NewNullLogger()})
+	must(t, err)
 	if err := lb.Initialize(t.Context(), &logical.InitializationRequest{}); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestSealWrap guards that each stored key that holds a secret is
-// seal-wrapped, by the SDK's rule: an exact path, or a prefix ending in a slash.
+// TestSealWrap checks that the one stored key that contains a secret is seal-wrapped.
 func TestSealWrap(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	keys, err := logical.CollectKeys(t.Context(), m.storage)
-	if err != nil {
-		t.Fatal(err)
-	}
-	secret := 0
-	for _, key := range keys {
-		entry, err := m.storage.Get(t.Context(), key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !bytes.Contains(entry.Value, []byte(cabletest.RefreshKeyMarker)) {
-			continue
-		}
-		secret++
-		wrapped := false
-		for _, p := range m.b.SpecialPaths().SealWrapStorage {
-			wrapped = wrapped || p == key || strings.HasSuffix(p, "/") && strings.HasPrefix(key, p)
-		}
-		if !wrapped {
-			t.Errorf("%q holds the refresh key and is not seal-wrapped", key)
-		}
-	}
-	if secret != 1 {
-		t.Errorf("%d keys hold the refresh key, want 1", secret)
+	must(m, err)
+	secret := slices.DeleteFunc(keys, func(key string) bool {
+		return !strings.Contains(m.stored(key), cabletest.RefreshKeyMarker)
+	})
+	if wrapped := m.b.SpecialPaths().SealWrapStorage; len(secret) != 1 || !slices.Equal(secret, wrapped) {
+		t.Errorf("%q contain the refresh key, and %q are seal-wrapped", secret, wrapped)
 	}
 }
 
-// TestForwarding guards which node serves what: writes of storage the active
-// node of the primary, mints the active node of each cluster.
+// TestForwarding checks which node serves a request. Writes of storage belong on the active node of the primary, token
+// requests on the active node of each cluster, and so do the reports of them.
 func TestForwarding(t *testing.T) {
 	t.Parallel()
 	for _, path := range newBackend().Paths {
@@ -411,8 +473,8 @@ func TestForwarding(t *testing.T) {
 			props := handler.Properties()
 			writes := op != opRead && op != opList
 			mints := strings.HasPrefix(path.Pattern, "creds/")
-			tells := path.Pattern == "status" || path.Pattern == "metrics" // of mints
-			if props.ForwardPerformanceStandby != (writes || mints || tells) {
+			reports := path.Pattern == "status" || path.Pattern == "metrics"
+			if props.ForwardPerformanceStandby != (writes || mints || reports) {
 				t.Errorf("%s %s: forwarded from standbys: %v", op, path.Pattern, props.ForwardPerformanceStandby)
 			}
 			if props.ForwardPerformanceSecondary != (writes && !mints) {
@@ -433,172 +495,106 @@ func TestForwarding(t *testing.T) {
 	}
 }
 
+// TestUnknownFieldsAreRefused checks that each operation refuses an unknown field with the known ones.
 func TestUnknownFieldsAreRefused(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
+	const (
+		configFields = "auth_scheme, ca_cert, disabled, organization_id, refresh_key, request_timeout, token_url, " +
+			"verify_role"
+		roleFields = "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"
+		none       = "accepts no parameters"
+	)
 	for _, tt := range []struct {
-		op    logical.Operation
-		path  string
-		known string
+		op          logical.Operation
+		path, known string
 	}{
-		{opUpdate, "config", "auth_scheme, ca_cert, disabled, organization_id, refresh_key, request_timeout, token_url, verify_role"},
-		{opPatch, "config", "auth_scheme, ca_cert"},
-		{opRead, "config", "accepts no parameters"},
-		{opDelete, "config", "accepts no parameters"},
-		{opUpdate, "roles/ci", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
-		{opUpdate, "roles/new", "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"},
-		{opPatch, "roles/ci", "disabled, max_ttl"},
-		{opRead, "roles/ci", "accepts no parameters"},
-		{opDelete, "roles/ci", "accepts no parameters"},
+		{opUpdate, "config", configFields},
+		{opPatch, "config", configFields},
+		{opRead, "config", none},
+		{opDelete, "config", none},
+		{opUpdate, "roles/ci", roleFields},
+		{opUpdate, "roles/new", roleFields},
+		{opPatch, "roles/ci", roleFields},
+		{opRead, "roles/ci", none},
+		{opDelete, "roles/ci", none},
 		{opList, "roles/", "after, limit"},
 		{opRead, "creds/ci", "scopes, ttl"},
 		{opUpdate, "creds/ci", "scopes, ttl"},
 	} {
 		m.refused(400, tt.op, tt.path, kv{"bogus": "x"}, `unknown field "bogus"`, tt.known)
-		resp := m.refused(400, tt.op, tt.path, kv{m.sim.RefreshKey(): "x"}, "unknown field (not shown: length 43)")
-		if resp == nil {
-			t.Errorf("%s %s: not an error response", tt.op, tt.path)
-		}
+		m.refused(400, tt.op, tt.path, kv{m.sim.RefreshKey(): "x"}, "unknown field (not shown: length 43)")
 	}
 	m.refused(400, opUpdate, "roles/ci", kv{"name": "other"}, `unknown field "name"`)
-	if m.sim.CallCount() != 0 {
-		t.Error("Cable was called")
-	}
-	if m.read("roles/new") != nil {
-		t.Error("a refused write created a role")
+	if m.sim.CallCount() != 0 || m.read("roles/new") != nil {
+		t.Error("Cable was called, or a refused write created a role")
 	}
 }
 
-// TestPanic proves that a panic costs one request: it is answered 500, logged
-// with its stack and without its value, and another mount goes on.
+// TestTypesOfFields checks that each field refuses a blank and a value of another type, on every path.
+func TestTypesOfFields(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/ci", kv{"ttl": 600, "max_ttl": 1200, "reuse_for": 300, "organization_id": "org"})
+	const (
+		text, boolean, duration = "a string", "true or false", "a duration in whole seconds"
+
+		list = "a comma-separated list or an array of strings"
+	)
+	for path, types := range map[string]map[string]string{
+		"config": {
+			"refresh_key": text, "token_url": text, "auth_scheme": text, "organization_id": text, "verify_role": text,
+			"request_timeout": duration, "disabled": boolean,
+		},
+		"roles/ci": {
+			"organization_id": text, "scopes": list, "ttl": duration, "max_ttl": duration, "reuse_for": duration,
+			"disabled": boolean,
+		},
+		"creds/ci": {"scopes": list, "ttl": duration},
+	} {
+		for field, kind := range types {
+			refusals := []refusal{
+				{kv{field: nil}, field + " must not be null"},
+				{kv{field: ""}, field + " must not be empty"},
+				{kv{field: kv{m.sim.RefreshKey(): "x"}}, field + " must be " + kind + ", not an object"},
+			}
+			for other, value := range map[string]any{"number": 7, "boolean": true, "list": []any{"x"}} {
+				if kind == duration && other == "number" || kind == boolean && other == "boolean" ||
+					kind == list && other == "list" {
+					continue
+				}
+				refusals = append(refusals, refusal{kv{field: value}, field + " must be " + kind + ", not a " + other})
+			}
+			m.refusedAll(path, []logical.Operation{opUpdate}, refusals)
+		}
+	}
+}
+
+// TestPanic checks that a panic costs one request. Its response is a 500, the log has the stack without the value, and
+// another mount continues.
 func TestPanic(t *testing.T) {
 	t.Parallel()
 	m, other := newConfiguredMount(t), newConfiguredMount(t)
 	secret := m.sim.RefreshKey()
-	boom := func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
+	m.b.Route("creds/ci").Operations[opRead].(*framework.PathOperation).Callback = func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
 		panic(errors.New("value with " + secret))
 	}
-	m.b.Route("creds/ci").Operations[opRead].(*framework.PathOperation).Callback = boom
 	m.b.Route("roles/ci").ExistenceCheck = func(context.Context, *logical.Request, *framework.FieldData) (bool, error) { panic(secret) }
 
 	m.refused(500, opRead, "creds/ci", nil, "req-1")
 	m.refused(500, opUpdate, "roles/ci", kv{"ttl": 600}, "req-1")
 	if log := m.log.String(); !strings.Contains(log, "TestPanic") || !strings.Contains(log, "*errors.errorString") {
-		t.Errorf("the log holds no stack: %s", log)
+		t.Errorf("the log contains no stack: %s", log)
 	}
 	m.read("config")
 	other.read("creds/ci")
-}
-
-// TestInvalidateWinsOverRebuild holds a rebuild between its reading of storage
-// and its end, changes the configuration meanwhile, and wants the next mint to
-// use the new one.
-func TestInvalidateWinsOverRebuild(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	for _, change := range []struct {
-		name string
-		do   func(newKey string)
-	}{
-		{"invalidate", func(newKey string) {
-			cfg, err := state.ReadConfig(t.Context(), m.storage)
-			if err != nil {
-				t.Error(err)
-			}
-			next := *cfg
-			next.RefreshKey = cable.NewSecret(newKey)
-			m.putConfig(&next)
-			m.b.InvalidateKey(t.Context(), "config")
-		}},
-		{"write", func(newKey string) { m.writeKey(newKey) }},
-	} {
-		m.b.state.Invalidate(state.ConfigKey)
-		slow := &slowStorage{Storage: m.storage, read: make(chan struct{}), proceed: make(chan struct{})}
-		done := make(chan error)
-		go func() {
-			_, err := m.b.state.Config(t.Context(), slow)
-			done <- err
-		}()
-		<-slow.read
-		newKey := cabletest.NewRefreshKey()
-		change.do(newKey)
-		close(slow.proceed)
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-		m.sim.SetRefreshKey(newKey)
-		if m.read("creds/ci") == nil {
-			t.Errorf("%s: no token", change.name)
-		}
+	if n := other.figures()["vault_cable_panics_total"]; n != 0 {
+		t.Errorf("the other mount counts %v panics", n)
 	}
 }
 
-// slowStorage stops after it has read, until it may proceed.
-type slowStorage struct {
-	logical.Storage
-	read, proceed chan struct{}
-}
-
-func (s *slowStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
-	entry, err := s.Storage.Get(ctx, key)
-	close(s.read)
-	<-s.proceed
-	return entry, err
-}
-
-// TestRolesAreCached pins that a role is read from storage once, that a write
-// or an invalidation is seen by the next mint, also by one that was reading
-// meanwhile, and that memory is bounded.
-func TestRolesAreCached(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	m.read("creds/ci")
-	put := func(ttl time.Duration) {
-		m.putRole("ci", &state.Role{Scopes: []string{"person:read"}, TTL: ttl * time.Second})
-	}
-	asked := func() int64 {
-		m.read("creds/ci")
-		calls := m.sim.Calls()
-		return calls[len(calls)-1].ExpirySeconds
-	}
-	put(400)
-	if got := asked(); got != 3600 {
-		t.Errorf("asked for %ds: the role was read from storage", got)
-	}
-	m.b.InvalidateKey(t.Context(), "roles/ci")
-	if got := asked(); got != 400 {
-		t.Errorf("asked for %ds after an invalidation, want 400s", got)
-	}
-	m.write("roles/ci", kv{"ttl": 500})
-	if got := asked(); got != 500 {
-		t.Errorf("asked for %ds after a write, want 500s", got)
-	}
-
-	m.b.InvalidateKey(t.Context(), "roles/ci")
-	slow := &slowStorage{Storage: m.storage, read: make(chan struct{}), proceed: make(chan struct{})}
-	done := make(chan error)
-	go func() {
-		_, err := m.b.state.Role(t.Context(), slow, "ci")
-		done <- err
-	}()
-	<-slow.read
-	put(600)
-	m.b.InvalidateKey(t.Context(), "roles/ci")
-	close(slow.proceed)
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	if got := asked(); got != 600 {
-		t.Errorf("asked for %ds after an invalidation during a read, want 600s", got)
-	}
-
-	m.ok(opDelete, "roles/ci", nil)
-	m.refused(400, opRead, "creds/ci", nil, "does not exist")
-
-}
-
-// TestStandby pins that a performance standby and a secondary hand on what they
-// must, before Cable is called.
+// TestStandby checks that a performance standby and a secondary forward the requests of the active node or the primary
+// before Cable is called.
 func TestStandby(t *testing.T) {
 	t.Parallel()
 	for state, want := range map[consts.ReplicationState]map[string]bool{
@@ -625,116 +621,14 @@ func TestStandby(t *testing.T) {
 	}
 }
 
-// TestStorageFaults pins that a storage that fails gives a 500 with the
-// storage's own error, unwrapped, and that nothing is lost by it.
-func TestStorageFaults(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	m.read("creds/ci")
-	before, role := m.read("config"), m.read("roles/ci")
-
-	m.storage.FailGet(true)
-	if m.read("creds/ci") == nil { // from memory
-		t.Error("no token while storage does not read")
-	}
-	m.b.InvalidateKey(t.Context(), "roles/ci")
-	for _, path := range []string{"config", "roles/ci", "creds/ci"} {
-		m.refused(500, opRead, path, nil, "get operations disabled")
-		if path != "creds/ci" {
-			m.refused(500, opDelete, path, nil)
-		}
-	}
-	m.refused(500, opUpdate, "config", kv{"refresh_key": "other", "token_url": m.sim.URL})
-	m.refused(500, opUpdate, "roles/ci", kv{"ttl": 600})
-	m.storage.FailGet(false)
-
-	m.storage.FailPut(true)
-	m.refused(500, opUpdate, "config", kv{"refresh_key": "other", "token_url": m.sim.URL})
-	m.refused(500, opUpdate, "roles/ci", kv{"ttl": 600})
-	m.storage.FailPut(false)
-
-	m.storage.FailDelete(true)
-	m.refused(500, opDelete, "config", nil)
-	m.refused(500, opDelete, "roles/ci", nil)
-	m.storage.FailDelete(false)
-
-	m.storage.FailList(true)
-	m.refused(500, opList, "roles/", nil)
-	m.storage.FailList(false)
-
-	if diff := diffJSON(before, m.read("config")); diff != "" {
-		t.Errorf("config changed: %s", diff)
-	}
-	if diff := diffJSON(role, m.read("roles/ci")); diff != "" {
-		t.Errorf("the role changed: %s", diff)
-	}
-	// Whether config and the role were deleted is not known until they are written.
-	m.refused(500, opRead, "creds/ci", nil, "the last write of config failed")
-	m.write("config", kv{"disabled": false})
-	m.refused(500, opRead, "creds/ci", nil, `the last write of role "ci" failed`)
-	m.write("roles/ci", kv{"disabled": false})
-	if m.read("creds/ci") == nil {
-		t.Error("no token after the faults")
-	}
-}
-
-// TestGarbageInStorage pins that what cannot be read is a 500 that says how to
-// mend it, and can be deleted.
-func TestGarbageInStorage(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	for _, garbage := range []string{"", "{", "[]", `"REFRESHKEYCANARY"`, `{"refresh_key":7}`, `{"scopes":7,"refresh_key":"REFRESHKEYCANARY","request_timeout":"x"}`} {
-		for _, key := range []string{"config", "roles/ci"} {
-			if err := m.storage.Put(t.Context(), &logical.StorageEntry{Key: key, Value: []byte(garbage)}); err != nil {
-				t.Fatal(err)
-			}
-			m.b.InvalidateKey(t.Context(), key)
-		}
-		m.refused(500, opRead, "config", nil, "delete config and write it again")
-		m.refused(500, opUpdate, "config", kv{"disabled": true}, "delete config")
-		if garbage != `{"refresh_key":7}` {
-			m.refused(500, opRead, "creds/ci", nil, "write it again")
-		}
-		m.ok(opDelete, "config", nil)
-		m.ok(opDelete, "roles/ci", nil)
-		m.write(
-			"config",
-			kv{
-				"refresh_key":     m.sim.RefreshKey(),
-				"token_url":       m.sim.URL,
-				"organization_id": cabletest.DefaultOrganizationID,
-			},
-		)
-		m.write("roles/ci", kv{"scopes": "transactions:read,person:read"})
-		if m.read("creds/ci") == nil {
-			t.Error("no token after writing again")
-		}
-	}
-}
-
-// diffJSON compares two values by their JSON.
-func diffJSON(a, b any) string {
-	x, _ := json.Marshal(a)
-	y, _ := json.Marshal(b)
-	if bytes.Equal(x, y) {
-		return ""
-	}
-	return fmt.Sprintf("%s\n%s", x, y)
-}
-
-// TestNoLeaks pins that a mount leaves no goroutine behind, whatever happened
-// to its mints. It does not run beside others, because it counts.
+// TestNoLeaks checks that a mount leaves no goroutine behind, however its token requests ended. It does not run
+// alongside other tests, because it counts goroutines.
 func TestNoLeaks(t *testing.T) {
 	before := runtime.NumGoroutine()
 	m := newConfiguredMount(t)
 	m.write("config", kv{"request_timeout": 1})
 	faults := []Fault{
-		{},
-		{Status: 500},
-		{Reset: cabletest.ResetAfter},
-		{Stall: time.Minute},
-		{BodySize: 4 << 20},
-		{Body: "<html>"},
+		{}, {Status: 500}, {Reset: cabletest.ResetAfter}, {Stall: time.Minute}, {BodySize: 4 << 20}, {Body: "<html>"},
 	}
 	var wg sync.WaitGroup
 	for i := range 60 {
@@ -747,7 +641,7 @@ func TestNoLeaks(t *testing.T) {
 		}
 		wg.Go(func() {
 			defer cancel()
-			_, _ = m.b.HandleRequest(ctx, &logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage})
+			_, _ = m.send(ctx, m.storage, opRead, "creds/ci", nil)
 		})
 		if i%20 == 19 {
 			m.write("config", kv{"request_timeout": 1})
@@ -760,12 +654,8 @@ func TestNoLeaks(t *testing.T) {
 	for runtime.NumGoroutine() > before {
 		if time.Now().After(deadline) {
 			stacks := make([]byte, 1<<20)
-			t.Fatalf(
-				"%d goroutines, %d before:\n%s",
-				runtime.NumGoroutine(),
-				before,
-				stacks[:runtime.Stack(stacks, true)],
-			)
+			stacks = stacks[:runtime.Stack(stacks, true)]
+			t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, stacks)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}

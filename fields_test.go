@@ -22,39 +22,35 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
-// TestWrittenBack: whatever is stored, what a read returns can be written back,
-// all of it or a part, by a write or a patch, with null or "" for what is not
-// set; and then it reads the same.
+// TestWrittenBack checks that the response to a read of any stored entry can be written back, all of it or a part, by a
+// write or a patch, with null or "" for fields that are not set, and that the entry then reads the same.
 func TestWrittenBack(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
 	pem := cabletest.NewTLSServer(t, nil).CA
 	seconds := rapid.Map(rapid.OneOf(rapid.Just(int64(0)), rapid.Int64Range(300, 86400), rapid.Int64Range(1, 1<<20)),
 		func(n int64) time.Duration { return time.Duration(n) * time.Second })
+	urls := []string{cable.DefaultTokenURL, "https://a.example/t", "gopher://of an earlier version"}
+	lists := [][]string{{"a:b"}, {"a:b", "c:d"}, {"odd one", "x"}, {}, nil}
 	text := rapid.SampledFrom([]string{"", "org_1", " odd one\n", strings.Repeat("o", 200)})
 	rapid.Check(t, func(rt *rapid.T) {
 		m.putConfig(&state.Config{
-			RefreshKey: cable.NewSecret("k"), RefreshKeyVersion: rapid.IntRange(0, 9).Draw(rt, "version"),
+			RefreshKey:          cable.NewSecret("k"),
+			RefreshKeyVersion:   rapid.IntRange(0, 9).Draw(rt, "version"),
 			RefreshKeyUpdatedAt: rapid.SampledFrom([]time.Time{{}, time.Unix(1_700_000_000, 0)}).Draw(rt, "updated"),
-			TokenURL: rapid.SampledFrom([]string{cable.DefaultTokenURL, "https://a.example/t", "gopher://of an earlier version"}).
-				Draw(rt, "url"),
-			AuthScheme: rapid.SampledFrom([]string{"raw", "bearer", "basic"}).Draw(rt, "scheme"),
-			OrganizationID: text.Draw(
-				rt,
-				"config's organization",
-			), RequestTimeout: time.Second * time.Duration(rapid.IntRange(1, 3600).Draw(rt, "timeout")),
-			CACert: rapid.SampledFrom([]string{"", pem, pem + "\n\n", "nonsense"}).
-				Draw(rt, "ca"),
-			Disabled: rapid.Bool().Draw(rt, "config's disabled"),
+			TokenURL:            rapid.SampledFrom(urls).Draw(rt, "url"),
+			AuthScheme:          rapid.SampledFrom([]string{"raw", "bearer", "basic"}).Draw(rt, "scheme"),
+			OrganizationID:      text.Draw(rt, "config's organization"),
+			RequestTimeout:      time.Second * time.Duration(rapid.IntRange(1, 3600).Draw(rt, "timeout")),
+			CACert:              rapid.SampledFrom([]string{"", pem, pem + "\n\n", "nonsense"}).Draw(rt, "ca"),
+			Disabled:            rapid.Bool().Draw(rt, "config's disabled"),
 		})
 		m.putRole("ci", &state.Role{
 			OrganizationID: text.Draw(rt, "organization"),
-			Scopes: rapid.SampledFrom([][]string{{"a:b"}, {"a:b", "c:d"}, {"odd one", "x"}, {}, nil}).
-				Draw(rt, "scopes"),
-			TTL: seconds.Draw(
-				rt,
-				"ttl",
-			), MaxTTL: seconds.Draw(rt, "max_ttl"), Disabled: rapid.Bool().Draw(rt, "disabled"),
+			Scopes:         rapid.SampledFrom(lists).Draw(rt, "scopes"),
+			TTL:            seconds.Draw(rt, "ttl"),
+			MaxTTL:         seconds.Draw(rt, "max_ttl"),
+			Disabled:       rapid.Bool().Draw(rt, "disabled"),
 		})
 		for _, path := range []string{"config", "roles/ci"} {
 			m.b.InvalidateKey(t.Context(), path)
@@ -89,18 +85,8 @@ func TestWrittenBack(t *testing.T) {
 	})
 }
 
-// TestCopyOfARole: what a role reads as makes another one.
-func TestCopyOfARole(t *testing.T) {
-	t.Parallel()
-	m := newConfiguredMount(t)
-	m.write("roles/copy", m.read("roles/ci"))
-	if diff := cmp.Diff(m.read("roles/ci"), m.read("roles/copy")); diff != "" {
-		t.Error(diff)
-	}
-}
-
-// TestRoleOrganizationIsRemoved: by a patch with null, which names what the role
-// falls back to.
+// TestRoleOrganizationIsRemoved checks that a patch with null removes a role's organization_id, and that a warning
+// names the organization that is used instead.
 func TestRoleOrganizationIsRemoved(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
@@ -121,9 +107,8 @@ func TestRoleOrganizationIsRemoved(t *testing.T) {
 	m.wantWarning(remove(), "and config has none")
 }
 
-// TestSecretsAreNotRepeated: a key that is written into the wrong field, or
-// stands in the wrong place, is in no error, warning, log line or metric, whatever it
-// looks like.
+// TestSecretsAreNotRepeated checks that a key of any form that is written into the wrong field, or stands in the wrong
+// place, is in no error, warning, log line or metric.
 func TestSecretsAreNotRepeated(t *testing.T) {
 	t.Parallel()
 	for name, secret := range map[string]string{
@@ -141,20 +126,26 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
-			check := func(what string, resp *logical.Response, err error) {
+			check := func(request string, resp *logical.Response, err error) {
 				t.Helper()
-				said := fmt.Sprint(err)
+				text := fmt.Sprint(err)
 				if resp != nil {
-					said += fmt.Sprint(resp.Warnings)
-					if resp.IsError() {
-						said += resp.Error().Error()
-					}
+					text += fmt.Sprint(resp.Warnings, resp.Error())
 				}
-				if strings.Contains(said, secret) {
-					t.Errorf("%s repeats it: %s", what, said)
+				if strings.Contains(text, secret) {
+					t.Errorf("%s repeats it: %s", request, text)
 				}
 			}
-			for _, path := range []string{"config", "roles/ci", "roles/new", "creds/ci", "roles/" + secret, "creds/" + secret} {
+			values := []any{
+				secret,
+				[]any{secret},
+				[]any{"a:b", secret},
+				kv{secret: secret},
+				"https://" + secret + "/",
+				secret + "," + secret, json.Number("1" + strings.Repeat("7", 12)),
+			}
+			paths := []string{"config", "roles/ci", "roles/new", "creds/ci", "roles/" + secret, "creds/" + secret}
+			for _, path := range paths {
 				for _, op := range []logical.Operation{opUpdate, opPatch, opRead, opDelete} {
 					route := m.b.Route(path)
 					if route == nil || op == opDelete && !strings.Contains(path, secret) {
@@ -165,33 +156,24 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 						if strings.Contains(path, secret) && field == "scopes" {
 							continue // there would be such a role
 						}
-						for _, value := range []any{secret, []any{secret}, []any{"a:b", secret}, kv{secret: secret}, "https://" + secret + "/", secret + "," + secret, json.Number("1" + strings.Repeat("7", 12))} {
+						for _, value := range values {
 							if field == "refresh_key" && value == secret {
 								continue
 							}
 							resp, err := m.request(op, path, kv{field: value})
 							check(fmt.Sprintf("%s %s of %T", op, field, value), resp, err)
-							resp, err = m.request(
-								op,
-								path,
-								kv{field: value, "refresh_key": "k", "token_url": m.sim.URL, "scopes": "a:b"},
-							)
+							more := kv{"refresh_key": "k", "token_url": m.sim.URL, "scopes": "a:b"}
+							more[field] = value
+							resp, err = m.request(op, path, more)
 							check(fmt.Sprintf("%s %s of %T and more", op, field, value), resp, err)
 						}
 					}
 				}
 			}
-			m.write(
-				"config",
-				kv{
-					"refresh_key":     m.sim.RefreshKey(),
-					"token_url":       m.sim.URL,
-					"organization_id": secret,
-					"ca_cert":         "",
-					"auth_scheme":     "raw",
-					"disabled":        false,
-				},
-			)
+			m.write("config", kv{
+				"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": secret,
+				"ca_cert": "", "auth_scheme": "raw", "disabled": false,
+			})
 			resp, err := m.request(opUpdate, "roles/odd", kv{"scopes": []string{secret, "a:b"}})
 			check("a role with it as a scope", resp, err)
 			for range 2 {
@@ -199,9 +181,8 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 					resp, err = m.request(opRead, "creds/odd", data)
 					check("creds of that role", resp, err)
 				}
-				m.sim.SetFault(
-					Fault{Grant: &Grant{Scopes: &[]string{"x:" + secret}, OrganizationID: ptr("org" + secret)}},
-				)
+				grant := Grant{Scopes: &[]string{"x:" + secret}, OrganizationID: ptr("org" + secret)}
+				m.sim.SetFault(Fault{Grant: &grant})
 			}
 			m.b.Cleanup(t.Context())
 			for where, text := range map[string]string{
@@ -209,7 +190,7 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 			} {
 				for line := range strings.Lines(text) {
 					if strings.Contains(line, secret) {
-						t.Errorf("%s has it: %s", where, line)
+						t.Errorf("%s contains it: %s", where, line)
 					}
 				}
 			}
@@ -217,9 +198,9 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 	}
 }
 
-// TestInputIsBounded: one request costs the plugin no more than a few MiB, and
-// is refused, however large its fields are.
-func TestInputIsBounded(t *testing.T) { // not in parallel: it measures the whole process
+// TestInputIsBounded checks that a request is refused and costs the plugin no more than a few MiB, however large its
+// fields are.
+func TestInputIsBounded(t *testing.T) { // not in parallel, because it measures the whole process
 	m := newConfiguredMount(t)
 	m.read("creds/ci")
 	const MiB = 1 << 20
@@ -228,6 +209,7 @@ func TestInputIsBounded(t *testing.T) { // not in parallel: it measures the whol
 	for i := range 1_000_000 {
 		fields[fmt.Sprintf("field-%d", i)] = ""
 	}
+	withKey := func(field, value string) kv { return kv{"refresh_key": "k", "token_url": m.sim.URL, field: value} }
 	var deep any = "x"
 	for range 10_000 {
 		deep = []any{deep}
@@ -246,8 +228,8 @@ func TestInputIsBounded(t *testing.T) { // not in parallel: it measures the whol
 		"ttl as a number":                   {"ttl": json.Number(strings.Repeat("1", MiB))},
 		"organization_id":                   {"organization_id": strings.Repeat("o", 32*MiB)},
 		"refresh_key":                       {"refresh_key": strings.Repeat(" ", 32*MiB) + "k"},
-		"ca_cert":                           {"refresh_key": "k", "token_url": m.sim.URL, "ca_cert": strings.Repeat(m.pem(), 40_000)},
-		"token_url":                         {"refresh_key": "k", "token_url": "https://" + strings.Repeat("a.", 16*MiB)},
+		"ca_cert":                           withKey("ca_cert", strings.Repeat(m.pem(), 40_000)),
+		"token_url":                         withKey("token_url", "https://"+strings.Repeat("a.", 16*MiB)),
 		"verify_role":                       {"verify_role": strings.Repeat("r", 32*MiB)},
 		"disabled":                          {"disabled": strings.Repeat("t", 32*MiB)},
 		"auth_scheme":                       {"auth_scheme": strings.Repeat("t", 32*MiB)},
@@ -260,10 +242,8 @@ func TestInputIsBounded(t *testing.T) { // not in parallel: it measures the whol
 				var before, after runtime.MemStats
 				start := time.Now()
 				runtime.ReadMemStats(&before)
-				resp, err := m.b.HandleRequest(
-					t.Context(),
-					&logical.Request{Operation: op, Path: path, Storage: m.storage, Data: data},
-				)
+				req := &logical.Request{Operation: op, Path: path, Storage: m.storage, Data: data}
+				resp, err := m.b.HandleRequest(t.Context(), req)
 				runtime.ReadMemStats(&after)
 				if status, _ := statusOf(resp, err); status < 400 {
 					t.Errorf("%s: %s %s succeeded", name, op, path)

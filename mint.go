@@ -21,8 +21,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/state"
 )
 
-// One token request, from its receipt to its report: read the settings, narrow them by the caller's parameters, call
-// Cable or share a call, check the grant and the settings, decide the lease.
+// A token request reads the settings, narrows them by the caller's parameters, calls Cable or shares a call, checks the
+// grant and the settings, decides the lease, and is reported.
 
 // recheckTimeout bounds the wait for storage after a token has arrived.
 const recheckTimeout = time.Second
@@ -34,7 +34,7 @@ type params struct {
 	scopes []string // nil if the caller named none
 }
 
-// attempt is one pass through the steps. Its fields are set as far as it came.
+// attempt is one pass through the steps. Its fields are set as far as it got.
 type attempt struct {
 	kind      report.Kind
 	role      string
@@ -55,7 +55,7 @@ func (b *backend) mint(ctx context.Context, r *request) (*outcome.Token, error) 
 	return a.token, b.ended(r.source(), r.received, a, err)
 }
 
-// ended reports an attempt that was the last, and returns its error as a failure.
+// ended reports the last attempt of a token request, and returns its error as a failure.
 func (b *backend) ended(source report.Source, began time.Time, a attempt, err error) error {
 	r := a.report(source, began, outcome.Classify(err))
 	r.RoleIsCurrent = b.state.IsCurrent(a.set)
@@ -84,7 +84,7 @@ func (a *attempt) report(source report.Source, began time.Time, f *outcome.Failu
 	}
 }
 
-// try makes one attempt. It returns outcome.ErrChanged, and has made no API call, if the settings change before.
+// try makes one attempt. If the settings change before its API call, it makes none and returns outcome.ErrChanged.
 func (b *backend) try(ctx context.Context, r *request, p params) (a attempt, err error) {
 	a = attempt{kind: report.Direct, role: r.role}
 	if a.set, err = b.settings(ctx, r); err != nil {
@@ -238,8 +238,8 @@ func organization(set state.Settings) string {
 	return cmp.Or(set.Role.OrganizationID, set.Config.OrganizationID)
 }
 
-// allow returns the gate of an API call: once a write that disables, deletes or narrows has returned, no call is sent
-// with what it took away.
+// allow returns the gate of an API call. Once a write that disables, deletes or narrows has returned, no API call is
+// sent with the settings from before.
 func (b *backend) allow(set state.Settings) func() error {
 	return func() error {
 		if !b.state.IsCurrent(set) {
@@ -249,7 +249,7 @@ func (b *backend) allow(set state.Settings) func() error {
 	}
 }
 
-// call requests a token from Cable. Its failure says what the caller can do.
+// call requests a token from Cable. Its failure has advice for the caller.
 func (b *backend) call(
 	ctx context.Context, role string, config *state.Live, requested cable.TokenRequest,
 ) (*cable.Token, error) {
@@ -293,7 +293,7 @@ func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token,
 	if id == want {
 		isFor, id = "token's scopes are", cmp.Or(got.ScopesOrganizationID, want)
 	}
-	if id != want {
+	if id != want { // another organization
 		return nil, outcome.Mismatch(fmt.Sprintf("the %s for organization %s instead of %s",
 			isFor, fields.Organization.Quote(id), fields.Organization.Quote(want)))
 	}
@@ -314,12 +314,15 @@ func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token,
 	return token, nil
 }
 
-// recheck refuses a token that the settings, as they are now, do not allow any more, or if that cannot be determined.
-// The settings are read until those that were read are still current when the reading ends. So no token is returned
-// whose last check did not begin after a write that disables, deletes or narrows had returned.
+// recheck refuses a token that the present settings do not allow, such as that of a disabled role, or if they cannot be
+// read. If they have changed, it reads them until they are still current at the end of the reading. So no token is
+// returned whose last check did not begin after a write that disables, deletes or narrows had returned.
 //
 // Reading storage may exceed the request's budget by recheckTimeout, because giving up now would waste a token.
 func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
+	if b.state.IsCertain(a.set) {
+		return context.Cause(ctx) // set if the caller left, because Vault would drop the token
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, recheckTimeout, outcome.ErrBudget)
 	defer cancel()
 	for began := time.Now(); ; {
@@ -334,7 +337,7 @@ func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
 				"and does not allow this token any more: read again", a.role)
 		}
 		if err == nil && ctx.Err() != nil {
-			err = context.Cause(ctx) // the caller left, so Vault would drop the token
+			err = context.Cause(ctx) // the caller left, or the second is over
 		}
 		if err != nil || b.state.IsCurrent(now) {
 			return err

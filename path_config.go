@@ -52,8 +52,8 @@ func (b *backend) pathConfig() *framework.Path {
 	}
 }
 
-// configResponseFields describes what a read of config returns. There are no defaults: a client that applied them to a
-// write would reset what is stored.
+// configResponseFields describes the response to a read of config. There are no defaults, because a client that applied
+// them to a write would reset the stored values.
 func configResponseFields() map[string]*framework.FieldSchema {
 	schema := map[string]*framework.FieldSchema{
 		"token_url": field(framework.TypeString,
@@ -96,7 +96,7 @@ func configResponseData(c *state.Config) map[string]any {
 func (b *backend) pathConfigRead(ctx context.Context, r *request) (*logical.Response, error) {
 	c, err := state.ReadConfig(ctx, r.Storage)
 	if c == nil || err != nil {
-		return nil, err // Vault answers nil with 404
+		return nil, err // Vault turns nil into a 404
 	}
 	return &logical.Response{Data: configResponseData(c)}, nil
 }
@@ -163,8 +163,8 @@ func orNoContent(resp *logical.Response) *logical.Response {
 	return resp
 }
 
-// mergeConfig decodes the stored entry, nil if there is none, and lays a write over it. It refuses what the write must
-// not change; the rest of the entry may come from another version of the engine, and is not judged.
+// mergeConfig decodes the stored entry, nil if there is none, and lays a write over it. It judges the fields that the
+// write changes, and no others, because another version of the engine may have stored them.
 func mergeConfig(stored []byte, r *request) (before, next *state.Config, err error) {
 	if before, err = state.DecodeConfig(stored); err != nil {
 		return nil, nil, err
@@ -200,7 +200,7 @@ func mergeConfig(stored []byte, r *request) (before, next *state.Config, err err
 	case before == nil:
 		return nil, nil, outcome.Refuse("refresh_key is missing: the first write of config needs it")
 	case changes.Has("token_url"), changes.Has("ca_cert"):
-		// URL and key: changing token_url or ca_cert needs the key.
+		// Key and destination belong together, so changing token_url or ca_cert needs the key.
 		return nil, nil, outcome.Refuse("changing token_url or ca_cert needs refresh_key in the same request: " +
 			"permission to edit the configuration is not permission to send the key to another host")
 	}
@@ -287,8 +287,8 @@ func checkRefreshKey(key string) error {
 	return nil
 }
 
-// verify mints a token of the shortest lifetime with settings that are not stored yet, and drops it. It returns the
-// warning that says so, and the bytes that were stored before.
+// verify mints a token of the shortest lifetime with settings that are not stored yet, and drops it. If it fails, the
+// write stores nothing. Otherwise it returns a warning about the token, and the bytes that were stored before.
 func (b *backend) verify(ctx context.Context, r *request) (warning string, stored []byte, err error) {
 	since, err := b.state.ConfigVersion() // before config is read, so that a later write stops the API call
 	if err == nil {
@@ -374,8 +374,8 @@ that it does not name; the merged result is stored, and only then used. What a
 read returns can be written back.
 
 Key and destination belong together. Changing token_url or ca_cert needs
-refresh_key in the same request. A write of refresh_key names each of token_url
-and ca_cert whose stored value is not the default; ca_cert="" removes it.
+refresh_key in the same request. A write of refresh_key must also name token_url
+and ca_cert if their stored values are not the default; ca_cert="" removes it.
 
 With verify_role, one token of five minutes is minted for that role with the
 new settings before they are stored; if that fails, nothing is stored.

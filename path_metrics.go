@@ -22,7 +22,7 @@ func (b *backend) pathMetrics() *framework.Path {
 	const synopsis = "Read this mount's metrics on this node, for Prometheus."
 	read := b.reads(b.pathMetricsRead, synopsis, "The metrics in Prometheus' text format", nil)
 	read.Responses[http.StatusOK][0].MediaType = "text/plain"
-	// A standby mints nothing; and behind one address, figures of two nodes would jump.
+	// A standby mints nothing, and the figures of two nodes behind one address would jump.
 	read.ForwardPerformanceStandby = true
 	return &framework.Path{
 		Pattern:         "metrics",

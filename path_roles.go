@@ -108,7 +108,7 @@ func (b *backend) pathRolesRead(ctx context.Context, r *request) (*logical.Respo
 	}
 	role, err := state.ReadRole(ctx, r.Storage, r.role)
 	if role == nil || err != nil {
-		return nil, err // Vault answers nil with 404
+		return nil, err // Vault turns nil into a 404
 	}
 	return &logical.Response{Data: roleResponseData(role)}, nil
 }
@@ -163,8 +163,8 @@ func (b *backend) pathRolesWrite(ctx context.Context, r *request) (*logical.Resp
 	return orNoContent(resp), nil
 }
 
-// mergeRole decodes the stored role, nil if there is none, and lays a write over it. It judges what the write changes;
-// the rest may come from another version of the engine.
+// mergeRole decodes the stored role, nil if there is none, and lays a write over it. Like mergeConfig, it judges only
+// the fields that the write changes.
 func mergeRole(stored []byte, r *request) (before, next *state.Role, err error) {
 	if before, err = state.DecodeRole(r.role, stored); err != nil {
 		return nil, nil, err
@@ -271,7 +271,7 @@ func scopeWarnings(scopes []string) []string {
 	return warnings
 }
 
-// fallbackOrganization says which organization a role uses whose own was removed.
+// fallbackOrganization names the organization that a role uses once its own is removed.
 func fallbackOrganization(ctx context.Context, s logical.Storage) string {
 	c, err := state.ReadConfig(ctx, s)
 	switch {

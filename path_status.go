@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	maxStatusRoles = 1000            // that a read of status checks, because each may be a read from Vault's storage
-	statusTimeout  = 2 * time.Second // of status and metrics for storage, which may be at fault
+	maxStatusRoles = 1000            // roles that a read of status checks, because each may be a read from storage
+	statusTimeout  = 2 * time.Second // status and metrics respond within 2 s, even if storage hangs
 )
 
 func (b *backend) pathStatus() *framework.Path {
@@ -76,8 +76,8 @@ func statusResponseFields() map[string]*framework.FieldSchema {
 	}
 }
 
-// pathStatusRead handles GET status. It reports what is in memory even if Vault's storage cannot be read, because that
-// is when it is needed.
+// pathStatusRead handles GET status. It reports the figures in memory even if Vault's storage cannot be read, because
+// it is needed most then.
 func (b *backend) pathStatusRead(ctx context.Context, r *request) (*logical.Response, error) {
 	resp := &logical.Response{Data: b.report.Status()}
 	resp.Data["version"], resp.Data["commit"] = version.String(), version.Commit()
@@ -101,7 +101,7 @@ func (b *backend) pathStatusRead(ctx context.Context, r *request) (*logical.Resp
 	return resp, nil
 }
 
-// configStatus returns what status reports of the configuration in use, which is nil if none is stored.
+// configStatus returns the fields of status about the configuration in use, which is nil if none is stored.
 func configStatus(live *state.Live, now time.Time) map[string]any {
 	var pause, age time.Duration
 	var pausedUntil time.Time
@@ -126,8 +126,8 @@ func configStatus(live *state.Live, now time.Time) map[string]any {
 	}
 }
 
-// disabledRoles returns the names of the disabled roles, sorted; with an error, those that were found, or nil if no
-// role could be read. It reads the roles that are not in memory yet.
+// disabledRoles returns the names of the disabled roles, sorted. With an error it returns those that it found, or nil
+// if no role could be read. It reads the roles that are not in memory yet.
 func (b *backend) disabledRoles(ctx context.Context, s logical.Storage) (disabled []string, err error) {
 	names, err := state.RoleNames(ctx, s)
 	if err != nil {

@@ -4,7 +4,6 @@
 package cablesecrets
 
 import (
-	"context"
 	"maps"
 	"os"
 	"path/filepath"
@@ -17,8 +16,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
-	"github.com/prometheus/common/expfmt"
-	"github.com/prometheus/common/model"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
@@ -27,14 +24,11 @@ import (
 
 // The tables of docs/reference.md are compared with the code, both ways.
 
-// referenceTable returns the rows of the nth table (from 0) below a heading of
-// docs/reference.md, each as its cells.
+// referenceTable returns the rows of the nth table (from 0) below a heading of docs/reference.md, each as its cells.
 func referenceTable(t *testing.T, heading string, nth int) (rows [][]string) {
 	t.Helper()
 	page, err := os.ReadFile("docs/reference.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	_, text, found := strings.Cut(string(page), "\n## "+heading+"\n")
 	if !found {
 		t.Fatalf("docs/reference.md has no heading %q", heading)
@@ -77,25 +71,20 @@ func engineSource(t *testing.T) string {
 	var source strings.Builder
 	for _, pattern := range []string{"*.go", "internal/*/*.go", "cmd/vault-plugin-secrets-cable/*.go"} {
 		files, err := filepath.Glob(pattern)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for _, f := range files {
 			if strings.HasSuffix(f, "_test.go") {
 				continue
 			}
 			text, err := os.ReadFile(f)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			source.Write(text)
 		}
 	}
 	return regexp.MustCompile(`" \+\n\s*"`).ReplaceAllString(source.String(), "") // texts over several lines
 }
 
-// TestReferenceFields: the tables of fields have the fields of each path, and
-// the defaults of config.
+// TestReferenceFields checks that the tables of fields have the fields of each path, and the defaults of config.
 func TestReferenceFields(t *testing.T) {
 	t.Parallel()
 	paths := map[string]*framework.Path{}
@@ -148,7 +137,7 @@ func TestReferenceFields(t *testing.T) {
 	}
 }
 
-// TestReferenceOutcomes: the table has each outcome with its HTTP status.
+// TestReferenceOutcomes checks that the table has each outcome with its HTTP status.
 func TestReferenceOutcomes(t *testing.T) {
 	t.Parallel()
 	want := map[string]string{}
@@ -164,43 +153,13 @@ func TestReferenceOutcomes(t *testing.T) {
 	}
 }
 
-// TestReferenceMetrics: the table has each metric of the engine's own, with its
-// labels and its type.
+// TestReferenceMetrics checks that the table has each metric of the engine's own, with its labels and its type.
 func TestReferenceMetrics(t *testing.T) {
 	t.Parallel()
-	ctx, storage := context.Background(), new(logical.InmemStorage)
-	b, err := Factory(ctx, &logical.BackendConfig{StorageView: storage, System: logical.TestSystemView()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	request := func(op logical.Operation, path string, data kv) *logical.Response {
-		t.Helper()
-		resp, err := b.HandleRequest(ctx, &logical.Request{Operation: op, Path: path, Data: data, Storage: storage})
-		if err != nil || resp != nil && resp.IsError() {
-			t.Fatalf("%s %s: %v, %v", op, path, resp, err)
-		}
-		return resp
-	}
-	request(
-		opUpdate,
-		"config",
-		kv{
-			"refresh_key":     "key",
-			"token_url":       "http://127.0.0.1:1/",
-			"request_timeout": "1s",
-			"organization_id": "org_1",
-		},
-	)
-	request(opCreate, "roles/r", kv{"scopes": "transactions:read"})
-	_, _ = b.HandleRequest(ctx, &logical.Request{Operation: opRead, Path: "creds/r", Storage: storage}) // unreachable
-	text, _ := request(opRead, "metrics", nil).Data[logical.HTTPRawBody].(string)
-	parser := expfmt.NewTextParser(model.LegacyValidation)
-	families, err := parser.TextToMetricFamilies(strings.NewReader(text))
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := newConfiguredMount(t)
+	m.read("creds/ci")
 	want := map[string]string{}
-	for name, family := range families {
+	for name, family := range m.families() {
 		name, ok := strings.CutPrefix(name, "vault_cable_")
 		if !ok {
 			continue
@@ -223,8 +182,8 @@ func TestReferenceMetrics(t *testing.T) {
 	}
 }
 
-// TestReferenceWords: the source has each phrase and field of the log that the reference
-// names. That the reference has each phrase is TestLogIsDocumented.
+// TestReferenceWords checks that the source has each phrase and field of the log that the reference names. That the
+// reference has each phrase is TestLogIsDocumented.
 func TestReferenceWords(t *testing.T) {
 	t.Parallel()
 	source := engineSource(t)
@@ -240,15 +199,14 @@ func TestReferenceWords(t *testing.T) {
 	}
 }
 
-// TestReferenceErrors: the source has each text of the table of errors.
+// TestReferenceErrors checks that the source has each text of the table of errors.
 func TestReferenceErrors(t *testing.T) {
 	t.Parallel()
 	source := engineSource(t)
 	for _, row := range referenceTable(t, "Errors", 0) {
 		for _, text := range code(row[1]) {
-			fixed := regexp.MustCompile(`responded [0-9]{3}$`).
-				ReplaceAllString(text, "responded %d")
-				// the status is put in
+			// The source has a verb in place of the status.
+			fixed := regexp.MustCompile(`responded [0-9]{3}$`).ReplaceAllString(text, "responded %d")
 			fixed = strings.Replace(fixed, "must not be empty", "must not be %s", 1)
 			if !strings.Contains(strings.ReplaceAll(source, `\"`, `"`), fixed) {
 				t.Errorf("the engine has no error with %q", text)

@@ -16,7 +16,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -85,9 +84,7 @@ func newStandInCable(t *testing.T) *standInCable {
 	}))
 	t.Cleanup(proxy.Close)
 	c.proxyURL, c.bundle = proxy.URL, filepath.Join(t.TempDir(), "roots.pem")
-	if err := os.WriteFile(c.bundle, roots, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, c.bundle, string(roots))
 	c.env = []string{"HTTPS_PROXY=" + c.proxyURL, "SSL_CERT_FILE=" + c.bundle, "SSL_CERT_DIR=/nonexistent"}
 	return c
 }
@@ -97,11 +94,7 @@ func newStandInCable(t *testing.T) *standInCable {
 func (c *standInCable) curl(t *testing.T) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "curl")
-	script := "#!/bin/sh\nPATH=${PATH#*:} HTTPS_PROXY=" + c.proxyURL + " CURL_CA_BUNDLE=" + c.bundle +
-		" exec curl \"$@\"\n"
-	if err := os.WriteFile(file, []byte(script), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	writeScript(t, file, "PATH=${PATH#*:} HTTPS_PROXY="+c.proxyURL+" CURL_CA_BUNDLE="+c.bundle+` exec curl "$@"`)
 	return file
 }
 
@@ -136,37 +129,23 @@ func tunnel(w http.ResponseWriter, addr string) {
 	<-done
 }
 
-// issue returns a certificate for host, a name or an address, and the root to trust with it (PEM).
+// issue returns a certificate for host, a name or an address, which is a root to trust, too (PEM).
 func issue(t *testing.T, host string) (certificate tls.Certificate, root []byte) {
 	t.Helper()
-	sign := func(template, parent *x509.Certificate, public *ecdsa.PublicKey, key *ecdsa.PrivateKey) []byte {
-		template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(24*time.Hour)
-		der, err := x509.CreateCertificate(rand.Reader, template, parent, public, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return der
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	noError(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: host},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}
-	newKey := func() *ecdsa.PrivateKey {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return key
-	}
-	caKey, key := newKey(), newKey()
-	ca := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root of " + host}, IsCA: true,
-		BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	caDER := sign(ca, ca, &caKey.PublicKey, caKey)
-	of := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: host}}
 	if ip := net.ParseIP(host); ip != nil {
-		of.IPAddresses = []net.IP{ip}
+		template.IPAddresses = []net.IP{ip}
 	} else {
-		of.DNSNames = []string{host}
+		template.DNSNames = []string{host}
 	}
-	leaf := sign(of, ca, &key.PublicKey, caKey)
-	return tls.Certificate{Certificate: [][]byte{leaf}, PrivateKey: key},
-		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER})
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	noError(t, err)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key},
+		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }

@@ -82,38 +82,24 @@ func TestCanaryIsFound(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	v := &vaultServer{log: filepath.Join(dir, "vault.log"), audit: filepath.Join(dir, "audit.log")}
-	plant := func(path, text string) {
-		t.Helper()
-		f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		if _, err := f.WriteString(text); err != nil {
-			t.Fatal(err)
-		}
-	}
 	key := cabletest.NewRefreshKey()
-	plant(v.log, "[TRACE] started\n[TRACE] "+key+"\n")
-	plant(v.audit, "{}\n")
+	audited := "{}\n"
+	writeFile(t, v.log, "[TRACE] started\n[TRACE] "+key+"\n")
+	writeFile(t, v.audit, audited)
 	before := v.position()
-	if got := v.leaks(position{}); len(got) != 1 ||
-		!strings.Contains(got[0], "vault.log contains the refresh key: [TRACE] "+key) {
-		t.Errorf("the log with a key: %q", got)
+	check := func(from position, want ...string) {
+		t.Helper()
+		got := v.leaks(from)
+		if len(got) != len(want) || len(want) > 0 && !strings.Contains(got[0], want[0]) {
+			t.Errorf("the search finds %q, want %q", got, want)
+		}
 	}
-	if got := v.leaks(before); len(got) != 0 {
-		t.Errorf("nothing was written since: %q", got)
-	}
-	plant(v.audit, `{"data":{"token":"`+cabletest.TokenMarker+`123"}}`)
-	if got := v.leaks(before); len(got) != 1 || !strings.Contains(got[0], "audit.log contains an access token") {
-		t.Errorf("the audit log with a token: %q", got)
-	}
-	if err := os.Remove(v.audit); err != nil {
-		t.Fatal(err)
-	}
-	if got := v.leaks(before); len(got) != 1 {
-		t.Errorf("no audit log: %q", got)
-	}
+	check(position{}, "vault.log contains the refresh key: [TRACE] "+key)
+	check(before) // nothing was written since
+	writeFile(t, v.audit, audited+`{"data":{"token":"`+cabletest.TokenMarker+`123"}}`)
+	check(before, "audit.log contains an access token")
+	noError(t, os.Remove(v.audit))
+	check(before, "no such file")
 	if findSecret(key, true) == "" || findSecret(cabletest.TokenMarker, true) != "" {
 		t.Error("the response to a mint contains the token, and never the key")
 	}

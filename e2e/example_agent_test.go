@@ -24,19 +24,12 @@ func (m *mount) smallest(t *testing.T, file string, needed map[string]request, r
 	t.Helper()
 	policy := readFile(t, file)
 	tokenWith := func(text string) string {
-		m.ok(t, "PUT", "sys/policies/acl/smallest", map[string]any{"policy": text})
-		return m.ok(t, "POST", "auth/token/create", map[string]any{
-			"policies": []string{"smallest"}, "no_default_policy": true,
-		}).Auth.ClientToken
+		m.writePolicy(t, "smallest", text)
+		return m.tokenWith(t, "smallest", nil)
 	}
 	status := func(r request, token string) int {
 		t.Helper()
-		r.token = token
-		a, err := m.call(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return a.status
+		return m.as(t, token, r.method, r.path, r.body).status
 	}
 	for path := range needed {
 		without := regexp.MustCompile(`(?ms)^path "`+path+`" \{.*?^\}`).ReplaceAllString(policy, "")
@@ -83,9 +76,7 @@ func (m *mount) requested(t *testing.T, seconds int64) {
 func newExample(t *testing.T, name string) (*shell, *mount) {
 	t.Helper()
 	s, m := newApplication(t)
-	if err := os.CopyFS(s.dir, os.DirFS(filepath.Join("../examples", name))); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.CopyFS(s.dir, os.DirFS(filepath.Join("../examples", name))))
 	// An Agent runs on another machine, without the operator's token.
 	s.edit = strings.NewReplacer("vault agent", "env -u VAULT_TOKEN vault agent")
 	return s, m
@@ -121,9 +112,7 @@ func (m *mount) oneRead(t *testing.T, name string) {
 func (s *shell) rendered(pattern string) {
 	s.t.Helper()
 	info, err := os.Stat(s.place("app.env"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	noError(s.t, err)
 	text := readFile(s.t, s.place("app.env"))
 	if info.Mode() != 0o600 || !regexp.MustCompile(pattern).MatchString(text) {
 		s.t.Errorf("app.env has the mode %v and %d bytes that do not match %s", info.Mode(), len(text), pattern)
@@ -227,13 +216,11 @@ func TestExampleVaultAgent(t *testing.T) {
 	if _, err := once(short); err == nil {
 		t.Error("a template with parameters needs no update")
 	}
-	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{
-		"policy": `path "cable/creds/reports" { capabilities = ["update"] }`,
-	})
+	m.writePolicy(t, "reports", `path "cable/creds/reports" { capabilities = ["update"] }`)
 	if out, err := once(short); err != nil {
 		t.Errorf("a template with parameters: %v\n%s", err, out)
 	}
-	m.ok(t, "PUT", "sys/policies/acl/reports", map[string]any{"policy": readFile(t, s.place("policy.hcl"))})
+	m.writePolicy(t, "reports", readFile(t, s.place("policy.hcl")))
 	// While Cable is down, Agent exits in the end, and the file stays.
 	s.write("app.env", "the last token")
 	m.sim.SetFault(cabletest.Fault{Status: 500})
@@ -244,6 +231,23 @@ func TestExampleVaultAgent(t *testing.T) {
 	}
 	if got := readFile(t, s.place("app.env")); got != "the last token" {
 		t.Error("while Cable is down, Agent changes the file")
+	}
+	m.sim.ClearFaults()
+	// Without exit_on_retry_failure, one disabled role has Agent mint again for its other
+	// roles, each time that it gives up.
+	m.ok(t, "POST", "cable/roles/off", map[string]any{"scopes": "person:read", "disabled": true})
+	m.writePolicy(t, "reports", `path "cable/creds/*" { capabilities = ["read"] }`)
+	_, template, _ := strings.Cut(file, "\n}\n")
+	s.write("off.hcl", failsFast+template+strings.NewReplacer("creds/reports", "creds/off", "app.env", "off").
+		Replace(template))
+	minted := m.sim.Stats().Minted
+	stop := s.start(t, "vault", "agent", "-config=login.hcl", "-config=off.hcl")
+	waitFor(t, 50*time.Second, "Agent mints the good role's third token", func() bool {
+		return m.sim.Stats().Minted >= minted+3
+	})
+	stop()
+	if s.exists("off") {
+		t.Error("Agent rendered a token of the disabled role")
 	}
 }
 
@@ -298,9 +302,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	waitFor(t, 30*time.Second, "the application starts", func() bool { return starts() > before && alive() })
 	m.sim.SetFault(cabletest.Fault{Status: 500})
 	calls := m.sim.CallCount()
-	waitFor(t, 50*time.Second, "Agent gives up and tries again", func() bool {
-		return m.sim.CallCount()-calls >= 7
-	})
+	waitFor(t, 50*time.Second, "Agent gives up and tries again", func() bool { return m.sim.CallCount()-calls >= 7 })
 	if !alive() {
 		t.Error("while Cable is down, the application ends")
 	}
@@ -373,9 +375,7 @@ func TestExampleConsulTemplate(t *testing.T) {
 	t.Parallel()
 	dir := needTool(t, "consumers/consul-template")
 	s, m := newExample(t, "consul-template")
-	if err := os.Symlink(filepath.Join(dir, "consul-template"), s.place(".bin/consul-template")); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.Symlink(filepath.Join(dir, "consul-template"), s.place(".bin/consul-template")))
 	m.ok(t, "POST", "cable/roles/reports", map[string]any{"ttl": "300s"})
 	calls := m.sim.CallCount()
 	s.runPage("examples/consul-template/README.md", map[string]step{

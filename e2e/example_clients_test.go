@@ -30,10 +30,7 @@ func newClients(t *testing.T) (s *shell, m *mount, token string) {
 	t.Helper()
 	s, m = newExample(t, "clients")
 	s.run(blocksOf(t, "examples/clients/README.md")[0].text)
-	created := m.ok(t, "POST", "auth/token/create", map[string]any{
-		"policies": []string{"reports"}, "no_default_policy": true,
-	})
-	return s, m, created.Auth.ClientToken
+	return s, m, m.tokenWith(t, "reports", nil)
 }
 
 // TestExampleClients builds the application of examples/clients/go as its page
@@ -57,10 +54,7 @@ func TestExampleClients(t *testing.T) {
 func TestExampleClientsInstalled(t *testing.T) {
 	t.Parallel()
 	needExamples(t)
-	blocks := map[string]string{}
-	for _, b := range blocksOf(t, "examples/clients/README.md") {
-		blocks[strings.TrimPrefix(b.id, "examples/clients/README.md#")] = b.text
-	}
+	blocks := named(t, "examples/clients/README.md")
 	// While the file suspended exists, the wall clock of the application is two hours
 	// ahead, and its monotonic clock is not, as after the machine was suspended.
 	for name, suspend := range map[string]struct{ file, text, env string }{
@@ -144,9 +138,7 @@ func (m *mount) front(
 ) (addr, root string) {
 	t.Helper()
 	target, err := url.Parse(m.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	proxy := httputil.NewSingleHostReverseProxy(target)
 	proxy.ModifyResponse = edit
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -302,9 +294,7 @@ func (s *shell) readsInTime(m *mount, token, command string, suspends bool) {
 	}
 	if suspends {
 		s.write("suspended", "")
-		waitFor(t, time.Minute, "the application reads again after a suspension", func() bool {
-			return calls() == 6
-		})
+		waitFor(t, time.Minute, "the application reads again after a suspension", func() bool { return calls() == 6 })
 	}
 	if out := readFile(t, s.place("out")); strings.Contains(out, cabletest.TokenMarker) {
 		t.Error("the application printed the token")
@@ -315,8 +305,6 @@ func (s *shell) readsInTime(m *mount, token, command string, suspends bool) {
 func must(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := run(name, args...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return out
 }

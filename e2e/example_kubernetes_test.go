@@ -8,7 +8,6 @@ import (
 	"crypto/ecdsa"
 	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
 	"maps"
 	"net/url"
@@ -26,59 +25,47 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// csiObject has the fields that the CSI provider knows of an object of a
-// SecretProviderClass.
-type csiObject struct {
-	ObjectName     string         `yaml:"objectName"`
-	SecretPath     string         `yaml:"secretPath"`
-	SecretKey      string         `yaml:"secretKey"`
-	Method         string         `yaml:"method"`
-	SecretArgs     map[string]any `yaml:"secretArgs"`
-	FilePermission os.FileMode    `yaml:"filePermission"`
-	Encoding       string         `yaml:"encoding"`
-}
-
-// csiCalls returns the requests of the CSI provider for a SecretProviderClass, which
-// is decoded strictly. The provider sends one for each path and method, with the
+// csiRequest returns the request of the CSI provider for a SecretProviderClass, whose
+// objects are decoded strictly. The provider sends one for each path and method, with the
 // arguments as a body.
-func csiCalls(t *testing.T, file string) (calls []request) {
+func csiRequest(t *testing.T, file string) (r request) {
 	t.Helper()
 	var class struct {
 		Spec struct {
 			Provider   string
 			Parameters struct {
-				VaultAddress string `yaml:"vaultAddress"`
-				RoleName     string `yaml:"roleName"`
-				Audience     string
-				Objects      string
+				RoleName string `yaml:"roleName"`
+				Objects  string
 			}
 		}
 	}
-	decode := func(text string, known bool, into any) {
-		d := yaml.NewDecoder(strings.NewReader(text))
-		d.KnownFields(known)
-		if err := d.Decode(into); err != nil {
-			t.Fatalf("%s: %v", file, err)
+	noError(t, yaml.Unmarshal([]byte(readFile(t, "../examples/kubernetes/"+file)), &class))
+	var objects []struct { // all fields that the provider knows
+		ObjectName     string         `yaml:"objectName"`
+		SecretPath     string         `yaml:"secretPath"`
+		SecretKey      string         `yaml:"secretKey"`
+		Method         string         `yaml:"method"`
+		SecretArgs     map[string]any `yaml:"secretArgs"`
+		FilePermission os.FileMode    `yaml:"filePermission"`
+		Encoding       string         `yaml:"encoding"`
+	}
+	d := yaml.NewDecoder(strings.NewReader(class.Spec.Parameters.Objects))
+	d.KnownFields(true)
+	if err := d.Decode(&objects); err != nil || class.Spec.Provider != "vault" ||
+		class.Spec.Parameters.RoleName != "reports" {
+		t.Fatalf("%s: %+v, %v", file, class.Spec, err)
+	}
+	for i, o := range objects {
+		method := cmp.Or(o.Method, "GET")
+		if i > 0 && (o.SecretPath != r.path || method != r.method) {
+			t.Errorf("%s: the objects take more than one request", file)
 		}
-	}
-	decode(readFile(t, "../examples/kubernetes/"+file), false, &class)
-	var objects []csiObject
-	decode(class.Spec.Parameters.Objects, true, &objects)
-	if class.Spec.Provider != "vault" || class.Spec.Parameters.RoleName != "reports" {
-		t.Fatalf("%s: %+v", file, class.Spec)
-	}
-	seen := map[string]bool{}
-	for _, o := range objects {
-		call := request{method: cmp.Or(o.Method, "GET"), path: o.SecretPath}
+		r = request{method: method, path: o.SecretPath}
 		if o.SecretArgs != nil {
-			call.body = o.SecretArgs
-		}
-		if !seen[call.method+call.path] {
-			seen[call.method+call.path] = true
-			calls = append(calls, call)
+			r.body = o.SecretArgs
 		}
 	}
-	return calls
+	return r
 }
 
 // TestExampleKubernetesCalls replays requests of the consumers. Each policy of
@@ -109,32 +96,18 @@ func TestExampleKubernetesCalls(t *testing.T) {
 		}
 	}
 	text := readFile(t, "../examples/kubernetes/external-secrets/parameters/read.yaml")
-	if err := yaml.Unmarshal([]byte(text), &generator); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, yaml.Unmarshal([]byte(text), &generator))
 	read := strings.TrimPrefix(generator.Spec.Path, "/")
-	csi := func(file string) request {
-		t.Helper()
-		calls := csiCalls(t, file)
-		if len(calls) != 1 {
-			t.Fatalf("%s: %+v, want one request for all objects", file, calls)
-		}
-		return calls[0]
-	}
 	for _, tt := range []struct {
 		request
 		want int64
 	}{
 		{request{method: "GET", path: read + "?" + generator.Spec.GetParameters.Encode()}, 600},
 		{request{method: "GET", path: read, body: withTTL}, 900},
-		{csi("csi/secret.yaml"), 900},
-		{csi("csi/parameters/secret.yaml"), 600},
+		{csiRequest(t, "csi/secret.yaml"), 900},
+		{csiRequest(t, "csi/parameters/secret.yaml"), 600},
 	} {
-		tt.token = m.root
-		a, err := m.call(tt.request)
-		if err != nil || a.status != 200 {
-			t.Fatalf("%+v: %v %v", tt.request, a, err)
-		}
+		m.ok(t, tt.method, tt.path, tt.body)
 		m.requested(t, tt.want)
 	}
 }
@@ -175,6 +148,14 @@ func (k *kubernetes) in(t *testing.T) *kubernetes {
 	s := *k.shell
 	s.t = t
 	return &kubernetes{shell: &s, m: k.m}
+}
+
+// mints waits until do has had n tokens minted.
+func (k *kubernetes) mints(t *testing.T, n int, what string, do func()) {
+	t.Helper()
+	before := k.m.sim.Stats().Minted
+	do()
+	k.minted(t, before, n, what)
 }
 
 // minted waits until n more tokens than before were minted.
@@ -299,9 +280,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 		t.Errorf("the Secret has the first token still, or the list as %q", now["LIST"])
 	}
 	k.m.ok(t, "POST", "cable/roles/reports", map[string]any{"ttl": "1h"})
-	before = k.m.sim.Stats().Minted
-	k.patch(resource, `"renewalPercent":67`)
-	k.minted(t, before, 1, "a lease of an hour")
+	k.mints(t, 1, "a lease of an hour", func() { k.patch(resource, `"renewalPercent":67`) })
 
 	// The operator starts again, long before the refresh is due.
 	k.wait(t, "the status", "kubectl --namespace reports get "+resource+
@@ -310,9 +289,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 		return generation == last
 	})
 	stop()
-	before = k.m.sim.Stats().Minted
-	stop = start()
-	k.minted(t, before, 1, "the operator restarted")
+	k.mints(t, 1, "the operator restarted", func() { stop = start() })
 
 	// Cable is down when the manifest changes. Each attempt is three API calls,
 	// because Vault's client repeats it twice.
@@ -322,9 +299,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 		for count := range strings.FieldsSeq(k.reports("get events --field-selector reason=SecretSyncError" +
 			" --output 'jsonpath={.items[*].count}'")) {
 			i, err := strconv.Atoi(count)
-			if err != nil {
-				t.Fatal(err)
-			}
+			noError(t, err)
 			n += i
 		}
 		return n
@@ -339,9 +314,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 	if now := k.secret("cable-token"); now["CABLE_TOKEN"] != last["CABLE_TOKEN"] {
 		t.Error("the Secret has lost its token")
 	}
-	before = k.m.sim.Stats().Minted
-	k.m.sim.ClearFaults()
-	k.minted(t, before, 1, "Cable is back")
+	k.mints(t, 1, "Cable is back", k.m.sim.ClearFaults)
 	k.run("kubectl delete -f vault-secrets-operator")
 	stop()
 }
@@ -378,9 +351,7 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 					t.Errorf("%d tokens were minted at first", n)
 				}
 				// It refreshes by the interval, whatever the lease.
-				before = k.m.sim.Stats().Minted
-				k.patch(resource, `"refreshInterval":"5s"`)
-				k.minted(t, before, 3, "refreshes every 5 seconds")
+				k.mints(t, 3, "refreshes every 5 seconds", func() { k.patch(resource, `"refreshInterval":"5s"`) })
 				// Cable is down.
 				k.m.sim.SetFault(cabletest.Fault{Status: 500})
 				calls := k.m.sim.CallCount()
@@ -392,9 +363,7 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 				if now := k.secret("cable-token"); now["token"] == "" || now["token"] != last["token"] {
 					t.Error("the Secret has lost its token")
 				}
-				before = k.m.sim.Stats().Minted
-				k.m.sim.ClearFaults()
-				k.minted(t, before, 1, "Cable is back")
+				k.mints(t, 1, "Cable is back", k.m.sim.ClearFaults)
 				k.patch(resource, `"refreshInterval":"30m"`)
 			},
 		},
@@ -420,7 +389,7 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 // change the Deployment's pod, and the pod's Agents run here.
 func testInjector(t *testing.T, k *kubernetes) {
 	cert, root := issue(t, "127.0.0.1")
-	k.write("webhook.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})))
+	k.write("webhook.crt", string(root))
 	k.write("webhook.key", privateKey(t, cert.PrivateKey.(*ecdsa.PrivateKey)))
 	listen := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	k.consumer(t, filepath.Join(needTool(t, "consumers"), "injector"), "-listen="+listen, "-vault-address="+k.m.addr,
@@ -448,16 +417,12 @@ webhooks:
 			Template map[string]any `json:"template"`
 		} `json:"spec"`
 	}
-	if err := json.Unmarshal([]byte(k.reports("get deployment reports --output json")), &deployment); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, json.Unmarshal([]byte(k.reports("get deployment reports --output json")), &deployment))
 	pod := deployment.Spec.Template
 	pod["apiVersion"], pod["kind"] = "v1", "Pod"
 	pod["metadata"].(map[string]any)["name"] = "reports"
 	text, err := json.Marshal(pod)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	k.write("pod.json", string(text))
 	type container struct {
 		Name string
@@ -472,18 +437,14 @@ webhooks:
 		if err != nil { // the API server does not reach the webhook yet
 			return false
 		}
-		if err := json.Unmarshal([]byte(out), &created); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, json.Unmarshal([]byte(out), &created))
 		return len(created.Spec.InitContainers) > 0
 	})
 	defer k.run("kubectl --namespace reports delete pod reports --now && kubectl delete -f webhook.yaml")
 
 	// Both Agents, with the paths of their container in the test's folder.
 	for _, folder := range []string{"home", "secrets", "account"} {
-		if err := os.MkdirAll(k.place(folder), 0o700); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.MkdirAll(k.place(folder), 0o700))
 	}
 	edit := strings.NewReplacer("/home/vault", k.place("home"), "/vault/secrets", k.place("secrets"),
 		"/var/run/secrets/vault.hashicorp.com/serviceaccount", k.place("account"))
@@ -496,9 +457,7 @@ webhooks:
 			for _, e := range c.Env {
 				if c.Name == wants[0] && e.Name == "VAULT_CONFIG" {
 					text, err := base64.StdEncoding.DecodeString(e.Value)
-					if err != nil {
-						t.Fatal(err)
-					}
+					noError(t, err)
 					k.write(file, edit.Replace(string(text)))
 				}
 			}

@@ -39,9 +39,7 @@ type issuer struct {
 func newIssuer(t *testing.T) *issuer {
 	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	s := &issuer{key: key}
 	mux := http.NewServeMux()
 	respond := func(path string, v func() any) {
@@ -79,15 +77,11 @@ func (s *issuer) sign(t *testing.T, base, claims map[string]any) string {
 	maps.Copy(all, base)
 	maps.Copy(all, claims)
 	body, err := json.Marshal(all)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	text := encode([]byte(`{"alg":"RS256","kid":"1","typ":"JWT"}`)) + "." + encode(body)
 	sum := sha256.Sum256([]byte(text))
 	signature, err := rsa.SignPKCS1v15(rand.Reader, s.key, crypto.SHA256, sum[:])
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return text + "." + encode(signature)
 }
 
@@ -117,9 +111,7 @@ func newPipeline(t *testing.T, name, provider string, claims map[string]any) *pi
 // parse reads a YAML file of the example.
 func (p *pipeline) parse(name string, into any) {
 	p.t.Helper()
-	if err := yaml.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, name))), into); err != nil {
-		p.t.Fatal(err)
-	}
+	noError(p.t, yaml.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, name))), into))
 }
 
 // refusals shows that each claim that the role names keeps another job out.
@@ -128,14 +120,12 @@ func (p *pipeline) refusals(login string, others map[string]any) {
 	var role struct {
 		Bound map[string]string `json:"bound_claims"`
 	}
-	if err := json.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, "role.json"))), &role); err != nil {
-		p.t.Fatal(err)
-	}
+	noError(p.t, json.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, "role.json"))), &role))
 	refused := func(why, jwt string) {
 		p.t.Helper()
-		a, err := p.m.call(request{method: "POST", path: login, body: map[string]any{"role": "ci", "jwt": jwt}})
-		if err != nil || a.status != 400 && a.status != 403 {
-			p.t.Errorf("a job with %s: %v %v", why, a, err)
+		a := p.m.as(p.t, "", "POST", login, map[string]any{"role": "ci", "jwt": jwt})
+		if a.status != 400 && a.status != 403 {
+			p.t.Errorf("a job with %s: %v", why, a)
 		}
 	}
 	p.m.costs(p.t, 0, "jobs that may not log in", func() {
@@ -211,11 +201,7 @@ func TestExampleGitHubActions(t *testing.T) {
 			}
 			path, key, name := fields[1], fields[2], fields[3]
 			if responses[path] == nil {
-				a, err := m.call(request{method: "GET", path: path, token: outputs["vault_token"]})
-				if err != nil || a.status != 200 {
-					t.Fatalf("GET %s: %v %v", path, a, err)
-				}
-				responses[path] = a
+				responses[path] = m.as(t, outputs["vault_token"], "GET", path, nil)
 			}
 			outputs[name], _ = responses[path].Data[key].(string)
 		}

@@ -13,14 +13,12 @@ import (
 	"encoding/pem"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
@@ -53,15 +51,8 @@ func newKubernetes(t *testing.T) *kubernetes {
 		"--listen-client-urls="+etcd, "--advertise-client-urls="+etcd,
 		fmt.Sprintf("--listen-peer-urls=http://127.0.0.1:%d", peer))
 	accounts, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write := func(name, text string) {
-		t.Helper()
-		if err := os.WriteFile(file(name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	noError(t, err)
+	write := func(name, text string) { writeFile(t, file(name), text) }
 	write("accounts.key", privateKey(t, accounts))
 	admin := rand.Text()
 	write("tokens.csv", admin+`,admin,admin,"system:masters"`+"\n")
@@ -87,57 +78,23 @@ users: [{name: admin, user: {token: %s}}]
 `, server, base64.StdEncoding.EncodeToString(ca), admin))
 
 	// Vault, with both plugins in its folder.
-	folder, _ := pluginFolder(t)
-	plugin := vaulttest.Plugin{Name: "kubernetes", File: filepath.Join(folder, authPlugin)}
-	data, err := os.ReadFile(filepath.Join(bin, authPlugin))
-	if err == nil {
-		err = os.WriteFile(plugin.File, data, 0o700)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	v := &vaultServer{plugins: folder}
-	if err := v.startDev(t.TempDir()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(v.stop)
-	watch(t, v)
+	v := ownServer(t)
+	plugin := vaulttest.Plugin{Name: "kubernetes", File: filepath.Join(v.plugins, authPlugin)}
+	must(t, "install", "-m", "0700", filepath.Join(bin, authPlugin), plugin.File)
 	sum, err := plugin.Sum()
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	v.ok(t, "POST", "sys/plugins/catalog/auth/kubernetes", map[string]any{"sha256": sum, "command": authPlugin})
-	m := &mount{vaultServer: v, path: "cable", sim: cabletest.NewServer(t, nil)}
-	v.ok(t, "POST", "sys/mounts/cable", map[string]any{"type": pluginName})
-	m.configure(t)
+	m := newMountOf(t, v)
 
 	k := &kubernetes{shell: newShell(t, v, map[string]string{"kubectl": filepath.Join(bin, "kubectl")}), m: m}
 	k.env = append(k.env, "KUBECONFIG="+file("kubeconfig"), "NO_PROXY=127.0.0.1")
-	copyExample(t, "kubernetes", k.dir, strings.NewReplacer("http://vault.vault.svc:8200", v.addr))
+	noError(t, os.CopyFS(k.dir, os.DirFS("../examples/kubernetes")))
+	k.run("address=http://vault.vault.svc:8200; sed -i \"s|$address|$VAULT_ADDR|\" $(grep -rl $address *)")
 	waitFor(t, time.Minute, "the API server is ready", func() bool {
 		_, err := k.try("kubectl get --raw /readyz")
 		return err == nil
 	})
 	return k
-}
-
-// copyExample copies the files of an example, edited.
-func copyExample(t *testing.T, name, to string, edit *strings.Replacer) {
-	t.Helper()
-	from := filepath.Join("..", "examples", name)
-	err := filepath.WalkDir(from, func(path string, d os.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		target := filepath.Join(to, strings.TrimPrefix(path, from))
-		if d.IsDir() {
-			return os.MkdirAll(target, 0o700)
-		}
-		return os.WriteFile(target, []byte(edit.Replace(readFile(t, path))), 0o600)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 // setUp follows the README of examples/kubernetes, which makes the cluster known to
@@ -198,9 +155,7 @@ func (k *kubernetes) secret(name string) map[string]string {
 func (k *kubernetes) applyCRDs(t *testing.T, module, path string) {
 	t.Helper()
 	dir, err := run("go", "-C", "../examples/tools/consumers", "list", "-m", "-f", "{{.Dir}}", module)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	// Some are too large for the annotation that a client-side apply adds.
 	k.run("kubectl apply --server-side -f '" + filepath.Join(strings.TrimSpace(dir), path) + "'")
 	k.run("kubectl wait --for=condition=Established crd --all")
@@ -211,43 +166,7 @@ func (k *kubernetes) applyCRDs(t *testing.T, module, path string) {
 // Vault's client, and so External Secrets, would prefer that to logging in.
 func (k *kubernetes) consumer(t *testing.T, name string, args ...string) (stop func()) {
 	t.Helper()
-	return runUntilEnd(t, t.TempDir(), slices.Concat(k.env, []string{"VAULT_TOKEN=", "VAULT_ADDR="}), name, args...)
-}
-
-// runUntilEnd runs a program in a folder until the test ends or stop is called. Its
-// output is shown if the test fails.
-func runUntilEnd(t *testing.T, dir string, env []string, name string, args ...string) (stop func()) {
-	t.Helper()
-	cmd := exec.CommandContext(suite.ctx, name, args...)
-	cmd.Env, cmd.Dir = env, dir
-	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	stopped := false
-	stop = func() {
-		if stopped {
-			return
-		}
-		stopped = true
-		_ = cmd.Process.Signal(os.Interrupt)
-		timer := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() })
-		_ = cmd.Wait()
-		timer.Stop()
-		_ = out.Close()
-		text := readFile(t, out.Name())
-		if secret := findSecret(text, false); secret != "" {
-			t.Errorf("the output of %s holds %s", filepath.Base(name), secret)
-		}
-		if t.Failed() {
-			t.Logf("%s: %s", filepath.Base(name), text[max(0, len(text)-2000):])
-		}
-	}
-	t.Cleanup(stop)
+	stop, _ = runUntilEnd(t, t.TempDir(), slices.Concat(k.env, []string{"VAULT_TOKEN=", "VAULT_ADDR="}), name, args...)
 	return stop
 }
 
@@ -255,8 +174,6 @@ func runUntilEnd(t *testing.T, dir string, env []string, name string, args ...st
 func privateKey(t *testing.T, key *ecdsa.PrivateKey) string {
 	t.Helper()
 	der, err := x509.MarshalECPrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}))
 }

@@ -82,15 +82,6 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
-func readFile(t *testing.T, path string) string {
-	t.Helper()
-	data, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(data)
-}
-
 // anchors returns GitHub's names of the headings of a page.
 func anchors(page string) (found []string) {
 	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(page, -1) {
@@ -108,19 +99,12 @@ type promServer struct{ url string }
 func startPrometheus(t *testing.T, m *mount) *promServer {
 	t.Helper()
 	bin, dir := needPrometheus(t), t.TempDir()
-	policy := fmt.Sprintf(`path "%s/metrics" { capabilities = ["read"] }`, m.path)
-	m.ok(t, "PUT", "sys/policies/acl/"+m.path, map[string]any{"policy": policy})
-	token := m.ok(t, "POST", "auth/token/create", map[string]any{
-		"policies": []string{m.path}, "no_default_policy": true,
-	}).Auth.ClientToken
+	m.writePolicy(t, m.path, fmt.Sprintf(`path "%s/metrics" { capabilities = ["read"] }`, m.path))
+	token := m.tokenWith(t, m.path, nil)
 	tokenFile := filepath.Join(dir, "token")
-	if err := os.WriteFile(tokenFile, []byte(token+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, tokenFile, token+"\n")
 	rules, err := filepath.Abs("../monitoring/alerts.yml")
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	config := readFile(t, "../monitoring/prometheus.yml")
 	for _, change := range [][2]string{
 		{"scrape_interval: 15s", "scrape_interval: 1s"},
@@ -131,8 +115,10 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 		{"    tls_config:\n", ""},
 		{"      ca_file: /etc/prometheus/vault-ca.pem", ""},
 		{"credentials_file: /etc/prometheus/vault-token", "credentials_file: " + tokenFile},
-		{"[vault.example.com:8200]\n        labels:\n          mount: cable\n",
-			"['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n"},
+		{
+			"[vault.example.com:8200]\n        labels:\n          mount: cable\n",
+			"['" + strings.TrimPrefix(m.addr, "http://") + "']\n        labels:\n          mount: " + m.path + "\n",
+		},
 	} {
 		if strings.Count(config, change[0]) != 1 {
 			t.Fatalf("monitoring/prometheus.yml does not have %q once", change[0])
@@ -140,32 +126,13 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 		config = strings.Replace(config, change[0], change[1], 1)
 	}
 	file := filepath.Join(dir, "prometheus.yml")
-	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, file, config)
 	if out, err := exec.Command(filepath.Join(bin, "promtool"), "check", "config", file).CombinedOutput(); err != nil {
 		t.Fatalf("promtool check config: %v\n%s", err, out)
 	}
 
-	log := filepath.Join(dir, "prometheus.log")
-	out, err := os.Create(log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(filepath.Join(bin, "prometheus"), "--config.file="+file,
-		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")
-	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		_ = out.Close()
-		if t.Failed() {
-			t.Logf("Prometheus' log:\n%s", readFile(t, log))
-		}
-	})
+	_, log := runUntilEnd(t, dir, os.Environ(), filepath.Join(bin, "prometheus"), "--config.file="+file,
+		"--storage.tsdb.path=data", "--web.listen-address=127.0.0.1:0")
 	p := new(promServer)
 	waitFor(t, 30*time.Second, "Prometheus is ready", func() bool {
 		m := regexp.MustCompile(`"Listening on".* address=(127\.0\.0\.1:\d+)`).FindStringSubmatch(readFile(t, log))
@@ -187,9 +154,7 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 func (p *promServer) get(t *testing.T, path string, query url.Values, data any) {
 	t.Helper()
 	resp, err := http.Get(p.url + "/api/v1/" + path + "?" + query.Encode())
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	defer resp.Body.Close()
 	answer := struct {
 		Status, Error string
@@ -406,9 +371,7 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 			Targets []struct{ Expr string }
 		}
 	}
-	if err := json.Unmarshal([]byte(text), &d); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, json.Unmarshal([]byte(text), &d))
 	if got := d.Templating.List[1].Definition; got != "label_values(vault_cable_configured, mount)" {
 		t.Errorf("the variable mount is %q", got)
 	}

@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -114,9 +113,6 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// devServer are the arguments of a dev server at ADDR.
-var devServer = []string{"-dev", "-dev-root-token-id=root", "-dev-no-store-token", "-dev-listen-address=ADDR"}
-
 // TestBuild checks that make build leaves a folder that a dev server takes as its plugin
 // folder, in which Vault tries to run each file as a plugin, and that Vault reads the
 // version that Go gave to the build.
@@ -127,18 +123,14 @@ func TestBuild(t *testing.T) {
 		t.Fatalf("make build: %v\n%s", err, out)
 	}
 	bin, err := filepath.Abs("../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	if bin, err = filepath.EvalSymlinks(bin); err != nil {
 		t.Fatal(err)
 	}
-	v := serverByHand(t, suite.vault, append(slices.Clone(devServer), "-dev-plugin-dir="+bin)...)
+	v := serverByHand(t, "-dev-plugin-dir="+bin)
 	v.cli(t, "secrets", "enable", "-path=cable", pluginName)
 	text, err := run(filepath.Join(bin, pluginName), "-version")
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	version := v.ok(t, "GET", "cable/status", nil).Data["version"]
 	running := v.ok(t, "GET", "sys/mounts/cable", nil).Data["running_plugin_version"]
 	if want := fmt.Sprintf("%s %s, ", pluginName, version); running != version || !strings.HasPrefix(text, want) {
@@ -153,17 +145,12 @@ func TestPluginDirectoryBehindALink(t *testing.T) {
 	needVault(t)
 	links := t.TempDir()
 	for name, target := range map[string]string{"link": suite.plugins, "behind": filepath.Dir(suite.plugins)} {
-		if err := os.Symlink(target, filepath.Join(links, name)); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.Symlink(target, filepath.Join(links, name)))
 	}
 	for _, dir := range []string{"link", "behind/" + filepath.Base(suite.plugins)} {
 		config := filepath.Join(t.TempDir(), "vault.hcl")
-		text := fmt.Sprintf("plugin_directory = %q\n", filepath.Join(links, dir))
-		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		v := serverByHand(t, suite.vault, append(slices.Clone(devServer), "-config="+config)...)
+		writeFile(t, config, fmt.Sprintf("plugin_directory = %q\n", filepath.Join(links, dir)))
+		v := serverByHand(t, "-config="+config)
 		a := v.do(t, "PUT", "sys/plugins/catalog/secret/"+pluginName,
 			map[string]any{"sha256": suite.sha256, "command": pluginName, "version": pluginVersion})
 		if a.status < 400 || !strings.Contains(a.text, "cannot execute files outside of configured plugin directory") {
@@ -172,54 +159,19 @@ func TestPluginDirectoryBehindALink(t *testing.T) {
 	}
 }
 
-// serverByHand starts a server as a person does, with the root token "root" if
-// it is a dev server. ADDR stands for its address in the arguments.
-func serverByHand(t *testing.T, binary string, args ...string) *vaultServer {
-	t.Helper()
-	return startByHand(t, exec.Command(binary, append([]string{"server"}, args...)...))
-}
-
-// startByHand starts cmd, which is to become a server at ADDR.
-func startByHand(t *testing.T, cmd *exec.Cmd) *vaultServer {
+// serverByHand starts a dev server as a person does, with the root token "root".
+func serverByHand(t *testing.T, args ...string) *vaultServer {
 	t.Helper()
 	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	for i, arg := range cmd.Args {
-		cmd.Args[i] = strings.ReplaceAll(arg, "ADDR", addr)
-	}
 	v := &vaultServer{addr: "http://" + addr, root: "root"}
 	v.Server = &vaulttest.Server{Addr: v.addr, Root: v.root}
-	v.log = filepath.Join(t.TempDir(), "vault.log")
-	log, err := os.Create(v.log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.Close()
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() {
-		_ = cmd.Wait()
-		close(ended)
-	}()
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(os.Interrupt)
-		select {
-		case <-ended:
-		case <-time.After(20 * time.Second):
-			_ = cmd.Process.Kill()
-			<-ended
-		}
-	})
+	args = append([]string{
+		"server", "-dev", "-dev-root-token-id=root", "-dev-no-store-token", "-dev-listen-address=" + addr,
+	}, args...)
+	_, v.log = runUntilEnd(t, t.TempDir(), os.Environ(), suite.vault, args...)
 	waitFor(t, 30*time.Second, "the server responds", func() bool {
-		select {
-		case <-ended:
-			t.Fatalf("the server does not start:\n%s", readFile(t, v.log))
-		default:
-		}
 		a, err := v.call(request{method: "GET", path: "sys/health"})
-		return err == nil && (a.status == 200 || a.status == 501)
+		return err == nil && a.status == 200
 	})
 	return v
 }

@@ -30,6 +30,16 @@ var findJQ = sync.OnceValues(func() (string, error) {
 	return filepath.Join(dir, "gojq"), err
 })
 
+// needJQ is findJQ for a test that cannot do without.
+func needJQ(t *testing.T) (path string) {
+	t.Helper()
+	path, err := findJQ()
+	if err != nil {
+		skipUnlessRequired(t, err)
+	}
+	return path
+}
+
 // runbook is a server with a stand-in for Cable, and an operator who follows the
 // runbook.
 type runbook struct {
@@ -45,19 +55,12 @@ type runbook struct {
 func newRunbook(t *testing.T, config ...string) *runbook {
 	t.Helper()
 	needVault(t)
-	jq, err := findJQ()
-	if err != nil {
-		skipUnlessRequired(t, err)
-	}
+	jq := needJQ(t)
 	r := &runbook{cable: newStandInCable(t)}
 	dir := t.TempDir()
 	r.v = &vaultServer{plugins: filepath.Join(dir, "plugins"), env: r.cable.env, config: strings.Join(config, "\n")}
-	if err := os.Mkdir(r.v.plugins, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "raft")}); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.Mkdir(r.v.plugins, 0o700))
+	noError(t, r.v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "raft")}))
 	t.Cleanup(r.v.stop)
 	watch(t, r.v)
 	r.shell = newShell(t, r.v, map[string]string{"jq": jq, "curl": r.cable.curl(t)})
@@ -70,9 +73,7 @@ func newRunbook(t *testing.T, config ...string) *runbook {
 func (r *runbook) hasBinary(from vaulttest.Plugin) {
 	r.t.Helper()
 	_ = os.Remove(r.place(pluginName))
-	if err := os.Link(from.File, r.place(pluginName)); err != nil {
-		r.t.Fatal(err)
-	}
+	noError(r.t, os.Link(from.File, r.place(pluginName)))
 }
 
 // installs runs the named blocks up to a mount that is configured.
@@ -94,7 +95,7 @@ func (r *runbook) block(names ...string) (out string) {
 }
 
 // ok sends a request that must succeed.
-func (r *runbook) ok(method, path string, body map[string]any) *answer {
+func (r *runbook) ok(method, path string, body map[string]any) *response {
 	r.t.Helper()
 	return r.v.ok(r.t, method, path, body)
 }
@@ -106,7 +107,7 @@ func (r *runbook) set(path string, fields map[string]any) {
 }
 
 // read requests a token, which may fail.
-func (r *runbook) read() *answer {
+func (r *runbook) read() *response {
 	r.t.Helper()
 	return r.v.do(r.t, "GET", "cable/creds/reports", nil)
 }
@@ -221,16 +222,12 @@ func (r *runbook) disabled(path string, want bool) {
 func (r *runbook) breakPlugin() (mend func()) {
 	r.t.Helper()
 	file, saved := r.installed(pluginVersion), r.place("saved")
-	if err := os.Rename(file, saved); err != nil {
-		r.t.Fatal(err)
-	}
+	noError(r.t, os.Rename(file, saved))
 	writeScript(r.t, file, "exit 3")
 	r.sealAndUnseal()
 	return func() {
 		r.t.Helper()
-		if err := os.Rename(saved, file); err != nil {
-			r.t.Fatal(err)
-		}
+		noError(r.t, os.Rename(saved, file))
 	}
 }
 
@@ -238,9 +235,7 @@ func (r *runbook) breakPlugin() (mend func()) {
 func (r *runbook) sealAndUnseal() {
 	r.t.Helper()
 	r.ok("PUT", "sys/seal", nil)
-	if err := r.v.Unseal(r.t.Context()); err != nil {
-		r.t.Fatal(err)
-	}
+	noError(r.t, r.v.Unseal(r.t.Context()))
 	r.untilActive()
 }
 
@@ -517,16 +512,13 @@ func (r *runbook) keySteps() map[string]step {
 		"who-wrote-config": {
 			before: func() {
 				// An editor who may update config, and does not know the key.
-				policy := map[string]any{"policy": `path "cable/config" { capabilities = ["update"] }`}
-				r.ok("PUT", "sys/policies/acl/editor", policy)
-				editor := r.ok("POST", "auth/token/create", map[string]any{
-					"policies": []string{"editor"}, "display_name": "mallory",
-				}).Auth.ClientToken
-				a, err := r.v.call(request{method: "POST", path: "cable/config", token: editor, body: map[string]any{
+				r.v.writePolicy(r.t, "editor", `path "cable/config" { capabilities = ["update"] }`)
+				editor := r.v.tokenWith(r.t, "editor", map[string]any{"display_name": "mallory"})
+				a := r.v.as(r.t, editor, "POST", "cable/config", map[string]any{
 					"refresh_key": "made-up", "token_url": tokenURL(thiefHost),
-				}})
-				if err != nil || a.status >= 300 {
-					r.t.Fatalf("%s, %v", a, err)
+				})
+				if a.status >= 300 {
+					r.t.Fatal(a)
 				}
 				r.failed("key_rejected")
 				r.withdrawn()
@@ -756,9 +748,8 @@ func (r *runbook) monitorSteps() map[string]step {
 			want: []string{"Success! Uploaded policy", `build_info\{.*version="` + pluginVersion + `"\} 1\n`},
 			after: func(string) {
 				token := strings.TrimSpace(readFile(r.t, r.place("metrics-token")))
-				a, err := r.v.call(request{method: "GET", path: "cable/status", token: token})
-				if err != nil || a.status != 403 {
-					r.t.Errorf("the token for the metrics reads status: %s, %v", a, err)
+				if a := r.v.as(r.t, token, "GET", "cable/status", nil); a.status != 403 {
+					r.t.Errorf("the token for the metrics reads status: %s", a)
 				}
 			},
 		},
@@ -781,9 +772,7 @@ func contains(t *testing.T, text, part string) {
 func mustNext(t *testing.T) vaulttest.Plugin {
 	t.Helper()
 	next, err := nextPlugin()
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return next
 }
 
@@ -793,19 +782,14 @@ func testQuotas(r *runbook) {
 	t := r.t
 	t.Helper()
 	const quotas = "sys/quotas/rate-limit/"
-	limited := func(path string) bool {
-		t.Helper()
-		n := 0
-		for range 3 {
-			if r.v.do(t, "GET", path, nil).status == 429 {
-				n++
-			}
-		}
-		return n > 0
-	}
 	limit := func(name, path string, rate int) {
 		t.Helper()
 		r.ok("POST", quotas+name, map[string]any{"path": path, "rate": rate, "interval": "1m"})
+	}
+	limited := func(path string) bool {
+		t.Helper()
+		first, second := r.v.do(t, "GET", path, nil), r.v.do(t, "GET", path, nil)
+		return first.status == 429 || second.status == 429
 	}
 	r.set("roles/other", map[string]any{"scopes": "person:read", "organization_id": cabletest.DefaultOrganizationID})
 	r.ok("DELETE", quotas+"cable-reports", nil) // those of the page
@@ -818,14 +802,12 @@ func testQuotas(r *runbook) {
 		"cable/":              {true, true, true},
 	} {
 		// Each read gets a new quota, because a quota counts all paths of a client.
-		got := [3]bool{}
 		for i, read := range []string{"cable/creds/reports", "cable/creds/other", "cable/status"} {
 			limit("tried", path, 1)
-			got[i] = limited(read)
+			if got := limited(read); got != want[i] {
+				t.Errorf("path=%s limits %s: %t, want %t", path, read, got, want[i])
+			}
 			r.ok("DELETE", quotas+"tried", nil)
-		}
-		if got != want {
-			t.Errorf("path=%s limits reports, other, status: %v, want %v", path, got, want)
 		}
 	}
 	// The most specific quota counts, and no other.

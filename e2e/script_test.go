@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,16 +24,14 @@ import (
 // refresh-key.txt holds the refresh key.
 //
 // The environment has VAULT_ADDR and VAULT_TOKEN as for any use of Vault's CLI;
-// cable, the mount's path; CABLE_URL; ORG; SHA256 and VERSION of the plugin; and
-// TOKEN_PREFIX, an expression for the beginning of the server's own tokens.
+// cable, the mount's path; CABLE_URL; ORG; and SHA256 and VERSION of the plugin.
 //
 // Commands besides those of testscript, each of which can be negated:
 //
 //	vault ARG...                          Vault's CLI
 //	http [-token T] [-wrap TTL] METHOD PATH [BODY]
-//	                                      Vault's HTTP API: status line, Retry-After, and indented JSON with
+//	                                      Vault's HTTP API: status line, and indented JSON with
 //	                                      sorted keys; fails for a status from 400 on
-//	expand FILE...                        put variables into files
 //	get VAR KEY.KEY                       set a variable from the last command's JSON
 //	sim add JSON                          misbehave after the faults added before; see cabletest.Fault
 //	sim close                             stop responding
@@ -63,14 +60,12 @@ func TestScript(t *testing.T) {
 				"ORG":               cabletest.DefaultOrganizationID,
 				"SHA256":            suite.sha256,
 				"VERSION":           pluginVersion,
-				"TOKEN_PREFIX":      regexp.QuoteMeta(v.Product.TokenPrefix()),
 			} {
 				env.Setenv(name, value)
 			}
 			return os.WriteFile(filepath.Join(env.WorkDir, "refresh-key.txt"), []byte(m.sim.RefreshKey()+"\n"), 0o600)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"expand":   cmdExpand,
 			"vault":    cmdVault,
 			"http":     cmdHTTP,
 			"get":      cmdGet,
@@ -142,9 +137,6 @@ func cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	checkOutput(ts, fmt.Sprint(a.text, a.header), a.status == 200 &&
 		strings.HasPrefix(r.path, mountOf(ts).path+"/creds/"))
 	fmt.Fprintf(ts.Stdout(), "HTTP %d\n", a.status)
-	if s := a.header.Get("Retry-After"); s != "" {
-		fmt.Fprintf(ts.Stdout(), "Retry-After: %s\n", s)
-	}
 	var body any
 	if json.Unmarshal([]byte(a.text), &body) == nil {
 		e := json.NewEncoder(ts.Stdout())
@@ -153,17 +145,6 @@ func cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(e.Encode(body))
 	}
 	checkResult(ts, neg, a.status < 400, fmt.Sprintf("HTTP %d", a.status))
-}
-
-// cmdExpand puts the values of variables into files.
-func cmdExpand(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) == 0 {
-		ts.Fatalf("usage: expand FILE...")
-	}
-	for _, file := range args {
-		text := os.Expand(ts.ReadFile(file), ts.Getenv)
-		ts.Check(os.WriteFile(ts.MkAbs(file), []byte(text), 0o600))
-	}
 }
 
 // cmdGet sets a variable from the JSON of the last command.

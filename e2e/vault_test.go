@@ -11,12 +11,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -42,14 +44,8 @@ type vaultServer struct {
 	binary  string   // default: that of all tests
 }
 
-// startDevServer starts a server in dev mode that keeps everything in memory,
-// with the plugin registered and the audit log on.
-func startDevServer(dir string, env ...string) (*vaultServer, error) {
-	v := &vaultServer{env: env}
-	return v, v.startDev(dir)
-}
-
-// startDev is startDevServer for a server with settings of its own.
+// startDev starts the server in dev mode, so that it keeps everything in memory, with the
+// plugin registered and the audit log on.
 func (v *vaultServer) startDev(dir string) error { return v.start(dir, nil, suite.plugin) }
 
 // start starts the server, with its files in dir. If that fails, no process is
@@ -73,9 +69,7 @@ func (v *vaultServer) stop() { v.Stop() }
 // kill ends the server as a crash would.
 func (v *vaultServer) kill(t testing.TB) {
 	t.Helper()
-	if err := v.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, v.Process.Kill())
 	<-v.Exited
 }
 
@@ -87,9 +81,6 @@ type request struct {
 	header       map[string]string
 }
 
-// answer is the old name of response.
-type answer = response
-
 // response is Vault's response to a request.
 type response struct {
 	status int
@@ -98,7 +89,6 @@ type response struct {
 
 	LeaseID       string         `json:"lease_id"`
 	LeaseDuration int64          `json:"lease_duration"`
-	Renewable     bool           `json:"renewable"`
 	Data          map[string]any `json:"data"`
 	WrapInfo      *struct {
 		Token string `json:"token"`
@@ -158,7 +148,13 @@ func (v *vaultServer) callContext(ctx context.Context, r request) (*response, er
 // do is call with the root token, for requests that must get a response.
 func (v *vaultServer) do(t testing.TB, method, path string, body any) *response {
 	t.Helper()
-	a, err := v.call(request{method: method, path: path, body: body, token: v.root})
+	return v.as(t, v.root, method, path, body)
+}
+
+// as is do with another token.
+func (v *vaultServer) as(t testing.TB, token, method, path string, body any) *response {
+	t.Helper()
+	a, err := v.call(request{method: method, path: path, body: body, token: token})
 	if err != nil {
 		t.Fatalf("%s %s: %v", method, path, err)
 	}
@@ -173,6 +169,20 @@ func (v *vaultServer) ok(t testing.TB, method, path string, body any) *response 
 		t.Fatalf("%s %s: %s", method, path, a)
 	}
 	return a
+}
+
+// writePolicy writes a policy of Vault's.
+func (v *vaultServer) writePolicy(t testing.TB, name, text string) {
+	t.Helper()
+	v.ok(t, "PUT", "sys/policies/acl/"+name, map[string]any{"policy": text})
+}
+
+// tokenWith returns a new token with a policy, and with more fields of its request.
+func (v *vaultServer) tokenWith(t testing.TB, policy string, more map[string]any) string {
+	t.Helper()
+	fields := map[string]any{"policies": []string{policy}, "no_default_policy": true}
+	maps.Copy(fields, more)
+	return v.ok(t, "POST", "auth/token/create", fields).Auth.ClientToken
 }
 
 // cli runs Vault's CLI, which must succeed, and returns its output.
@@ -202,10 +212,32 @@ var mounts atomic.Int64
 // may have leaked.
 func newMount(t testing.TB, v *vaultServer, opts *cabletest.Options) *mount {
 	t.Helper()
-	m := &mount{vaultServer: v, path: fmt.Sprintf("cable-%d", mounts.Add(1)), sim: cabletest.NewServer(t, opts)}
 	watch(t, v)
-	v.ok(t, "POST", "sys/mounts/"+m.path, map[string]any{"type": pluginName})
+	return v.enable(t, pluginName, cabletest.NewServer(t, opts))
+}
+
+// enable is newMount for a plugin of any name and a simulator that exists.
+func (v *vaultServer) enable(t testing.TB, plugin string, sim *cabletest.Server) *mount {
+	t.Helper()
+	m := v.mountAt(t, fmt.Sprintf("cable-%d", mounts.Add(1)), plugin, sim)
 	t.Cleanup(func() { v.ok(t, "DELETE", "sys/mounts/"+m.path, nil) })
+	return m
+}
+
+// mountAt enables a plugin on a server that the test ends, so that the mount is not
+// disabled at the test's end.
+func (v *vaultServer) mountAt(t testing.TB, path, plugin string, sim *cabletest.Server) *mount {
+	t.Helper()
+	v.ok(t, "POST", "sys/mounts/"+path, map[string]any{"type": plugin})
+	return &mount{vaultServer: v, path: path, sim: sim}
+}
+
+// newMountOf is mountAt for the engine at cable/, which is configured.
+func newMountOf(t testing.TB, v *vaultServer) *mount {
+	t.Helper()
+	watch(t, v)
+	m := v.mountAt(t, "cable", pluginName, cabletest.NewServer(t, nil))
+	m.configure(t)
 	return m
 }
 
@@ -216,9 +248,7 @@ func (m *mount) configure(t testing.TB, extra ...map[string]any) {
 		"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "organization_id": cabletest.DefaultOrganizationID,
 	}
 	for _, e := range extra {
-		for k, v := range e {
-			fields[k] = v
-		}
+		maps.Copy(fields, e)
 	}
 	m.ok(t, "POST", m.path+"/config", fields)
 	m.ok(t, "POST", m.path+"/roles/app", map[string]any{"scopes": "transactions:read,transactions:write"})
@@ -228,6 +258,25 @@ func (m *mount) configure(t testing.TB, extra ...map[string]any) {
 func (m *mount) read(t testing.TB) *response {
 	t.Helper()
 	return m.ok(t, "GET", m.path+"/creds/app", nil)
+}
+
+// readAll reads n tokens at once.
+func (m *mount) readAll(t *testing.T, n int) []*response {
+	t.Helper()
+	responses := make([]*response, n)
+	var wg sync.WaitGroup
+	for i := range responses {
+		wg.Go(func() {
+			a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: m.root})
+			if err != nil {
+				t.Error(err)
+				a = new(response)
+			}
+			responses[i] = a
+		})
+	}
+	wg.Wait()
+	return responses
 }
 
 // logHas reports whether one line of the server's log contains all parts.

@@ -13,17 +13,14 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
@@ -32,15 +29,6 @@ const (
 	otherKey  = cabletest.RefreshKeyMarker + "-of-this-test"
 	validBody = `{"expiry_seconds":3600,"scopes":{"organization_id":"org_9f8b7c6d5e4a3b2c1d0e","scopes":["a:b","c:d"]}}`
 )
-
-// TestMain runs the program instead of the tests when TestProcess asks for it.
-func TestMain(m *testing.M) {
-	if os.Getenv("CABLE_SIM_TEST_MAIN") != "" {
-		main()
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
 
 // output is the program's stderr. It says when the program listens.
 type output struct {
@@ -98,7 +86,7 @@ func start(t *testing.T, args ...string) *program {
 		}
 		for _, marker := range []string{cabletest.RefreshKeyMarker, cabletest.TokenMarker} {
 			if strings.Contains(p.stderr.String(), marker) {
-				t.Errorf("stderr holds a secret:\n%s", p.stderr)
+				t.Errorf("stderr contains a secret:\n%s", p.stderr)
 			}
 		}
 	})
@@ -144,54 +132,42 @@ func (p *program) send(t *testing.T, method, url, authorization, body string) (i
 	return resp.StatusCode, string(data)
 }
 
-// minted is a successful answer.
-type minted struct {
-	Token            string `json:"token"`
-	Expiry           int64  `json:"expiry"`
-	OrganizationName string `json:"organization_name"`
-}
-
-func (p *program) mint(t *testing.T, authorization string) minted {
+// mint requests a token and returns it with its expiry.
+func (p *program) mint(t *testing.T, key string) (token string, expiry int64) {
 	t.Helper()
-	status, body := p.send(t, "POST", p.url, authorization, validBody)
-	var m minted
-	err := json.Unmarshal([]byte(body), &m)
-	if err != nil || status != 200 || !strings.Contains(m.Token, cabletest.TokenMarker) {
+	status, body := p.send(t, "POST", p.url, key, validBody)
+	var m struct {
+		Token  string
+		Expiry int64
+	}
+	if err := json.Unmarshal([]byte(body), &m); err != nil || status != 200 || m.Token == "" {
 		t.Fatalf("minting: status %d, %s, %v", status, body, err)
 	}
-	return m
+	return m.Token, m.Expiry
 }
 
-// TestPlain pins that without -markers nothing in sight is a test's, neither the URL nor the key nor a token.
-func TestPlain(t *testing.T) {
-	t.Parallel()
-	p := start(t, "-markers=false")
-	status, body := p.send(t, "POST", p.url, p.key, validBody)
-	if !strings.HasSuffix(p.url, "/v2/auth/token") || strings.Contains(p.url, "base") || status != 200 ||
-		strings.Contains(body+p.key, "CANARY") {
-		t.Errorf("%s: %d %s", p.url, status, body)
-	}
-	var m minted
-	_ = json.Unmarshal([]byte(body), &m)
-	p.send(t, "POST", p.url, p.key, strings.Replace(validBody, `"a:b"`, `"`+m.Token+`"`, 1))
-	if strings.Contains(p.stderr.String(), m.Token) {
-		t.Errorf("stderr holds a token:\n%s", p.stderr)
-	}
-}
-
+// TestRun pins the lines that the program prints, in which a secret that a confused caller sends in the wrong place is
+// redacted, and cannot begin a line; that -latency delays; and that without -markers nothing in sight is a test's.
 func TestRun(t *testing.T) {
 	t.Parallel()
+	plain := start(t, "-markers=false", "-latency", "20ms")
+	before := time.Now()
+	token, _ := plain.mint(t, plain.key)
+	if took := time.Since(before); took < 20*time.Millisecond || strings.Contains(token+plain.key, "CANARY") ||
+		strings.Contains(plain.url, "base") {
+		t.Errorf("%s: a token after %s", plain.url, took)
+	}
+	plain.send(t, "POST", plain.url, plain.key, strings.Replace(validBody, `"a:b"`, `"`+token+`"`, 1))
+	if strings.Contains(plain.stderr.String(), token) {
+		t.Errorf("stderr contains a token:\n%s", plain.stderr)
+	}
+
 	p := start(t)
-	if !strings.HasPrefix(p.url, "http://127.0.0.1:") || !strings.HasSuffix(p.url, "/base/v2/auth/token") {
-		t.Errorf("URL = %q", p.url)
+	if info, err := os.Stat(filepath.Join(p.dir, "key")); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("key file: %v, %v", info, err)
 	}
-	m := p.mint(t, p.key)
-	if m.OrganizationName != "Cable Financial Services" {
-		t.Errorf("organization_name = %q", m.OrganizationName)
-	}
-	// A secret that a confused caller sends in the wrong place is not printed either, nor can it begin a line.
-	confused := strings.Replace(validBody, `"a:b"`, `"`+m.Token+`","line\nbreak"`, 1)
-	p.send(t, "POST", p.url, "wrong", confused)
+	token, _ = p.mint(t, p.key)
+	p.send(t, "POST", p.url, "wrong", strings.Replace(validBody, `"a:b"`, `"`+token+`","line\nbreak"`, 1))
 	p.send(t, "POST", p.url+"/"+p.key, p.key, strings.Replace(validBody, "org_", p.key, 1))
 	p.send(t, "GET", p.url, p.key, "")
 	if err := p.stop(); err != nil {
@@ -212,84 +188,52 @@ cable-sim: stopping
 	}
 }
 
-func TestLatency(t *testing.T) {
-	t.Parallel()
-	p := start(t, "-latency", "20ms")
-	before := time.Now()
-	p.mint(t, p.key)
-	if took := time.Since(before); took < 20*time.Millisecond {
-		t.Errorf("the response came after %s", took)
-	}
-	if info, err := os.Stat(filepath.Join(p.dir, "key")); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("key file: %v, %v", info, err)
-	}
-}
-
+// TestRefusals pins which arguments are refused, and that the error repeats no key.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	with := func(args ...string) []string { return append([]string{"-refresh-key-out", dir + "/key"}, args...) }
-	tests := map[string]struct {
-		args []string
-		want string
-	}{
-		"no key file":          {nil, "-refresh-key-out is required: it is the only way to learn the refresh key"},
-		"key file's directory": {[]string{"-refresh-key-out", "/nonexistent/key"}, "no such file or directory"},
-		"control on all": {
-			with("-control", "0.0.0.0:0"), `address "0.0.0.0:0" is not on loopback: use 127.0.0.1:PORT or [::1]:PORT`,
-		},
-		"control on no host":   {with("-control", ":0"), `address ":0" is not on loopback`},
-		"control on all IPv6":  {with("-control", "[::]:0"), `address "[::]:0" is not on loopback`},
-		"control elsewhere":    {with("-control", "192.0.2.1:0"), `address "192.0.2.1:0" is not on loopback`},
-		"control without port": {with("-control", "127.0.0.1"), "missing port in address"},
-		"URL file's directory": {with("-url-file", "/nonexistent/url"), "no such file or directory"},
-		"URL file a directory": {with("-url-file", dir), "file exists"},
-		"unknown flag": {
-			with("-refresh-key", otherKey),
-			"flag provided but not defined: -refresh-key: run cable-sim -h for the flags",
-		},
-		"argument":              {with(otherKey), "arguments without a flag: run cable-sim -h for the flags"},
-		"latency":               {with("-latency", "-1s"), "-latency -1s is negative"},
-		"control file, no port": {with("-control-url-file", "control"), "-control-url-file needs -control"},
+	key := "-refresh-key-out " + dir + "/key "
+	const help = ": run cable-sim -h for the flags"
+	for args, want := range map[string]string{
+		"":                                      "-refresh-key-out is required",
+		"-refresh-key-out /nonexistent/key":     "no such file or directory",
+		key + "-control 0.0.0.0:0":              `"0.0.0.0:0" is not on loopback: use 127.0.0.1:PORT or [::1]:PORT`,
+		key + "-control :0":                     `address ":0" is not on loopback`,
+		key + "-control [::]:0":                 `address "[::]:0" is not on loopback`,
+		key + "-control 192.0.2.1:0":            `address "192.0.2.1:0" is not on loopback`,
+		key + "-control 127.0.0.1":              "missing port in address",
+		key + "-url-file /nonexistent/url":      "no such file or directory",
+		key + "-url-file " + dir:                "file exists",
+		key + "-refresh-key " + otherKey:        "flag provided but not defined: -refresh-key" + help,
+		key + otherKey:                          "arguments without a flag" + help,
+		key + "-latency -1s":                    "-latency -1s is negative",
+		key + "-control-url-file " + dir + "/c": "-control-url-file needs -control",
+	} {
+		var stderr bytes.Buffer
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel() // a run that is not refused ends at once
+		err := run(ctx, strings.Fields(args), &stderr)
+		if err == nil || !strings.Contains(err.Error(), want) ||
+			strings.Contains(fmt.Sprint(err, stderr.String()), cabletest.RefreshKeyMarker) {
+			t.Errorf("%s: %v, want %q", args, err, want)
+		}
 	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			var stderr bytes.Buffer
-			ctx, cancel := context.WithCancel(t.Context())
-			cancel() // a run that is not refused ends at once
-			err := run(ctx, tt.args, &stderr)
-			t.Log(err)
-			if err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("error = %v, want %q", err, tt.want)
-			}
-			if strings.Contains(fmt.Sprint(err, stderr.String()), cabletest.RefreshKeyMarker) {
-				t.Error("the error holds the key")
-			}
-		})
-	}
-}
-
-func TestHelp(t *testing.T) {
-	t.Parallel()
 	var stderr bytes.Buffer
-	if err := run(t.Context(), []string{"-h"}, &stderr); err != nil {
-		t.Errorf("error = %v", err)
-	}
-	if got := stderr.String(); !strings.Contains(got, "-refresh-key-out file") || strings.Count(got, "Usage") != 1 {
-		t.Errorf("help:\n%s", got)
+	if err := run(t.Context(), []string{"-h"}, &stderr); err != nil || strings.Count(stderr.String(), "Usage") != 1 ||
+		!strings.Contains(stderr.String(), "-refresh-key-out file") {
+		t.Errorf("help: %v\n%s", err, &stderr)
 	}
 }
 
+// TestControl pins the effect of each request to the control listener.
 func TestControl(t *testing.T) {
 	t.Parallel()
 	p := start(t)
-	change := func(method, path, body string, want int) {
+	change := func(request, body string, want int) {
 		t.Helper()
-		status, text := p.send(t, method, p.control+path, "", body)
-		t.Logf("%s %s: %d %s", method, path, status, text)
-		if status != want {
-			t.Errorf("%s %s: status %d, want %d", method, path, status, want)
+		method, path, _ := strings.Cut(request, " ")
+		if status, text := p.send(t, method, p.control+path, "", body); status != want {
+			t.Errorf("%s %.50s: status %d, want %d: %s", request, body, status, want, text)
 		}
 	}
 	call := func(key string, want int) {
@@ -298,141 +242,79 @@ func TestControl(t *testing.T) {
 			t.Errorf("status %d, want %d: %s", status, want, body)
 		}
 	}
-	stats := func() (s cabletest.Stats) {
-		t.Helper()
-		_, body := p.send(t, "GET", p.control+"/stats", "", "")
-		if err := json.Unmarshal([]byte(body), &s); err != nil {
-			t.Fatal(err)
-		}
-		return s
-	}
-
-	change("POST", "/fault", `{"status": 500}`, 204)
-	change("POST", "/fault", `{"status": 429, "times": 1, "message": "no, {refresh_key}"}`, 204)
-	change("POST", "/faults", `{"status": 503}`, 204)
-	call(p.key, 429)
-	call(p.key, 503)
-	call(p.key, 503)
-	change("DELETE", "/fault", "", 204)
-	m := p.mint(t, p.key)
-
-	want := cabletest.Stats{Calls: 4, Minted: 1, Connections: 1, ByStatus: map[int]int{200: 1, 429: 1, 503: 2}}
-	if diff := cmp.Diff(want, stats()); diff != "" {
-		t.Errorf("stats (-want +got):\n%s", diff)
-	}
-	status, body := p.send(t, "GET", p.control+"/calls", "", "")
-	var calls struct {
+	type lists struct {
 		cabletest.Stats
 		Calls  []cabletest.Call `json:"recent_calls"`
 		Tokens []token          `json:"recent_tokens"`
 	}
-	if err := json.Unmarshal([]byte(body), &calls); err != nil || status != 200 {
-		t.Fatalf("status %d, %v: %s", status, err, body)
+	get := func(path string) (l lists) {
+		t.Helper()
+		_, body := p.send(t, "GET", p.control+path, "", "")
+		if err := json.Unmarshal([]byte(body), &l); err != nil || strings.Contains(body, cabletest.TokenMarker) ||
+			strings.Contains(body, cabletest.RefreshKeyMarker) {
+			t.Fatalf("%v: %s", err, body)
+		}
+		return l
 	}
-	sum := sha256.Sum256([]byte(m.Token))
-	wantToken := token{
-		SHA256: hex.EncodeToString(sum[:]), OrganizationID: "org_9f8b7c6d5e4a3b2c1d0e", Scopes: []string{"a:b", "c:d"},
-		IssuedAt: time.Unix(m.Expiry-3600, 0).UTC(), Expiry: time.Unix(m.Expiry, 0).UTC(),
+	change("POST /fault", `{"status": 500}`, 204)
+	change("POST /fault", `{"status": 429, "times": 1, "message": "no, {refresh_key}"}`, 204)
+	change("POST /faults", `{"status": 503}`, 204)
+	for _, refused := range []string{`{"stauts": 500}`, `{"delay": 5}`, `not JSON`, strings.Repeat(" ", 1<<20+1)} {
+		change("POST /fault", refused, 400) // and changes nothing
 	}
-	if diff := cmp.Diff([]token{wantToken}, calls.Tokens); diff != "" {
-		t.Errorf("tokens (-want +got):\n%s", diff)
+	change("GET /fault", "", 405)
+	change("GET /elsewhere", "", 404)
+	call(p.key, 429)
+	call(p.key, 503)
+	call(p.key, 503)
+	change("DELETE /fault", "", 204)
+	text, expiry := p.mint(t, p.key)
+	want := cabletest.Stats{Calls: 4, Minted: 1, Connections: 1, ByStatus: map[int]int{200: 1, 429: 1, 503: 2}}
+	l := get("/calls")
+	if diff := cmp.Diff([]cabletest.Stats{want, want}, []cabletest.Stats{get("/stats").Stats, l.Stats}); diff != "" {
+		t.Errorf("stats (-want +got):\n%s", diff)
 	}
-	if len(calls.Calls) != 4 || !calls.Calls[3].Minted || calls.ByStatus[503] != 2 {
-		t.Errorf("calls = %+v", calls)
+	sum := sha256.Sum256([]byte(text))
+	issued, expires := time.Unix(expiry-3600, 0).UTC(), time.Unix(expiry, 0).UTC()
+	wantToken := token{hex.EncodeToString(sum[:]), "org_9f8b7c6d5e4a3b2c1d0e", []string{"a:b", "c:d"}, issued, expires}
+	if diff := cmp.Diff([]token{wantToken}, l.Tokens); diff != "" || len(l.Calls) != 4 || !l.Calls[3].Minted {
+		t.Errorf("calls %+v, tokens (-want +got):\n%s", l.Calls, diff)
 	}
-	if strings.Contains(body, cabletest.TokenMarker) || strings.Contains(body, cabletest.RefreshKeyMarker) {
-		t.Errorf("GET /calls holds a secret: %s", body)
-	}
-
-	change("POST", "/reset", "", 204)
-	if got := stats(); !cmp.Equal(got, cabletest.Stats{}, cmpopts.EquateEmpty()) {
-		t.Errorf("after reset: %+v", got)
-	}
-	_, body = p.send(t, "GET", p.control+"/calls", "", "")
-	if !strings.Contains(body, `"recent_calls": []`) || !strings.Contains(body, `"recent_tokens": []`) {
-		t.Errorf("after reset: %s", body)
-	}
-
-	change("POST", "/refresh-key", " "+otherKey+"\n", 204)
-	call(p.key, 401)
-	call(otherKey, 200)
-	change("POST", "/refresh-key", "", 204)
-	call(otherKey, 401)
-	call(strings.TrimSpace(p.read(t, "key")), 200)
-
-	change("POST", "/fault", `{"stauts": 500}`, 400)
-	change("POST", "/fault", `{"delay": 5}`, 400)
-	change("POST", "/faults", `not JSON`, 400)
-	change("POST", "/fault", strings.Repeat(" ", 1<<20+1), 400)
-	change("GET", "/fault", "", 405)
-	change("GET", "/elsewhere", "", 404)
-	call(strings.TrimSpace(p.read(t, "key")), 200) // a refused fault changes nothing
-}
-
-func TestControlListsTheLatest(t *testing.T) {
-	t.Parallel()
-	p := start(t)
-	for range recent + 1 {
+	for range recent {
 		p.mint(t, p.key)
 	}
-	_, body := p.send(t, "GET", p.control+"/calls", "", "")
-	if got := strings.Count(body, `"sha256"`); got != recent || strings.Count(body, `"minted": true`) != recent {
-		t.Errorf("%d tokens listed", got)
+	if l := get("/calls"); len(l.Calls) != recent || len(l.Tokens) != recent || l.Tokens[0].SHA256 == wantToken.SHA256 {
+		t.Errorf("%d calls and %d tokens listed; want the latest %d", len(l.Calls), len(l.Tokens), recent)
 	}
+
+	change("POST /reset", "", 204)
+	if l := get("/calls"); l.Stats.Calls > 0 || l.Calls == nil || len(l.Calls) > 0 || l.Tokens == nil {
+		t.Errorf("after reset: %+v", l)
+	}
+	change("POST /refresh-key", " "+otherKey+"\n", 204)
+	call(p.key, 401)
+	call(otherKey, 200)
+	change("POST /refresh-key", "", 204)
+	call(otherKey, 401)
+	call(strings.TrimSpace(p.read(t, "key")), 200)
 }
 
-// TestStopDuringCall shows that a delayed call does not hold up the stop.
-func TestStopDuringCall(t *testing.T) {
+// TestStop pins that the program ends without waiting for the call that is under way.
+func TestStop(t *testing.T) {
 	t.Parallel()
 	p := start(t, "-latency", "1h")
 	done := make(chan error, 1)
 	go func() {
-		r, _ := http.NewRequest("POST", p.url, strings.NewReader(validBody))
-		_, err := p.client.Do(r)
+		_, err := http.Post(p.url, "application/json", strings.NewReader(validBody))
 		done <- err
 	}()
-	for {
-		_, body := p.send(t, "GET", p.control+"/stats", "", "")
-		if strings.Contains(body, `"calls": 1`) {
-			break
-		}
+	for body := ""; !strings.Contains(body, `"calls": 1`); {
+		_, body = p.send(t, "GET", p.control+"/stats", "", "")
 	}
 	if err := p.stop(); err != nil {
 		t.Errorf("run: %v", err)
 	}
 	if err := <-done; err == nil {
-		t.Error("the call was answered")
-	}
-}
-
-// TestProcess runs the program as a process, for signals, exit codes and stdout.
-func TestProcess(t *testing.T) {
-	t.Parallel()
-	command := func(args ...string) (*exec.Cmd, *output, *bytes.Buffer) {
-		cmd := exec.CommandContext(
-			t.Context(), os.Args[0], append(args, "-refresh-key-out", filepath.Join(t.TempDir(), "key"))...,
-		)
-		cmd.Env = append(os.Environ(), "CABLE_SIM_TEST_MAIN=1")
-		stderr, stdout := &output{listening: make(chan struct{})}, &bytes.Buffer{}
-		cmd.Stderr, cmd.Stdout = stderr, stdout
-		return cmd, stderr, stdout
-	}
-	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
-		cmd, stderr, stdout := command()
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		<-stderr.listening
-		if err := cmd.Process.Signal(sig); err != nil {
-			t.Error(err)
-		}
-		err := cmd.Wait()
-		if err != nil || stdout.Len() > 0 || !strings.HasSuffix(stderr.String(), "cable-sim: stopping\n") {
-			t.Errorf("%v: %v, stdout %q, stderr:\n%s", sig, err, stdout, stderr)
-		}
-	}
-	cmd, stderr, _ := command("-control", ":0")
-	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 1 || !strings.HasPrefix(stderr.String(), "cable-sim: address") {
-		t.Errorf("%v, stderr:\n%s", err, stderr)
+		t.Error("the call had a response")
 	}
 }

@@ -4,6 +4,8 @@
 package main
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -19,14 +21,10 @@ import (
 // installed is the name of the file that -install makes.
 var installed = "vault-plugin-secrets-cable-" + testVersion + map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
 
-// sumOf returns the SHA-256 of a file.
-func sumOf(t *testing.T, path string) string {
+// content returns the content of a file.
+func content(t *testing.T, path string) []byte {
 	t.Helper()
-	sum, err := sha256Of(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return sum
+	return must(os.ReadFile(path))(t)
 }
 
 // onlyInstalled checks that a folder has a complete copy of the plugin, with its mode,
@@ -41,7 +39,7 @@ func onlyInstalled(t *testing.T, dir string) {
 	if err != nil || runtime.GOOS != "windows" && info.Mode() != 0o755 {
 		t.Errorf("mode %v (%v), want 0755", info.Mode(), err)
 	}
-	if path := filepath.Join(dir, installed); sumOf(t, path) != sumOf(t, build(t)) {
+	if path := filepath.Join(dir, installed); !bytes.Equal(content(t, path), content(t, build(t))) {
 		t.Errorf("%s is another file", path)
 	}
 }
@@ -51,52 +49,40 @@ func onlyInstalled(t *testing.T, dir string) {
 func TestInstall(t *testing.T) {
 	t.Parallel()
 	plugin := build(t)
-	write := func(text string, mode os.FileMode) func(string) error {
-		return func(path string) error { return os.WriteFile(path, []byte(text), mode) }
+	program := content(t, plugin)
+	write := func(content []byte, mode os.FileMode) func(string) error {
+		return func(path string) error { return errors.Join(os.WriteFile(path, content, mode), os.Chmod(path, mode)) }
 	}
-	content, err := os.ReadFile(plugin)
-	if err != nil {
-		t.Fatal(err)
+	link := func(to string) func(string) error {
+		return func(path string) error { return os.Symlink(to, path) }
 	}
+	const notRegular, otherContent = "is not a regular file", "other content, and is never replaced: its SHA-256 is "
+	const full = `trap "" XFSZ && ulimit -f 100 && exec "$0" "$@"`
 	tests := map[string]struct {
 		before func(path string) error // prepares the path of the new file
 		script string                  // runs the plugin, $0, by a shell
-		form   string                  // the option, in one argument with the folder
 		error  string                  // a part of it, or "" for success
 	}{
-		"nothing there":        {},
-		"one argument":         {form: "--install="},
-		"umask 077":            {script: `umask 077 && exec "$0" "$@"`},
-		"the same file":        {before: write(string(content), 0o755)},
-		"the same file, umask": {before: write(string(content), 0o600)},
-		"the same file, setuid": {before: func(path string) error {
-			return errors.Join(write(string(content), 0o755)(path), os.Chmod(path, 0o755|os.ModeSetuid))
-		}},
-		"the same file, for all to write": {before: func(path string) error {
-			return errors.Join(write(string(content), 0o755)(path), os.Chmod(path, 0o777))
-		}},
-		"another file": {
-			before: write("another", 0o755),
-			error:  "is there with other content, and is never replaced: its SHA-256 is ",
-		},
-		"the start of the file": {before: write(string(content[:1000]), 0o755), error: "is there with other content"},
+		"nothing there":                   {},
+		"umask 077":                       {script: `umask 077 && exec "$0" "$@"`},
+		"the same file":                   {before: write(program, 0o755)},
+		"the same file, umask":            {before: write(program, 0o600)},
+		"the same file, for all to write": {before: write(program, 0o777)},
+		"the same file, setuid":           {before: write(program, 0o755|os.ModeSetuid)},
+		"another file":                    {before: write([]byte("another"), 0o755), error: otherContent},
+		"the start of the file":           {before: write(program[:1000], 0o755), error: otherContent},
 		"a folder": {
 			before: func(path string) error { return os.Mkdir(path, 0o755) },
-			error:  "is not a regular file",
+			error:  notRegular,
 		},
-		"a link to the file": {
-			before: func(path string) error { return os.Symlink(plugin, path) },
-			error:  "is not a regular file",
-		},
-		"a link to nothing": {
-			before: func(path string) error { return os.Symlink("nothing", path) },
-			error:  "is not a regular file",
-		},
+		"a link to the file": {before: link(plugin), error: notRegular},
+		"a link to nothing":  {before: link("nothing"), error: notRegular},
 		"no folder": {
 			before: func(path string) error { return os.Remove(filepath.Dir(path)) },
 			error:  "no such file or directory",
 		},
-		"the disk is full": {script: `trap "" XFSZ && ulimit -f 100 && exec "$0" "$@"`, error: "file too large"},
+		"the disk is full":                {script: full, error: "file too large"},
+		"the same file, the disk is full": {before: write(program, 0o755), script: full},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -106,49 +92,40 @@ func TestInstall(t *testing.T) {
 			}
 			dir := filepath.Join(t.TempDir(), "plugins")
 			path := filepath.Join(dir, installed)
-			if err := os.Mkdir(dir, 0o755); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Mkdir(dir, 0o755))
 			if tt.before != nil {
-				if err := tt.before(path); err != nil {
-					t.Fatal(err)
-				}
+				check(t, tt.before(path))
 			}
 			before, _ := os.ReadDir(dir)
-			args := []string{"-install", dir}
-			if tt.form != "" {
-				args = []string{tt.form + dir}
-			}
-			cmd := exec.Command(plugin, args...)
+			cmd := exec.Command(plugin, "-install", dir)
 			if tt.script != "" {
-				cmd = exec.Command("/bin/sh", append([]string{"-c", tt.script, plugin}, args...)...)
+				cmd = exec.Command("/bin/sh", "-c", tt.script, plugin, "--install="+dir)
 			}
-			var stdout, stderr strings.Builder
-			cmd.Stdout, cmd.Stderr = &stdout, &stderr
-			err := cmd.Run()
-			t.Log(stderr.String())
+			stdout, stderr, status := run(cmd)
+			t.Log(stderr)
 			if tt.error == "" {
-				if want := fmt.Sprintf("%s  %s\n", sumOf(t, plugin), path); err != nil || stdout.String() != want {
-					t.Fatalf("%v, standard output %q, want %q", err, &stdout, want)
+				want := fmt.Sprintf("%x  %s\n", sha256.Sum256(program), path)
+				if status != 0 || stdout != want {
+					t.Fatalf("exit status %d, standard output %q, want %q", status, stdout, want)
 				}
 				remedy := "run: setcap cap_ipc_lock=+ep " + path + "\n"
-				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr.String(), remedy) {
-					t.Errorf("standard error: %q", &stderr)
+				if runtime.GOOS == "linux" && !strings.HasSuffix(stderr, remedy) {
+					t.Errorf("standard error: %q", stderr)
 				}
 				onlyInstalled(t, dir)
 				return
 			}
-			if cmd.ProcessState.ExitCode() != 1 || stdout.Len() > 0 {
-				t.Errorf("%v, standard output %q", err, &stdout)
+			if status != 1 || stdout != "" {
+				t.Errorf("exit status %d, standard output %q", status, stdout)
 			}
-			if got := stderr.String(); !strings.HasPrefix(got, "vault-plugin-secrets-cable was not installed: ") ||
-				runtime.GOOS != "windows" && !strings.Contains(got, tt.error) {
-				t.Errorf("standard error: %q, want %q", got, tt.error)
+			if !strings.HasPrefix(stderr, "vault-plugin-secrets-cable was not installed: ") ||
+				runtime.GOOS != "windows" && !strings.Contains(stderr, tt.error) {
+				t.Errorf("standard error: %q, want %q", stderr, tt.error)
 			}
 			if after, _ := os.ReadDir(dir); fmt.Sprint(after) != fmt.Sprint(before) {
 				t.Errorf("the folder has %v, before %v", after, before)
 			}
-			if text, _ := os.ReadFile(path); name == "another file" && string(text) != "another" {
+			if name == "another file" && string(content(t, path)) != "another" {
 				t.Error("the file was replaced")
 			}
 		})
@@ -159,8 +136,7 @@ func TestInstall(t *testing.T) {
 // ends others meanwhile, which leave a complete file or nothing.
 func TestInstallAtOnce(t *testing.T) {
 	t.Parallel()
-	plugin := build(t)
-	dir := t.TempDir()
+	plugin, dir := build(t), t.TempDir()
 	var wg sync.WaitGroup
 	for range 5 {
 		wg.Go(func() {
@@ -174,23 +150,18 @@ func TestInstallAtOnce(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // it has no signals that one process sends to another
 	}
-	ended := 0
 	for try := range 20 {
 		dir := t.TempDir()
 		cmd := exec.Command(plugin, "-install", dir)
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		check(t, cmd.Start())
 		time.Sleep(time.Duration(try) * 5 * time.Millisecond)
 		_ = cmd.Process.Signal(os.Interrupt)
-		if cmd.Wait() != nil {
-			ended++
-		}
+		ended := cmd.Wait()
 		if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
 			onlyInstalled(t, dir)
 		}
+		t.Logf("interrupted after %d ms: %v", 5*try, ended)
 	}
-	t.Logf("%d of 20 were ended before they were done", ended)
 }
 
 // TestInstallAlone installs from a root folder that contains nothing but the plugin, as
@@ -201,26 +172,13 @@ func TestInstallAlone(t *testing.T) {
 		skipUnlessRequired(t, "to change the root folder takes root, on Linux")
 	}
 	needProgram(t, "chroot")
-	root, err := os.MkdirTemp("", "cable-root-") // t.TempDir is behind folders of root alone
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := must(os.MkdirTemp("", "cable-root-"))(t) // t.TempDir is behind folders of root alone
 	t.Cleanup(func() { _ = os.RemoveAll(root) })
-	content, err := os.ReadFile(build(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	plugins := filepath.Join(root, "plugins")
-	for _, err := range []error{
-		os.WriteFile(filepath.Join(root, "plugin"), content, 0o755), os.Chmod(root, 0o755),
-		os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000),
-	} {
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	program, plugins := content(t, build(t)), filepath.Join(root, "plugins")
+	check(t, os.WriteFile(filepath.Join(root, "plugin"), program, 0o755))
+	check(t, errors.Join(os.Chmod(root, 0o755), os.Mkdir(plugins, 0o755), os.Chown(plugins, 100, 1000)))
 	out, err := exec.Command("chroot", "--userspec=100:1000", root, "/plugin", "-install", "/plugins").Output()
-	if want := fmt.Sprintf("%s  /plugins/%s\n", sumOf(t, build(t)), installed); err != nil || string(out) != want {
+	if want := fmt.Sprintf("%x  /plugins/%s\n", sha256.Sum256(program), installed); err != nil || string(out) != want {
 		t.Fatalf("%v, %q, want %q", err, out, want)
 	}
 	onlyInstalled(t, plugins)

@@ -6,13 +6,16 @@ package main
 import (
 	"math"
 	"os"
+	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"syscall"
 
 	"github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
 	"github.com/hashicorp/vault/sdk/plugin"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 
 	cablesecrets "github.com/cablesecrets/vault-plugin-secrets-cable"
 )
@@ -33,8 +36,12 @@ func serve(args []string) (status int) {
 	defer runtime.KeepAlive(stdout)
 	defer runtime.KeepAlive(stderr)
 	logFile := claimStderr()
+	// NOTE: Vault filters the lines by its own level, which it does not tell a plugin. To
+	// write each token request's debug line, send it, and have Vault drop it would cost a
+	// tenth of the request. So the level is info unless the environment names another one:
+	// the server's, which plugins inherit, or that of -env at registration.
 	logger := hclog.New(&hclog.LoggerOptions{
-		Level:      logLevel(os.Getenv("VAULT_LOG_LEVEL")),
+		Level:      hclog.LevelFromString(os.Getenv("VAULT_LOG_LEVEL")),
 		Output:     logFile,
 		JSONFormat: true,
 	})
@@ -64,8 +71,8 @@ func serve(args []string) (status int) {
 		debug.SetGCPercent(200)
 	}
 
-	watch := newWatch(newParent(stdout, logFile))
-	watch.catchSignals()
+	watch := &watch{gone: newParent(stdout, logFile), signals: make(chan os.Signal, 1)}
+	signal.Notify(watch.signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	// This does the same as plugin.ServeMultiplex in Vault's SDK, which takes no options
 	// for the gRPC server, and offers older plugin protocols, which Vault 1.16 and later
 	// do not speak with a plugin.
@@ -75,25 +82,15 @@ func serve(args []string) (status int) {
 		VersionedPlugins: map[int]goplugin.PluginSet{protocolVersion: {plugin.BackendPluginName: backend}},
 		Logger:           start,
 		GRPCServer: func(opts []grpc.ServerOption) *grpc.Server {
-			opts = append(opts, grpc.MaxRecvMsgSize(math.MaxInt32), grpc.MaxSendMsgSize(math.MaxInt32))
-			server := goplugin.DefaultGRPCServer(append(opts, watch.options()...))
+			server := goplugin.DefaultGRPCServer(append(opts,
+				grpc.MaxRecvMsgSize(math.MaxInt32), grpc.MaxSendMsgSize(math.MaxInt32), grpc.StatsHandler(watch),
+				// By default a connection whose other end has been silent for two hours and
+				// does not respond is given up. A Vault that was stopped, by a debugger or a
+				// snapshot, still runs.
+				grpc.KeepaliveParams(keepalive.ServerParameters{Time: math.MaxInt64})))
 			go watch.stopWhenGone(server)
 			return server
 		},
 	})
 	return status
-}
-
-// logLevel returns the level of the lines that are sent to Vault, which filters them
-// again by its own level.
-//
-// NOTE: Vault does not tell a plugin its level. To write each token request's debug
-// line, send it, and have Vault drop it would cost a tenth of the request. So it is
-// written only if the level is set in the environment of the server, which plugins
-// inherit, or by -env at registration.
-func logLevel(level string) hclog.Level {
-	if l := hclog.LevelFromString(level); l != hclog.NoLevel {
-		return l
-	}
-	return hclog.Info
 }

@@ -19,9 +19,6 @@ import (
 	"github.com/hashicorp/vault/sdk/helper/pluginutil"
 )
 
-// The reason why the plugin cannot start is one line at error level in Vault's log,
-// with its remedy. Vault itself only guesses at a wrong architecture.
-
 // setcap gives a file the capability to lock memory.
 const setcap = "setcap cap_ipc_lock=+ep"
 
@@ -94,7 +91,8 @@ func (l *startLogger) panicked(value any, stack []byte) {
 	}
 }
 
-// fail logs the reason why the plugin cannot start, with its remedy.
+// fail logs the reason why the plugin cannot start, in one line with its remedy. Vault
+// itself only guesses at a wrong architecture.
 func (l *startLogger) fail(remedy string, err error, more ...any) {
 	l.failed = true
 	l.Logger.Error("plugin cannot run", append([]any{"error", err, "remedy", remedy}, more...)...)

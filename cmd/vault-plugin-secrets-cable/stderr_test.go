@@ -13,7 +13,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // TestStderr checks that standard error has the lines of the logger alone if the
@@ -28,12 +27,7 @@ func TestStderr(t *testing.T) {
 		"VAULT_LOG_LEVEL=trace", // of the logger, so that there are lines
 	}
 	var stderr bytes.Buffer
-	client := client(&stderr, cmd)
-	t.Cleanup(client.Kill)
-	protocol, err := client.Client()
-	if err != nil {
-		t.Fatal(err)
-	}
+	client, protocol := connect(t, &stderr, cmd)
 	for range 10 {
 		if err := protocol.Ping(); err != nil {
 			t.Error(err)
@@ -41,11 +35,8 @@ func TestStderr(t *testing.T) {
 	}
 	client.Kill()
 	// The runtime may print before main begins, when there are no secrets.
-	text := stderr.String()
-	if i := strings.Index(text, "{"); i > 0 {
-		text = text[i:]
-	}
-	if len(logLines(t, text)) == 0 {
+	_, text, _ := strings.Cut(stderr.String(), "{")
+	if len(logLines(t, "{"+text)) == 0 {
 		t.Error("the log is empty")
 	}
 }
@@ -60,19 +51,9 @@ func TestCrash(t *testing.T) {
 	pidFile := filepath.Join(t.TempDir(), "pid")
 	var stderr bytes.Buffer
 	const script = `echo $$ >"$1"; TMPDIR=${1%/*} exec "$0"`
-	client := client(&stderr, exec.Command("/bin/sh", "-c", script, build(t), pidFile))
-	t.Cleanup(client.Kill)
-	if _, err := client.Client(); err != nil {
-		t.Fatal(err)
-	}
-	if err := readProcess(t, pidFile).Signal(syscall.SIGQUIT); err != nil {
-		t.Fatal(err)
-	}
-	for end := time.Now().Add(20 * time.Second); !client.Exited(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the process has not ended")
-		}
-	}
+	client, _ := connect(t, &stderr, exec.Command("/bin/sh", "-c", script, build(t), pidFile))
+	check(t, readProcess(t, pidFile).Signal(syscall.SIGQUIT))
+	waitFor(t, "the process to end", client.Exited)
 	if text := stderr.String(); !strings.HasPrefix(text, "SIGQUIT: quit\n") || !strings.Contains(text, "\ngoroutine ") {
 		t.Errorf("standard error: %.1000q, want the runtime's report", text)
 	}
@@ -81,17 +62,6 @@ func TestCrash(t *testing.T) {
 // readProcess returns the process whose id a script has written to a file.
 func readProcess(t *testing.T, file string) *os.Process {
 	t.Helper()
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	process, err := os.FindProcess(pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return process
+	pid := must(strconv.Atoi(strings.TrimSpace(string(content(t, file)))))(t)
+	return must(os.FindProcess(pid))(t)
 }

@@ -5,15 +5,11 @@ package main
 
 import (
 	"context"
-	"math"
 	"os"
-	"os/signal"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/stats"
 )
 
@@ -28,15 +24,14 @@ import (
 //     process group, and the server needs the plugin for the requests under way.
 //   - While none is open, such a signal ends the plugin at once. A container runtime
 //     stops it that way.
-//   - While none is open, the plugin ends as soon as its parent is gone too, as
-//     newParent sees it. Either sign alone can deceive, because under a wrapper script
+//   - While none is open, the plugin ends if its parent is gone too, as newParent
+//     sees it. Either sign alone can deceive, because under a wrapper script
 //     the parent may end, or the pipes be closed, while the server runs.
 //   - If another process keeps the pipes open (a script with a pipeline, a container
 //     runtime), that sign never comes, and the plugin ends after a minute.
 
 const (
-	// lookEvery is the time between two looks at the parent. While a connection is
-	// open, nothing is polled.
+	// lookEvery is the time between two looks at the connections and the parent.
 	lookEvery = time.Second
 	// connectWithin is how long the plugin outlives its parent if no server has
 	// connected yet. There are no secrets in memory until then.
@@ -54,30 +49,10 @@ const (
 // watch knows whether the server is connected. It is a stats.Handler of the gRPC
 // server.
 type watch struct {
-	gone    func() bool    // reports whether the parent is gone, by the system's account
-	open    atomic.Int64   // number of open connections
-	closed  chan struct{}  // receives a value when the last open connection has ended
-	signals chan os.Signal // receives the signals that end the plugin if no connection is open
-}
-
-func newWatch(gone func() bool) *watch {
-	return &watch{gone: gone, closed: make(chan struct{}, 1), signals: make(chan os.Signal, 1)}
-}
-
-// catchSignals leaves the effect of SIGINT, SIGTERM and SIGHUP to wait.
-func (w *watch) catchSignals() {
-	signal.Notify(w.signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-}
-
-// options are those that make a gRPC server report its connections.
-func (w *watch) options() []grpc.ServerOption {
-	return []grpc.ServerOption{
-		// By default a gRPC server gives up a connection whose other end has been
-		// silent for two hours and does not respond. A Vault that was stopped, by a
-		// debugger or a snapshot, still runs.
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: math.MaxInt64}),
-		grpc.StatsHandler(w),
-	}
+	gone      func() bool    // reports whether the parent is gone, by the system's account
+	signals   chan os.Signal // receives the signals that end the plugin if no connection is open
+	open      atomic.Int64   // number of open connections
+	connected atomic.Bool    // whether the server has ever connected
 }
 
 // HandleConn counts the open connections. gRPC reports a connection only after its
@@ -86,13 +61,9 @@ func (w *watch) HandleConn(_ context.Context, event stats.ConnStats) {
 	switch event.(type) {
 	case *stats.ConnBegin:
 		w.open.Add(1)
+		w.connected.Store(true)
 	case *stats.ConnEnd:
-		if w.open.Add(-1) == 0 {
-			select {
-			case w.closed <- struct{}{}:
-			default: // wait has not yet received the value before
-			}
-		}
+		w.open.Add(-1)
 	}
 }
 
@@ -103,33 +74,24 @@ func (w *watch) HandleRPC(context.Context, stats.RPCStats)                      
 
 // wait returns when the plugin has to end.
 func (w *watch) wait() {
-	connected := false   // whether a server ever was
-	absent := time.Now() // since when there has been no sign of it
+	seen := time.Now() // the last sign of the server
 	for {
-		var look <-chan time.Time
-		if w.open.Load() == 0 {
-			look = time.After(lookEvery)
-		}
 		signaled := false
 		select {
-		case <-w.closed:
-			connected, absent = true, time.Now()
 		case <-w.signals:
 			signaled = true
-			if w.open.Load() == 0 {
-				time.Sleep(countWithin)
-			}
-		case <-look:
+			time.Sleep(countWithin)
+		case <-time.After(lookEvery):
 		}
-		gone := w.gone()
+		connected, gone := w.connected.Load(), w.gone()
 		switch {
 		case w.open.Load() > 0: // signals are ignored
-			connected, absent = true, time.Now()
-		case signaled, connected && (gone || time.Since(absent) >= alone):
+			seen = time.Now()
+		case signaled, connected && (gone || time.Since(seen) >= alone):
 			return
 		case !connected && !gone:
-			absent = time.Now()
-		case !connected && time.Since(absent) >= connectWithin:
+			seen = time.Now()
+		case !connected && time.Since(seen) >= connectWithin:
 			return
 		}
 	}

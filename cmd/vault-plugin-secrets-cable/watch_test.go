@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
 	"io"
@@ -26,85 +27,41 @@ import (
 // TestWatch pins when the plugin ends, by a clock that is not the real one.
 func TestWatch(t *testing.T) {
 	t.Parallel()
-	// session is a plugin for which wait runs.
 	type session struct {
 		*watch
-		gone atomic.Bool // whether the system says that the parent is gone
+		parentGone atomic.Bool
 	}
-	// open opens a connection and returns a function that closes it.
-	open := func(s *session) (end func()) {
-		s.HandleConn(t.Context(), &stats.ConnBegin{})
-		return func() { s.HandleConn(t.Context(), &stats.ConnEnd{}) }
-	}
-	signal := func(s *session) {
-		s.signals <- syscall.SIGTERM
-		synctest.Wait()
-	}
-	const day, halfLook = 24 * time.Hour, lookEvery / 2
+	begin := func(s *session) { s.HandleConn(t.Context(), &stats.ConnBegin{}) }
+	end := func(s *session) { s.HandleConn(t.Context(), &stats.ConnEnd{}) }
+	gone := func(s *session) { s.parentGone.Store(true) }
+	signal := func(s *session) { s.signals <- syscall.SIGTERM; synctest.Wait() }
+	pass := func(d time.Duration) func(*session) { return func(*session) { time.Sleep(d) } }
+	const half, hour = lookEvery / 2, time.Hour + lookEvery/2 // no step is at the time of a look
 	tests := map[string]struct {
-		gone  bool // from the start
-		do    func(*session)
-		ended time.Duration // since the start, or 0 if not within two days
+		steps []func(*session)
+		ended time.Duration // since the start, or 0 if not within two hours
 	}{
-		"never connected, parent there": {do: func(*session) {}},
-		"never connected, parent gone": {
-			do:    func(s *session) { time.Sleep(time.Hour + halfLook); s.gone.Store(true) },
-			ended: time.Hour + connectWithin,
-		},
-		"never connected, signal": {
-			do:    func(s *session) { time.Sleep(time.Hour + halfLook); signal(s) },
-			ended: time.Hour + halfLook + countWithin,
-		},
-		"signal during the handshake": {do: func(s *session) { signal(s); open(s) }},
-		"connected":                   {do: func(s *session) { open(s) }},
-		"connected, parent gone":      {do: func(s *session) { open(s); s.gone.Store(true) }},
-		"connected, signals":          {do: func(s *session) { open(s); s.gone.Store(true); signal(s); signal(s) }},
-		"one connection of two ended": {do: func(s *session) { open(s); open(s)(); s.gone.Store(true); signal(s) }},
-		"connection and parent gone": {
-			do:    func(s *session) { end := open(s); time.Sleep(day); s.gone.Store(true); end() },
-			ended: day,
-		},
+		"never connected, parent there": {},
+		"never connected, parent gone":  {[]func(*session){pass(hour), gone}, hour - half + connectWithin},
+		"never connected, signal":       {[]func(*session){pass(hour), signal}, hour + countWithin},
+		"signal during the handshake":   {[]func(*session){signal, begin}, 0},
+		"connected":                     {[]func(*session){begin}, 0},
+		"connected, parent gone":        {[]func(*session){begin, gone}, 0},
+		"connected, signals":            {[]func(*session){begin, gone, signal, signal}, 0},
+		"one connection of two ended":   {[]func(*session){begin, begin, end, gone, signal}, 0},
+		"connection and parent gone":    {[]func(*session){begin, pass(hour), gone, end}, hour + half},
 		"first connection, then parent": {
-			do: func(s *session) {
-				end := open(s)
-				time.Sleep(day)
-				end()
-				time.Sleep(1500 * time.Millisecond)
-				s.gone.Store(true)
-			},
-			ended: day + 2*time.Second,
+			[]func(*session){begin, pass(hour), end, pass(2 * lookEvery), gone}, hour + half + 2*lookEvery,
 		},
-		"connection gone, no other sign": {
-			do:    func(s *session) { end := open(s); time.Sleep(day); end() },
-			ended: day + alone,
-		},
-		"connection gone, signal": {
-			do:    func(s *session) { end := open(s); time.Sleep(day); end(); time.Sleep(halfLook); signal(s) },
-			ended: day + halfLook + countWithin,
-		},
+		"connection gone, no other sign": {[]func(*session){begin, pass(hour), end}, hour - half + alone},
+		"connection gone, signal":        {[]func(*session){begin, pass(hour), end, signal}, hour + countWithin},
 		"signal, then connection gone": {
-			do:    func(s *session) { end := open(s); time.Sleep(day); signal(s); end() },
-			ended: day + alone,
+			[]func(*session){begin, pass(hour), signal, pass(half), end}, hour + countWithin + alone,
 		},
-		"short connection": {do: func(s *session) { open(s)() }, ended: alone},
+		"short connection":              {[]func(*session){begin, end}, alone},
+		"short connection, parent gone": {[]func(*session){begin, end, gone}, lookEvery},
 		"connected again": {
-			do: func(s *session) {
-				end := open(s)
-				time.Sleep(day)
-				end()
-				time.Sleep(alone - halfLook)
-				open(s)
-				s.gone.Store(true)
-			},
-		},
-		"connected again, at once": {
-			do: func(s *session) {
-				for range 100 {
-					open(s)()
-				}
-				open(s)
-				s.gone.Store(true)
-			},
+			[]func(*session){begin, pass(hour), end, pass(alone - lookEvery), begin, gone}, 0,
 		},
 	}
 	for name, tt := range tests {
@@ -112,27 +69,26 @@ func TestWatch(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				s := &session{}
-				s.gone.Store(tt.gone)
-				s.watch = newWatch(s.gone.Load)
+				s.watch = &watch{gone: s.parentGone.Load, signals: make(chan os.Signal, 1)}
 				start := time.Now()
 				ended := make(chan time.Duration, 1)
 				go func() {
 					s.wait()
 					ended <- time.Since(start)
 				}()
-				tt.do(s)
+				for _, step := range tt.steps {
+					step(s)
+				}
 				var got time.Duration
 				select {
 				case got = <-ended:
-				case <-time.After(2*day - time.Since(start)):
+				case <-time.After(2*hour - time.Since(start)):
+					s.open.Store(0) // wait has to end with the test
+					s.signals <- syscall.SIGTERM
+					<-ended
 				}
 				if got != tt.ended {
 					t.Errorf("ended after %s, want %s (0s: not at all)", got, tt.ended)
-				}
-				if got == 0 { // wait has to end with the test
-					s.open.Store(0)
-					s.signals <- syscall.SIGTERM
-					<-ended
 				}
 			})
 		})
@@ -145,18 +101,12 @@ const hostArg = "host-of-a-plugin"
 // host starts a plugin by a command as Vault does, connects unless the first word
 // is "unconnected", says so, and then waits to be killed.
 func host(command ...string) {
-	connect := command[0] != "unconnected"
-	if !connect {
+	start := func(c *goplugin.Client) (err error) { _, err = c.Client(); return err }
+	if command[0] == "unconnected" {
 		command = command[1:]
+		start = func(c *goplugin.Client) (err error) { _, err = c.Start(); return err }
 	}
-	client := client(io.Discard, exec.Command(command[0], command[1:]...))
-	var err error
-	if connect {
-		_, err = client.Client()
-	} else {
-		_, err = client.Start()
-	}
-	if err != nil {
+	if err := start(client(io.Discard, exec.Command(command[0], command[1:]...))); err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}
@@ -176,19 +126,18 @@ const (
 func TestServerKilled(t *testing.T) {
 	t.Parallel()
 	plugin := build(t)
+	inShell := func(script string) []string { return []string{"/bin/sh", "-c", script, plugin} }
 	tests := map[string][]string{
-		"child":                  {plugin},
-		"child, not connected":   {"unconnected", plugin},
-		"script":                 {"/bin/sh", "-c", script, plugin},
-		"script, not connected":  {"unconnected", "/bin/sh", "-c", script, plugin},
-		"script, log redirected": {"/bin/sh", "-c", scriptQuiet, plugin},
-		"script in a script":     {"/bin/sh", "-c", `sh -c '"$0"; exit $?' "$0"; exit $?`, plugin},
-		"in the background":      {"/bin/sh", "-c", `exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`, plugin},
-		"PID namespace":          {"/bin/sh", "-c", namespace, plugin},
-		"script in a PID namespace": {
-			"/bin/sh", "-c", `exec unshare --pid --fork --mount-proc sh -c '"$0"; exit $?' "$0"`, plugin,
-		},
-		"PID namespace, log to file": {"/bin/sh", "-c", namespace + ` 2>/dev/null`, plugin},
+		"child":                      {plugin},
+		"child, not connected":       {"unconnected", plugin},
+		"script":                     inShell(script),
+		"script, not connected":      append([]string{"unconnected"}, inShell(script)...),
+		"script, log redirected":     inShell(scriptQuiet),
+		"script in a script":         inShell(`sh -c '"$0"; exit $?' "$0"; exit $?`),
+		"in the background":          inShell(`exec 3<&0; "$0" <&3 3<&- & exec 3<&-; wait`),
+		"PID namespace":              inShell(namespace),
+		"script in a PID namespace":  inShell(`exec unshare --pid --fork --mount-proc sh -c '"$0"; exit $?' "$0"`),
+		"PID namespace, log to file": inShell(namespace + ` 2>/dev/null`),
 	}
 	for name, command := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -197,62 +146,51 @@ func TestServerKilled(t *testing.T) {
 				t.Skip("Windows has no shell scripts")
 			}
 			if strings.Contains(name, "namespace") {
-				needNamespace(t)
+				needProgram(t, "unshare", "--pid", "--fork", "--mount-proc", "true") // takes root, on Linux
 			}
 			// The plugin inherits the reading end of standard input. Once all of its
 			// processes have ended, writing fails.
 			r, w, err := os.Pipe()
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			defer w.Close()
 			sockets := t.TempDir()
 			server := exec.Command(os.Args[0], append([]string{hostArg}, command...)...)
 			server.Env = append(os.Environ(), "TMPDIR="+sockets)
 			server.Stdin = r
-			stdout, err := server.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := server.Start(); err != nil {
-				t.Fatal(err)
-			}
+			stdout := bufio.NewReader(must(server.StdoutPipe())(t))
+			check(t, server.Start())
 			_ = r.Close()
-			ready := make([]byte, len("ready"))
-			if _, err := io.ReadFull(stdout, ready); err != nil || string(ready) != "ready" {
-				more, _ := io.ReadAll(stdout)
-				t.Fatalf("the server does not start: %v: %s%s", err, ready, more)
+			if line, err := stdout.ReadString('\n'); line != "ready\n" {
+				t.Fatalf("the server does not start: %q, %v", line, err)
 			}
 			_ = server.Process.Kill()
 			_ = server.Wait()
 			killed := time.Now()
-			for {
-				if _, err := w.WriteString("x"); err != nil {
-					break
-				}
-				if time.Since(killed) > 10*time.Second {
-					t.Fatal("the plugin runs 10s after its server was killed")
-				}
-				time.Sleep(20 * time.Millisecond)
-			}
+			waitFor(t, "the plugin to end after its server was killed", func() bool {
+				_, err := w.WriteString("x")
+				return err != nil
+			})
 			t.Logf("ended after %s", time.Since(killed).Round(10*time.Millisecond))
-			if left, _ := filepath.Glob(filepath.Join(sockets, "plugin*")); len(left) > 0 {
-				t.Errorf("left behind: %q", left)
-			}
+			noSocket(t, sockets)
 		})
 	}
 }
 
-// needNamespace skips a test that needs a PID namespace, for which one must be
-// root on Linux.
-func needNamespace(t *testing.T) {
+// waitFor waits for at most 20 seconds until a condition is met.
+func waitFor(t *testing.T, condition string, met func() bool) {
 	t.Helper()
-	if runtime.GOOS != "linux" {
-		t.Skip("PID namespaces are Linux's")
+	for end := time.Now().Add(20 * time.Second); !met(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited 20s for %s", condition)
+		}
 	}
-	needProgram(t, "unshare")
-	if out, err := exec.Command("unshare", "--pid", "--fork", "--mount-proc", "true").CombinedOutput(); err != nil {
-		skipUnlessRequired(t, fmt.Sprintf("no PID namespace: %v: %s", err, out))
+}
+
+// noSocket checks that a plugin left none behind.
+func noSocket(t *testing.T, dir string) {
+	t.Helper()
+	if left, err := filepath.Glob(filepath.Join(dir, "plugin*")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %q, %v", left, err)
 	}
 }
 
@@ -264,51 +202,36 @@ func TestServerRuns(t *testing.T) {
 		t.Skip("Windows has no shell scripts")
 	}
 	plugin := build(t)
-	// signal sends s again and again, as an operator does.
-	signal := func(s os.Signal) func(*testing.T, *os.Process) {
-		return func(t *testing.T, p *os.Process) {
-			t.Helper()
-			for range 5 {
-				if err := p.Signal(s); err != nil {
-					t.Error(err)
-				}
-				time.Sleep(10 * time.Millisecond)
-			}
-		}
-	}
 	const withPID = `echo $$ >"$1"; exec "$0"`
 	tests := map[string]struct {
-		script string // $0 is the plugin, $1 a file for a process id
-		do     func(t *testing.T, p *os.Process)
+		script string    // $0 is the plugin, $1 a file for a process id
+		signal os.Signal // sent to that process again and again, as an operator does
 	}{
-		"nothing happens": {script: `exec "$0"`},
-		"SIGHUP":          {withPID, signal(syscall.SIGHUP)},
-		"SIGINT":          {withPID, signal(os.Interrupt)},
-		"SIGTERM":         {withPID, signal(syscall.SIGTERM)},
-		"the script is killed": {`echo $$ >"$1"; ` + script, func(_ *testing.T, p *os.Process) {
-			_ = p.Kill()
-		}},
-		"the script ends":              {script: `"$0" &`},
-		"the log goes to /dev/null":    {script: scriptQuiet},
-		"the log goes to a file":       {script: `"$0" 2>"$1"; exit $?`},
-		"the log is closed":            {script: `exec "$0" 2>&-`},
-		"nobody reads the log":         {script: `{ "$0" 2>&1 >&3 | :; } 3>&1; exit $?`},
-		"nobody reads standard output": {script: `"$0" | head -n 1; exit $?`},
-		"nobody reads either":          {script: `"$0" 2>&1 | head -n 1; exit $?`},
+		"nothing happens":                  {`exec "$0"`, nil},
+		"SIGHUP":                           {withPID, syscall.SIGHUP},
+		"SIGINT":                           {withPID, syscall.SIGINT},
+		"SIGTERM":                          {withPID, syscall.SIGTERM},
+		"the script is killed":             {`echo $$ >"$1"; ` + script, syscall.SIGKILL},
+		"the script ends":                  {`"$0" &`, nil},
+		"the log goes to /dev/null":        {scriptQuiet, nil},
+		"the log goes to a file":           {`"$0" 2>"$1"; exit $?`, nil},
+		"the log is closed":                {`exec "$0" 2>&-`, nil},
+		"no process reads the log":         {`{ "$0" 2>&1 >&3 | :; } 3>&1; exit $?`, nil},
+		"no process reads standard output": {`"$0" | head -n 1; exit $?`, nil},
+		"no process reads either":          {`"$0" 2>&1 | head -n 1; exit $?`, nil},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			file := filepath.Join(t.TempDir(), "pid")
 			var stderr bytes.Buffer
-			client := client(&stderr, exec.Command("/bin/sh", "-c", tt.script, plugin, file))
-			t.Cleanup(client.Kill)
-			protocol, err := client.Client()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if tt.do != nil {
-				tt.do(t, readProcess(t, file))
+			_, protocol := connect(t, &stderr, exec.Command("/bin/sh", "-c", tt.script, plugin, file))
+			if tt.signal != nil {
+				process := readProcess(t, file)
+				for range 5 {
+					_ = process.Signal(tt.signal)
+					time.Sleep(10 * time.Millisecond)
+				}
 			}
 			// Longer than a watch takes that knows of no stream. A call would be a sign.
 			time.Sleep(connectWithin + 3*lookEvery/2)
@@ -330,80 +253,54 @@ func TestSignal(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("Windows has no signals that one process sends to another")
 	}
-	for _, connected := range []bool{false, true} {
-		for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		for _, connected := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v, was connected %t", signal, connected), func(t *testing.T) {
 				t.Parallel()
+				sockets := t.TempDir()
 				cmd := exec.Command(build(t))
-				cmd.Env = []string{"TMPDIR=" + t.TempDir()}
+				cmd.Env = []string{"TMPDIR=" + sockets}
 				client := client(io.Discard, cmd)
 				t.Cleanup(client.Kill)
-				addr, err := client.Start()
-				if err != nil {
-					t.Fatal(err)
-				}
+				addr := must(client.Start())(t)
 				// A process without the server's certificate is not the server.
-				stranger, err := net.Dial(addr.Network(), addr.String())
-				if err != nil {
-					t.Fatal(err)
-				}
+				stranger := must(net.Dial(addr.Network(), addr.String()))(t)
 				defer stranger.Close()
 				if connected {
-					protocol, err := client.Client()
-					if err == nil {
-						err = protocol.Ping()
-					}
-					if err == nil {
-						err = protocol.(*goplugin.GRPCClient).Conn.Close()
-					}
-					if err != nil {
-						t.Fatal(err)
-					}
+					protocol := must(client.Client())(t)
+					check(t, protocol.Ping())
+					check(t, protocol.(*goplugin.GRPCClient).Conn.Close())
 				}
-				for end := time.Now().Add(20 * time.Second); !client.Exited(); time.Sleep(20 * time.Millisecond) {
+				waitFor(t, "the plugin to end after a signal", func() bool {
 					_ = cmd.Process.Signal(signal) // the plugin may not yet know that its connection is closed
-					if time.Now().After(end) {
-						t.Fatal("the plugin runs 20s after the signal")
-					}
-				}
-				if left, _ := filepath.Glob(filepath.Join(cmd.Env[0][len("TMPDIR="):], "plugin*")); len(left) > 0 {
-					t.Errorf("left behind: %q", left)
-				}
+					return client.Exited()
+				})
+				noSocket(t, sockets)
 			})
 		}
 	}
 }
 
-// TestBroken checks that an error is no sign of a missing reader.
-func TestBroken(t *testing.T) {
+// TestParent checks that a broken pipe is a sign, and that a file, an error or nothing
+// is none.
+func TestParent(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	gone := newParent(w)
+	check(t, err)
+	defer w.Close()
+	file := must(os.Create(filepath.Join(t.TempDir(), "log")))(t)
+	defer file.Close()
+	gone := newParent(w, file)
 	if gone() {
 		t.Error("there is a reader, and a parent")
 	}
 	_ = r.Close()
-	// Another test may be about to start a process, which has the read end as well
-	// until it runs.
-	end := time.Now().Add(10 * time.Second)
-	for ; runtime.GOOS != "windows" && !gone(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("there is no reader")
-		}
+	if runtime.GOOS != "windows" {
+		// Another test may be about to start a process, which has the read end as well
+		// until it runs.
+		waitFor(t, "the pipe to be broken", gone)
 	}
-	_ = w.Close()
-	if gone() {
-		t.Error("a closed pipe is a sign")
-	}
-	file, err := os.Create(filepath.Join(t.TempDir(), "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	if newParent(file)() || newParent()() || newParent(file, w)() {
-		t.Error("a file, or nothing, is a sign")
+	if newParent(file)() || newParent()() || newParent(r)() {
+		t.Error("a file, nothing, or a closed pipe is a sign")
 	}
 }

@@ -47,7 +47,6 @@ func (t *target) load(ctx context.Context, readers int, d time.Duration) (slice,
 		return sl, err
 	}
 	start := time.Now()
-	deadline := start.Add(d)
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for range readers {
@@ -55,7 +54,7 @@ func (t *target) load(ctx context.Context, readers int, d time.Duration) (slice,
 			var own []time.Duration
 			var last string
 			failed := 0
-			for ctx.Err() == nil && time.Now().Before(deadline) {
+			for ctx.Err() == nil && time.Since(start) < d {
 				began := time.Now()
 				if err := t.once(ctx); err != nil {
 					failed++
@@ -89,7 +88,7 @@ func (t *target) load(ctx context.Context, readers int, d time.Duration) (slice,
 		return sl, err
 	}
 	sl.stats = stats{Calls: after.Calls - before.Calls, Connections: after.Connections - before.Connections}
-	sl.rss, err = peakMemory(t.pid)
+	sl.rss, err = memory(t.pid, "VmHWM:")
 	return sl, err
 }
 
@@ -108,11 +107,8 @@ func (t *target) once(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("status %d: %.200s", resp.StatusCode, body)
-	}
-	if !bytes.Contains(body, []byte(`"token":`)) {
-		return fmt.Errorf("the response has no token")
+	if resp.StatusCode != http.StatusOK || !bytes.Contains(body, []byte(`"token":`)) {
+		return fmt.Errorf("no token, status %d: %.200s", resp.StatusCode, body)
 	}
 	return nil
 }

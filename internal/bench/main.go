@@ -25,6 +25,7 @@ import (
 	"os/signal"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -32,7 +33,7 @@ import (
 
 // result is one target under one condition, over all of its slices.
 type result struct {
-	target         string  // "direct", "floor", "engine", "reuse", "old", "old-reuse"
+	target         string  // "direct", "floor", "engine", "reuse"
 	perSecond      float64 // reads
 	p50, p99       float64 // in milliseconds
 	errors         int
@@ -47,11 +48,10 @@ type result struct {
 type options struct {
 	storages, tokens       []string
 	targets                []string
-	old                    string
 	latencies, concurrency []int
 	slice                  time.Duration
 	rounds                 int
-	profile, page          string
+	page                   string
 	soak                   time.Duration
 }
 
@@ -62,28 +62,14 @@ func main() {
 	latencies := flag.String("latency", "0,20", "simulated latencies of Cable, in milliseconds")
 	concurrency := flag.String("concurrency", "1,32,128", "concurrent readers")
 	targets := flag.String("targets", "direct,floor,engine,reuse", "targets, which are compared with floor")
-	flag.StringVar(&o.old, "old", "", "another build of the plugin, a file, to measure in the same turns as the "+
-		"targets old and old-reuse; memory cannot be compared")
 	flag.DurationVar(&o.slice, "slice", time.Second, "length of a slice")
 	flag.IntVar(&o.rounds, "rounds", 5, "slices of each target")
-	flag.StringVar(&o.profile, "profile", "", "write a CPU profile of the last plugin process to this file")
 	flag.StringVar(&o.page, "page", "", "measure all and replace the tables of this Markdown file")
 	flag.DurationVar(&o.soak, "soak", 0, "instead: run at full load for so long on integrated storage")
 	flag.Parse()
 	o.storages, o.tokens = strings.Split(*storages, ","), strings.Split(*tokens, ",")
 	o.targets = strings.Split(*targets, ",")
-	for _, l := range []struct {
-		text string
-		to   *[]int
-	}{{*latencies, &o.latencies}, {*concurrency, &o.concurrency}} {
-		for _, s := range strings.Split(l.text, ",") {
-			var n int
-			if _, err := fmt.Sscan(s, &n); err != nil {
-				log.Fatalf("%q is not a number", s)
-			}
-			*l.to = append(*l.to, n)
-		}
-	}
+	o.latencies, o.concurrency = numbers(*latencies), numbers(*concurrency)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, o)
 	stop()
@@ -92,8 +78,20 @@ func main() {
 	}
 }
 
+// numbers returns the numbers of a list.
+func numbers(list string) (all []int) {
+	for s := range strings.SplitSeq(list, ",") {
+		n, err := strconv.Atoi(s)
+		if err != nil {
+			log.Fatalf("%q is not a number", s)
+		}
+		all = append(all, n)
+	}
+	return all
+}
+
 func run(ctx context.Context, o options) (err error) {
-	b, err := build(ctx, o)
+	b, err := build(ctx)
 	if err != nil {
 		return err
 	}
@@ -133,7 +131,7 @@ func measure(ctx context.Context, o options, b *binaries, storage, token string,
 	}
 	defer s.stop()
 	for _, latency := range o.latencies {
-		if err := s.setLatency(time.Duration(latency) * time.Millisecond); err != nil {
+		if err := s.setFault(fmt.Sprintf(`{"delay":"%dms"}`, latency)); err != nil {
 			return err
 		}
 		for _, readers := range o.concurrency {

@@ -25,15 +25,12 @@ func cpuTime(pid int) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	var ticks int64
-	for _, f := range fields[11:13] { // utime and stime, fields 14 and 15
-		n, err := strconv.ParseInt(f, 10, 64)
-		if err != nil {
-			return 0, err
-		}
-		ticks += n
+	user, err := strconv.Atoi(fields[11]) // utime, field 14
+	if err != nil {
+		return 0, err
 	}
-	return time.Duration(ticks) * clockTick, nil
+	system, err := strconv.Atoi(fields[12]) // stime
+	return time.Duration(user+system) * clockTick, err
 }
 
 // stat returns the fields of /proc/PID/stat after the command's name.
@@ -46,10 +43,8 @@ func stat(pid int) ([]string, error) {
 	return strings.Fields(after), nil
 }
 
-// peakMemory is the most resident memory that a process has had, in bytes.
-func peakMemory(pid int) (int64, error) { return memory(pid, "VmHWM:") }
-
-// memory reads one line of /proc/PID/status, in bytes.
+// memory reads one line of /proc/PID/status, in bytes: VmRSS is the resident memory, VmHWM
+// the most of it that the process has had.
 func memory(pid int, line string) (int64, error) {
 	if pid == 0 {
 		return 0, nil

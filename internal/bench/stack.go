@@ -23,7 +23,6 @@ import (
 const (
 	enginePlugin = "vault-plugin-secrets-cable"
 	floorPlugin  = "floor"
-	oldPlugin    = "old" // of -old
 	organization = cabletest.DefaultOrganizationID
 )
 
@@ -32,12 +31,10 @@ type binaries struct {
 	dir           string
 	vault, sim    string
 	engine, floor vaulttest.Plugin
-	old           vaulttest.Plugin // without a name: no comparison
-	env           []string         // of the server, and so of the plugins
 }
 
 // build finds the server and builds the rest, in a temporary folder.
-func build(ctx context.Context, o options) (b *binaries, err error) {
+func build(ctx context.Context) (b *binaries, err error) {
 	b = new(binaries)
 	if b.vault, err = vaulttest.Find(ctx); err != nil {
 		return nil, err
@@ -45,36 +42,16 @@ func build(ctx context.Context, o options) (b *binaries, err error) {
 	if b.dir, err = os.MkdirTemp("", "cable-bench-bin"); err != nil {
 		return nil, err
 	}
-	engine := "cmd/" + enginePlugin
-	if o.profile != "" {
-		engine = "internal/bench/profiled"
-		file, err := filepath.Abs(o.profile)
-		if err != nil {
-			return nil, err
-		}
-		b.env = []string{"BENCH_PROFILE=" + file}
-	}
 	var sim vaulttest.Plugin
 	for program, to := range map[string]*vaulttest.Plugin{
-		engine: &b.engine, "internal/bench/floor": &b.floor, "cmd/cable-sim": &sim,
+		"cmd/" + enginePlugin: &b.engine, "internal/bench/floor": &b.floor, "cmd/cable-sim": &sim,
 	} {
 		if *to, err = vaulttest.Build(ctx, b.dir, program, ""); err != nil {
 			_ = os.RemoveAll(b.dir)
 			return nil, err
 		}
 	}
-	b.engine.Name, b.sim = enginePlugin, sim.File
-	if o.old != "" {
-		program, err := os.ReadFile(o.old)
-		b.old = vaulttest.Plugin{Name: oldPlugin, File: filepath.Join(b.dir, oldPlugin)}
-		if err == nil {
-			err = os.WriteFile(b.old.File, program, 0o700) //nolint:gosec // it is run
-		}
-		if err != nil {
-			_ = os.RemoveAll(b.dir)
-			return nil, err
-		}
-	}
+	b.sim = sim.File
 	return b, nil
 }
 
@@ -100,21 +77,15 @@ func startStack(ctx context.Context, b *binaries, storage, tokenType string) (s 
 			s.stop()
 		}
 	}()
-	transport := func() *http.Client {
-		return &http.Client{
-			Timeout:   time.Minute,
-			Transport: &http.Transport{MaxIdleConnsPerHost: 512, DisableCompression: true},
-		}
+	for _, client := range []**http.Client{&s.client, &s.simClient} {
+		transport := &http.Transport{MaxIdleConnsPerHost: 512, DisableCompression: true}
+		*client = &http.Client{Timeout: time.Minute, Transport: transport}
 	}
-	s.client, s.simClient = transport(), transport()
 	if s.sim, err = vaulttest.StartSimulator(ctx, b.sim, s.dir); err != nil {
 		return nil, err
 	}
 	plugins := []vaulttest.Plugin{b.engine, b.floor}
-	if b.old.Name != "" {
-		plugins = append(plugins, b.old)
-	}
-	config := vaulttest.Config{Binary: b.vault, Dir: s.dir, LogLevel: "info", Plugins: plugins, Env: b.env}
+	config := vaulttest.Config{Binary: b.vault, Dir: s.dir, LogLevel: "info", Plugins: plugins}
 	if storage == "raft" {
 		config.Raft = &vaulttest.Raft{Dir: filepath.Join(s.dir, "raft")}
 	}
@@ -145,14 +116,11 @@ func (s *stack) configure(ctx context.Context, plugins []vaulttest.Plugin, token
 			continue
 		}
 		config := map[string]any{"refresh_key": s.key, "token_url": s.sim.URL, "organization_id": organization}
-		if err := s.vault.Call(ctx, "POST", p.Name+"/config", config, nil); err != nil {
-			return err
-		}
-		if err := s.vault.Call(ctx, "POST", p.Name+"/roles/bench", role, nil); err != nil {
-			return err
-		}
-		if err := s.vault.Call(ctx, "POST", p.Name+"/roles/shared", shared, nil); err != nil && p.Name != oldPlugin {
-			return err
+		for i, path := range []string{"/config", "/roles/bench", "/roles/shared"} {
+			data := []map[string]any{config, role, shared}[i]
+			if err := s.vault.Call(ctx, "POST", p.Name+path, data, nil); err != nil {
+				return err
+			}
 		}
 	}
 	policy := map[string]any{"policy": `path "+/creds/*" { capabilities = ["read"] }`}
@@ -201,8 +169,6 @@ func (s *stack) targets(names []string) (targets []*target, err error) {
 		engine("floor", floorPlugin, "bench"),
 		engine("engine", enginePlugin, "bench"),
 		engine("reuse", enginePlugin, "shared"),
-		engine("old", oldPlugin, "bench"),
-		engine("old-reuse", oldPlugin, "shared"),
 	}
 	for _, name := range names {
 		i := slices.IndexFunc(all, func(t *target) bool { return t.name == name })
@@ -222,37 +188,36 @@ type stats struct {
 
 // simStats reads the simulator's counters.
 func (s *stack) simStats() (counted stats, err error) {
-	//nolint:noctx // the client has a time-out, and the server is ours
-	resp, err := s.simClient.Get(s.sim.Control + "/stats")
-	if err != nil {
-		return counted, err
+	text, err := s.control(http.MethodGet, "/stats", "")
+	if err == nil {
+		err = json.Unmarshal(text, &counted)
 	}
-	defer func() { _ = resp.Body.Close() }()
-	err = json.NewDecoder(resp.Body).Decode(&counted)
 	return counted, err
-}
-
-// setLatency has the simulator respond after d.
-func (s *stack) setLatency(d time.Duration) error {
-	if d == 0 {
-		return s.setFault("{}")
-	}
-	return s.setFault(fmt.Sprintf(`{"delay":%q}`, d))
 }
 
 // setFault has the simulator misbehave as a cabletest.Fault in JSON says.
 func (s *stack) setFault(body string) error {
+	_, err := s.control(http.MethodPost, "/fault", body)
+	return err
+}
+
+// control sends a request to the simulator's control listener.
+func (s *stack) control(method, path, body string) ([]byte, error) {
 	//nolint:noctx // the client has a time-out, and the server is ours
-	resp, err := s.simClient.Post(s.sim.Control+"/fault", "application/json", strings.NewReader(body))
+	req, err := http.NewRequest(method, s.sim.Control+path, strings.NewReader(body))
 	if err != nil {
-		return err
+		return nil, err
+	}
+	resp, err := s.simClient.Do(req)
+	if err != nil {
+		return nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	if resp.StatusCode != http.StatusNoContent {
-		text, _ := io.ReadAll(resp.Body)
-		return fmt.Errorf("setting the fault: %d %s", resp.StatusCode, text)
+	text, err := io.ReadAll(resp.Body)
+	if resp.StatusCode >= http.StatusMultipleChoices {
+		err = fmt.Errorf("%s %s: %d %s", method, path, resp.StatusCode, text)
 	}
-	return nil
+	return text, err
 }
 
 // stop ends the servers and removes their folder.

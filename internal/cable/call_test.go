@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httptrace"
 	"slices"
 	"strings"
@@ -30,23 +31,17 @@ func TestToken(t *testing.T) {
 	t.Parallel()
 	other := "org_x"
 	requested := Token{ScopesOrganizationID: org, Scopes: []string{"transactions:write"}}
+	another := cabletest.Grant{Scopes: &[]string{"b:c", "a:b"}, ScopesOrganizationID: &other}
+	grant := func(g cabletest.Grant) cabletest.Fault { return cabletest.Fault{Grant: &g} }
 	for _, tt := range []struct {
 		name  string
 		fault cabletest.Fault
 		want  Token // except for Value, Expiry and the times
 	}{
 		{"as requested", cabletest.Fault{}, requested},
-		{"no scopes", cabletest.Fault{Grant: &cabletest.Grant{OmitScopes: true}}, Token{}},
-		{
-			"empty list of scopes",
-			cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{}}},
-			Token{ScopesOrganizationID: org, Scopes: []string{}},
-		},
-		{
-			"other scopes of another organization",
-			cabletest.Fault{Grant: &cabletest.Grant{Scopes: &[]string{"b:c", "a:b"}, ScopesOrganizationID: &other}},
-			Token{ScopesOrganizationID: other, Scopes: []string{"b:c", "a:b"}},
-		},
+		{"no scopes", grant(cabletest.Grant{OmitScopes: true}), Token{}},
+		{"no scope", grant(cabletest.Grant{Scopes: &[]string{}}), Token{ScopesOrganizationID: org, Scopes: []string{}}},
+		{"another grant", grant(another), Token{ScopesOrganizationID: other, Scopes: []string{"b:c", "a:b"}}},
 		{"a clock that is years off", cabletest.Fault{ClockSkew: -100_000 * time.Hour}, requested},
 		{"slow, after a 429", cabletest.Fault{Delay: 50 * time.Millisecond}, requested},
 	} {
@@ -90,116 +85,73 @@ func responded(status int, detail string) Error {
 	return Error{Kind: Responded, StatusCode: status, Detail: detail, Attempts: 1}
 }
 
+// invalid returns the error for a response that is refused.
+func invalid(status int, detail string) Error {
+	return Error{Kind: InvalidResponse, StatusCode: status, Detail: detail, MaybeIssued: true, Attempts: 1}
+}
+
+// sent returns the error for a call that was sent and had no response.
+func sent(kind Kind, detail string) Error {
+	return Error{Kind: kind, Detail: detail, MaybeIssued: true, Attempts: 1}
+}
+
+// unsent returns the error for calls that were not sent.
+func unsent(kind Kind, detail string, attempts int) Error {
+	return Error{Kind: kind, Detail: detail, Attempts: attempts}
+}
+
 // TestFaults pins the error for each way in which Cable can fail, how often Cable was called, and how many tokens were
 // issued. See also TestDecode and TestRetries.
 func TestFaults(t *testing.T) {
 	t.Parallel()
-	now := map[string]string{"Retry-After": "0"}
-	html := map[string]string{"Content-Type": "text/html"}
-	unreachable := Error{Kind: Unreachable, Detail: connectionClosed, MaybeIssued: true, Attempts: 1}
-	timedOut := Error{Kind: TimedOut, Detail: budgetRanOut, MaybeIssued: true, Attempts: 1}
-	invalid := func(detail string) Error {
-		return Error{Kind: InvalidResponse, StatusCode: 200, Detail: detail, MaybeIssued: true, Attempts: 1}
+	type fault = cabletest.Fault
+	with := func(name, value string, status int) fault {
+		return fault{Header: map[string]string{name: value}, Status: status}
 	}
-	other := func(status int, detail string) Error {
-		return Error{
-			Kind:        InvalidResponse,
-			StatusCode:  status,
-			Detail:      fmt.Sprintf("its status is %d instead of 200%s", status, detail),
-			MaybeIssued: true,
-			Attempts:    1,
-		}
+	status := func(n int, more string) Error {
+		return invalid(n, fmt.Sprintf("its status is %d instead of 200%s", n, more))
 	}
-	encoded := func(coding string) cabletest.Fault {
-		return cabletest.Fault{Header: map[string]string{"Content-Encoding": coding}}
+	tooLarge := invalid(200, "it is larger than 1048576 bytes")
+	noJSON := invalid(200, "it is not a JSON object of the documented shape")
+	coding := func(name string) Error {
+		return invalid(200, "its Content-Encoding is "+name+", but only identity was accepted")
 	}
-	const noJSON = "it is not a JSON object of the documented shape"
+	odd, x := "br, é\u202e", strings.Repeat("x", 100)
+	cached := invalid(200, "its Age header exceeds the duration of the call: it comes from a cache")
 	type faultTest struct {
 		name   string
-		fault  cabletest.Fault
+		fault  fault
 		want   Error
 		minted int // calls are want.Attempts
 	}
 	tests := []faultTest{
-		{"reset before", cabletest.Fault{Reset: cabletest.ResetBefore}, unreachable, 0},
-		{"reset after", cabletest.Fault{Reset: cabletest.ResetAfter}, unreachable, 1},
-		{"half a response", cabletest.Fault{Reset: cabletest.ResetHalf}, unreachable, 1},
-		{"half an error", cabletest.Fault{Status: 401, Reset: cabletest.ResetHalf}, responded(401, ""), 0},
-		{"hangs before the response", cabletest.Fault{Delay: time.Hour}, timedOut, 0},
-		{"hangs in the response", cabletest.Fault{Stall: time.Hour}, timedOut, 1},
-		{
-			"hangs in a redirect",
-			cabletest.Fault{Status: 302, Stall: time.Hour},
-			other(302, ", and redirects are not followed: check token_url"),
-			0,
-		},
-		{"8 MiB", cabletest.Fault{BodySize: 8 << 20}, invalid("it is larger than 1048576 bytes"), 1},
-		{"8 MiB of an error", cabletest.Fault{Status: 400, BodySize: 8 << 20}, responded(400, notCables), 0},
-		{
-			"8 MiB of JSON",
-			cabletest.Fault{Body: `{"token":"`, BodySize: 8 << 20},
-			invalid("it is larger than 1048576 bytes"),
-			1,
-		},
-		{
-			"gzip bomb",
-			cabletest.Fault{BodySize: 2 << 20, Gzip: true},
-			invalid("its Content-Encoding is gzip, but only identity was accepted"),
-			1,
-		},
-		{
-			"gzip bomb of an error",
-			cabletest.Fault{Status: 400, BodySize: 2 << 20, Gzip: true},
-			responded(400, notCables),
-			0,
-		},
-		{"HTML", cabletest.Fault{Body: "<html>sign in</html>", Header: html}, invalid(noJSON), 1},
-		{
-			"HTML of an error",
-			cabletest.Fault{Status: 403, Body: "<html>blocked</html>", Header: html},
-			responded(403, notCables),
-			0,
-		},
-		{"empty", cabletest.Fault{Status: 200, Body: " "}, invalid(noJSON), 0},
-		{
-			"from a cache",
-			cabletest.Fault{Header: map[string]string{"Age": "3000"}},
-			invalid("its Age header exceeds the duration of the call: it comes from a cache"),
-			1,
-		},
-		{
-			"unreadable Age",
-			cabletest.Fault{Header: map[string]string{"Age": "-1"}},
-			invalid("its Age header is not one whole number of seconds"),
-			1,
-		},
-		{
-			"another coding", encoded("br, é\u202e" + strings.Repeat("x", 100)),
-			invalid(`its Content-Encoding is br, é\u202e` + strings.Repeat("x", 28) + ", but only " +
-				"identity was accepted"),
-			1,
-		},
-		{
-			"another coding of an error",
-			cabletest.Fault{Status: 401, Header: encoded("br").Header},
-			responded(401, "Unauthorized"),
-			0,
-		},
-
-		{"201", cabletest.Fault{Status: 201}, other(201, ""), 0},
-		{"202", cabletest.Fault{Status: 202, Header: now}, other(202, ""), 0},
-		{"204", cabletest.Fault{Status: 204}, other(204, ""), 0},
+		{"reset before", fault{Reset: cabletest.ResetBefore}, sent(Unreachable, connectionClosed), 0},
+		{"reset after", fault{Reset: cabletest.ResetAfter}, sent(Unreachable, connectionClosed), 1},
+		{"half a response", fault{Reset: cabletest.ResetHalf}, sent(Unreachable, connectionClosed), 1},
+		{"half an error", fault{Status: 401, Reset: cabletest.ResetHalf}, responded(401, ""), 0},
+		{"hangs before the response", fault{Delay: time.Hour}, sent(TimedOut, budgetRanOut), 0},
+		{"hangs in the response", fault{Stall: time.Hour}, sent(TimedOut, budgetRanOut), 1},
+		{"hangs in a redirect", fault{Status: 302, Stall: time.Hour}, status(302, noRedirects), 0},
+		{"8 MiB", fault{BodySize: 8 << 20}, tooLarge, 1},
+		{"8 MiB of an error", fault{Status: 400, BodySize: 8 << 20}, responded(400, notCables), 0},
+		{"8 MiB of JSON", fault{Body: `{"token":"`, BodySize: 8 << 20}, tooLarge, 1},
+		{"gzip bomb", fault{BodySize: 2 << 20, Gzip: true}, coding("gzip"), 1},
+		{"gzip bomb of an error", fault{Status: 400, BodySize: 2 << 20, Gzip: true}, responded(400, notCables), 0},
+		{"HTML", fault{Body: "<html>sign in</html>"}, noJSON, 1},
+		{"HTML of an error", fault{Status: 403, Body: "<html>blocked</html>"}, responded(403, notCables), 0},
+		{"empty", fault{Status: 200, Body: " "}, noJSON, 0},
+		{"from a cache", with("Age", "3000", 0), cached, 1},
+		{"unreadable Age", with("Age", "-1", 0), invalid(200, "its Age header is not one whole number of seconds"), 1},
+		{"another coding", with("Content-Encoding", odd+x, 0), coding(`br, é\u202e` + x[:28]), 1},
+		{"another coding of an error", with("Content-Encoding", "br", 401), responded(401, "Unauthorized"), 0},
+		{"201", fault{Status: 201}, status(201, ""), 0},
+		{"202", with("Retry-After", "0", 202), status(202, ""), 0},
+		{"204", fault{Status: 204}, status(204, ""), 0},
 	}
 	for _, status := range []int{400, 401, 403, 404, 408, 425, 429, 500, 502, 503, 504} {
-		// A gateway that responds with 408 or a 5xx may have forwarded the call.
-		want := Error{
-			Kind:        Responded,
-			StatusCode:  status,
-			Detail:      http.StatusText(status),
-			MaybeIssued: status == 408 || status >= 500,
-			Attempts:    1,
-		}
-		fault := cabletest.Fault{Status: status, Header: now}
+		want := responded(status, http.StatusText(status))
+		want.MaybeIssued = status == 408 || status >= 500 // from a gateway, which may have forwarded the call
+		fault := with("Retry-After", "0", status)
 		if status == 429 {
 			fault.Header = nil
 		}
@@ -216,11 +168,7 @@ func TestFaults(t *testing.T) {
 			} {
 				srv := newServer(t, nil)
 				srv.SetFault(tt.fault)
-				cfg := Config{Timeout: time.Minute}
-				if tt.want.Kind == TimedOut {
-					cfg.Timeout = budget
-				}
-				c := newClient(t, srv, cfg)
+				c := newClient(t, srv, Config{Timeout: timeoutFor(tt.want)})
 				diffError(t, tt.want, mustFailInTime(t, c)) // an error that hangs does not wait for the budget
 				checkCounts(t, srv, tt.want.Attempts, tt.minted)
 				if tt.want.StatusCode != 429 {
@@ -228,13 +176,22 @@ func TestFaults(t *testing.T) {
 					mustMint(t, c)
 				}
 				if t.Failed() {
-					t.Logf("with %s", protocol)
-					return
+					t.Fatalf("with %s", protocol)
 				}
 			}
 		})
 	}
 }
+
+// timeoutFor returns a short budget if the call must run into its end, so that no other test depends on the clock.
+func timeoutFor(want Error) time.Duration {
+	if want.Kind == TimedOut {
+		return budget
+	}
+	return time.Minute
+}
+
+const noRedirects = ", and redirects are not followed: check token_url"
 
 // stalledBody is a body whose end does not arrive before the call's context ends.
 type stalledBody struct{ ctx context.Context }
@@ -272,150 +229,80 @@ func TestStalledBody(t *testing.T) {
 	}
 }
 
-// writeUntilGone writes text again and again, until the other side has closed the connection.
-func writeUntilGone(conn net.Conn, text string, pause time.Duration) {
-	for {
-		if _, err := io.WriteString(conn, text); err != nil {
-			return
-		}
-		time.Sleep(pause) // of the simulated server
-	}
-}
-
 // TestHostileServer pins that nothing that a server writes takes longer than the budget, is retried, panics, or becomes
 // part of an error.
 func TestHostileServer(t *testing.T) {
 	t.Parallel()
-	unreachable := func(detail string) Error {
-		return Error{Kind: Unreachable, Detail: detail, MaybeIssued: true, Attempts: 1}
-	}
-	timedOut := Error{Kind: TimedOut, Detail: budgetRanOut, MaybeIssued: true, Attempts: 1}
-	const longHead = "the head of its response is larger than 65536 bytes"
+	const (
+		ok, end   = "HTTP/1.1 200 OK\r\n", "\r\nContent-Length: 0\r\n\r\n"
+		chunked   = ok + "Transfer-Encoding: chunked\r\n"
+		body      = `{"token":"t","expiry":1}`
+		longHead  = "the head of its response is larger than 65536 bytes"
+		noHTTP1   = "it does not speak HTTP/1.1, and HTTP/2 is not supported"
+		settings  = "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80\x0d\x0a"
+		drip      = 10 * time.Millisecond
+		hangs     = time.Duration(-1)
+		switching = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+	)
+	tooLarge := invalid(200, "it is larger than 1048576 bytes")
+	unreachable := func(detail string) Error { return sent(Unreachable, detail) }
+	timedOut := sent(TimedOut, budgetRanOut)
+	odd, dripped := responded(999, notCables), responded(500, "")
+	odd.MaybeIssued, dripped.MaybeIssued = true, true
+	spaces, x := strings.Repeat(" ", 4096), strings.Repeat("x", 4096)
 	for _, tt := range []struct {
-		name    string
-		respond func(conn net.Conn, sent string)
-		want    Error
+		name  string
+		text  string        // SENT is the request in one line, and REQUEST as it is
+		rest  string        // again and again, until the client has closed the connection
+		pause time.Duration // between, or hangs
+		want  Error
 	}{
-		{"silence, then gone", func(net.Conn, string) {}, unreachable(connectionClosed)},
-		{"silence", func(c net.Conn, _ string) { hang(c) }, timedOut},
+		{"SETTINGS of HTTP/2 (RFC 9113, 6.5)", settings, "", hangs, unreachable(noHTTP1)},
+		{"silence, then gone", "", "", 0, unreachable(connectionClosed)},
+		{"silence", "", "", hangs, timedOut},
+		{"no HTTP", "SSH-2.0-OpenSSH_9.6\r\n\r\n", "", 0, unreachable(notHTTP)},
+		{"endless garbage", "", x, 0, unreachable(longHead)},
+		{"the request itself", "REQUEST", "", 0, unreachable(notHTTP)},
+		{"the request in the status line", "HTTP/1.1 400 SENT" + end, "", 0, responded(400, notCables)},
+		{"the request as a header's name", ok + "SENT\r\n\r\n", "", 0, unreachable(notHTTP)},
+		{"the request as a length", ok + "Content-Length: SENT\r\n\r\n", "", 0, unreachable(notHTTP)},
+		{"the request as a chunk's length", chunked + "\r\nSENT\r\n", "", 0, unreachable(notHTTP)},
+		{"status 999", "HTTP/1.1 999 Odd" + end, "", 0, odd},
+		{"status 0", "HTTP/1.1 000 Odd" + end, "", 0, invalid(0, "its status is 0 instead of 200")},
+		{"endless header", ok, "X-Y: " + x + "\r\n", 0, unreachable(longHead)},
+		{"dripping header", ok, "X: y\r\n", drip, timedOut},
+		{"storm of 1xx", "", "HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n", 0, unreachable(longHead)},
+		{"dripping 1xx", "", "HTTP/1.1 102 Processing\r\n\r\n", drip, timedOut},
 		{
-			"no HTTP",
-			func(c net.Conn, _ string) { _, _ = io.WriteString(c, "SSH-2.0-OpenSSH_9.6\r\n\r\n") },
-			unreachable(notHTTP),
+			"some 1xx before a refusal", strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 50) + "HTTP/1.1 401 No" + end,
+			"", 0, responded(401, notCables),
 		},
-		{
-			"endless garbage",
-			func(c net.Conn, _ string) { writeUntilGone(c, strings.Repeat("x", 4096), 0) },
-			unreachable(longHead),
-		},
-		{"the request itself", func(c net.Conn, sent string) { _, _ = io.WriteString(c, sent) }, unreachable(notHTTP)},
-		{"the request in the status line", func(c net.Conn, sent string) {
-			_, _ = fmt.Fprintf(c, "HTTP/1.1 400 %s\r\nContent-Length: 0\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
-		}, responded(400, notCables)},
-		{"the request as a header's name", func(c net.Conn, sent string) {
-			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n%s\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "))
-		}, unreachable(notHTTP)},
-		{"the request as a length", func(c net.Conn, sent string) {
-			_, _ = fmt.Fprintf(
-				c, "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n", strings.ReplaceAll(sent, "\r\n", " "),
-			)
-		}, unreachable(notHTTP)},
-		{"the request as a chunk's length", func(c net.Conn, sent string) {
-			_, _ = fmt.Fprintf(
-				c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n", strings.ReplaceAll(sent, "\r\n", " "),
-			)
-		}, unreachable(notHTTP)},
-		{"status 999", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n")
-		}, Error{Kind: Responded, StatusCode: 999, Detail: notCables, MaybeIssued: true, Attempts: 1}},
-		{"status 0", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 000 Odd\r\nContent-Length: 0\r\n\r\n")
-		}, Error{Kind: InvalidResponse, Detail: "its status is 0 instead of 200", MaybeIssued: true, Attempts: 1}},
-		{"endless header", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n")
-			writeUntilGone(c, "X-Y: "+strings.Repeat("z", 1000)+"\r\n", 0)
-		}, unreachable(longHead)},
-		{"dripping header", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n")
-			writeUntilGone(c, "X: y\r\n", 10*time.Millisecond)
-		}, timedOut},
-		{
-			"storm of 1xx",
-			func(c net.Conn, _ string) { writeUntilGone(c, "HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n", 0) },
-			unreachable(longHead),
-		},
-		{"dripping 1xx", func(c net.Conn, _ string) {
-			writeUntilGone(c, "HTTP/1.1 102 Processing\r\n\r\n", 10*time.Millisecond)
-		}, timedOut},
-		{"some 1xx before a refusal", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(
-				c, strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 50)+"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n",
-			)
-		}, responded(401, notCables)},
 		// The body of a 101 is the bare connection, so no context ends a read of it.
-		{"another protocol", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(
-				c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
-			)
-			hang(c)
-		}, Error{
-			Kind:        InvalidResponse,
-			StatusCode:  101,
-			Detail:      "its status is 101 instead of 200",
-			MaybeIssued: true,
-			Attempts:    1,
-		}},
-		{"endless chunks", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-			writeUntilGone(c, "1000\r\n"+strings.Repeat(" ", 4096)+"\r\n", 0)
-		}, Error{
-			Kind:        InvalidResponse,
-			StatusCode:  200,
-			Detail:      "it is larger than 1048576 bytes",
-			MaybeIssued: true,
-			Attempts:    1,
-		}},
-		{"endless without a length", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
-			writeUntilGone(c, strings.Repeat(" ", 4096), 0)
-		}, Error{
-			Kind:        InvalidResponse,
-			StatusCode:  200,
-			Detail:      "it is larger than 1048576 bytes",
-			MaybeIssued: true,
-			Attempts:    1,
-		}},
-		{"dripping body", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-			writeUntilGone(c, " ", 10*time.Millisecond)
-		}, timedOut},
-		{"dripping error", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 500 No\r\nContent-Length: 1000000\r\n\r\n")
-			writeUntilGone(c, " ", 10*time.Millisecond)
-		}, Error{Kind: Responded, StatusCode: 500, MaybeIssued: true, Attempts: 1}},
-		{"short body", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"+`{"token":"t","expiry":1}`)
-		}, unreachable(connectionClosed)},
-		{"two lengths", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(
-				c, "HTTP/1.1 200 OK\r\nContent-Length: 24\r\nContent-Length: 25\r\n\r\n"+`{"token":"t","expiry":1}`,
-			)
-		}, unreachable(notHTTP)},
-		{"storm of trailers", func(c net.Conn, _ string) {
-			_, _ = io.WriteString(
-				c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X\r\n\r\n1\r\n \r\n0\r\n",
-			)
-			writeUntilGone(c, "X: y\r\n", 0)
-		}, unreachable(notHTTP)},
+		{"another protocol", switching, "", hangs, invalid(101, "its status is 101 instead of 200")},
+		{"endless chunks", chunked + "\r\n", "1000\r\n" + spaces + "\r\n", 0, tooLarge},
+		{"endless without a length", ok + "\r\n", spaces, 0, tooLarge},
+		{"dripping body", ok + "Content-Length: 1000000\r\n\r\n", " ", drip, timedOut},
+		{"dripping error", "HTTP/1.1 500 No\r\nContent-Length: 1000000\r\n\r\n", " ", drip, dripped},
+		{"short body", ok + "Content-Length: 100\r\n\r\n" + body, "", 0, unreachable(connectionClosed)},
+		{"two lengths", ok + "Content-Length: 24\r\nContent-Length: 25\r\n\r\n" + body, "", 0, unreachable(notHTTP)},
+		{"storm of trailers", chunked + "Trailer: X\r\n\r\n1\r\n \r\n0\r\n", "X: y\r\n", 0, unreachable(notHTTP)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			url, connections := rawServer(t, func(conn net.Conn) { tt.respond(conn, readRequest(conn)) })
-			cfg := Config{TokenURL: url, Timeout: time.Minute} // the budget is not waited for without need
-			if tt.want.Kind == TimedOut {
-				cfg.Timeout = budget
-			}
-			diffError(t, tt.want, mustFailInTime(t, newClientAt(t, cfg)))
+			url, connections := rawServer(t, func(conn net.Conn) {
+				request := readRequest(conn)
+				text := strings.ReplaceAll(tt.text, "SENT", strings.ReplaceAll(request, "\r\n", " "))
+				_, err := io.WriteString(conn, strings.ReplaceAll(text, "REQUEST", request))
+				if tt.pause == hangs {
+					hang(conn)
+				}
+				for tt.rest != "" && err == nil {
+					_, err = io.WriteString(conn, tt.rest)
+					time.Sleep(tt.pause) // of the simulated server
+				}
+			})
+			c := newClientAt(t, Config{TokenURL: url, Timeout: timeoutFor(tt.want)})
+			diffError(t, tt.want, mustFailInTime(t, c))
 			if n := connections.Load(); n != 1 {
 				t.Errorf("%d connections, want 1", n)
 			}
@@ -440,18 +327,10 @@ func TestRedirect(t *testing.T) {
 				case "self":
 					to = srv.URL
 				}
-				srv.SetFault(
-					cabletest.Fault{
-						Status: status, Header: map[string]string{"Location": to, "Refresh": "0; url=" + other.URL},
-					},
-				)
+				header := map[string]string{"Location": to, "Refresh": "0; url=" + other.URL}
+				srv.SetFault(cabletest.Fault{Status: status, Header: header})
 				e := mustFail(t, t.Context(), newClient(t, srv, Config{}))
-				diffError(t, Error{
-					Kind: InvalidResponse, StatusCode: status, MaybeIssued: true, Attempts: 1,
-					Detail: fmt.Sprintf(
-						"its status is %d instead of 200, and redirects are not followed: check token_url", status,
-					),
-				}, e)
+				diffError(t, invalid(status, fmt.Sprintf("its status is %d instead of 200%s", status, noRedirects)), e)
 				checkCounts(t, srv, 1, 0)
 				if n := other.CallCount() + other.Connections(); n != 0 {
 					t.Errorf("the other host saw %d calls and connections", n)
@@ -486,16 +365,7 @@ func TestCallerLeaves(t *testing.T) {
 				close(gone)
 			})
 			c := newClientAt(t, Config{TokenURL: url, Timeout: time.Minute})
-			diffError(
-				t,
-				Error{
-					Kind:        Canceled,
-					Detail:      "the caller left after the request was sent",
-					MaybeIssued: true,
-					Attempts:    1,
-				},
-				mustFail(t, ctx, c),
-			)
+			diffError(t, sent(Canceled, "the caller left after the request was sent"), mustFail(t, ctx, c))
 			<-gone // the connection is not left open
 		})
 	}
@@ -505,16 +375,8 @@ func TestCallerLeaves(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), budget)
 		defer cancel()
 		c := newClientAt(t, Config{TokenURL: url, Timeout: time.Minute})
-		diffError(
-			t,
-			Error{
-				Kind:        TimedOut,
-				Detail:      "the caller's deadline passed after the request was sent, waiting for the response",
-				MaybeIssued: true,
-				Attempts:    1,
-			},
-			mustFail(t, ctx, c),
-		)
+		const detail = "the caller's deadline passed after the request was sent, waiting for the response"
+		diffError(t, sent(TimedOut, detail), mustFail(t, ctx, c))
 	})
 }
 
@@ -525,7 +387,11 @@ func TestStart(t *testing.T) {
 	cancel()
 	late, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
 	defer cancel()
-	const hour = time.Hour
+	const (
+		hour   = time.Hour
+		before = " before a request was sent, waiting for a turn or a connection"
+	)
+	ranOut := unsent(TimedOut, "the budget of 1h0m0s ran out"+before, 0)
 	for _, tt := range []struct {
 		name  string
 		ctx   context.Context
@@ -535,34 +401,10 @@ func TestStart(t *testing.T) {
 		{"not set", t.Context(), 0, Error{}},
 		{"in the future", t.Context(), -hour, Error{}},
 		{"in time", t.Context(), hour / 2, Error{}},
-		{
-			"ran out",
-			t.Context(),
-			hour,
-			Error{
-				Kind:   TimedOut,
-				Detail: "the budget of 1h0m0s ran out before a request was sent, waiting for a turn or a connection",
-			},
-		},
-		{
-			"ran out long ago",
-			t.Context(),
-			1000 * hour,
-			Error{
-				Kind:   TimedOut,
-				Detail: "the budget of 1h0m0s ran out before a request was sent, waiting for a turn or a connection",
-			},
-		},
-		{"caller has left", canceled, 0, Error{Kind: Canceled, Detail: "the caller left before a request was sent"}},
-		{
-			"caller's deadline has passed",
-			late,
-			0,
-			Error{
-				Kind:   TimedOut,
-				Detail: "the caller's deadline passed before a request was sent, waiting for a turn or a connection",
-			},
-		},
+		{"ran out", t.Context(), hour, ranOut},
+		{"ran out long ago", t.Context(), 1000 * hour, ranOut},
+		{"caller has left", canceled, 0, unsent(Canceled, "the caller left before a request was sent", 0)},
+		{"caller's deadline has passed", late, 0, unsent(TimedOut, "the caller's deadline passed"+before, 0)},
 	} {
 		sim, c := newMemory(t, Config{Timeout: hour})
 		tr := testRequest()
@@ -593,55 +435,8 @@ func TestStart(t *testing.T) {
 	tr := testRequest()
 	tr.Start = time.Now().Add(-hour + budget)
 	token, err := newClient(t, srv, Config{Timeout: hour}).RequestToken(t.Context(), tr)
-	diffError(
-		t,
-		Error{
-			Kind:        TimedOut,
-			Detail:      "the budget of 1h0m0s ran out after the request was sent, waiting for the response",
-			MaybeIssued: true,
-			Attempts:    1,
-		},
-		checkError(t, token, err),
-	)
-}
-
-// TestCallersAreIndependent pins that a caller that leaves does not end the calls of others on the same connection.
-func TestCallersAreIndependent(t *testing.T) {
-	t.Parallel()
-	arrived, release := make(chan struct{}, 20), make(chan struct{})
-	srv := cabletest.NewTLSServer(t, &cabletest.Options{Log: func(cabletest.Call) {
-		arrived <- struct{}{}
-		<-release
-	}})
-	c := newClient(t, srv, Config{})
-	ctx, leave := context.WithCancel(t.Context())
-	var left, stayed sync.WaitGroup
-	for range 10 {
-		left.Go(func() {
-			diffError(
-				t,
-				Error{
-					Kind:        Canceled,
-					Detail:      "the caller left after the request was sent",
-					MaybeIssued: true,
-					Attempts:    1,
-				},
-				mustFail(t, ctx, c),
-			)
-		})
-		stayed.Go(func() {
-			if _, err := c.RequestToken(t.Context(), testRequest()); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	for range 20 {
-		<-arrived
-	}
-	leave()
-	left.Wait()
-	close(release)
-	stayed.Wait()
+	const detail = "the budget of 1h0m0s ran out after the request was sent, waiting for the response"
+	diffError(t, sent(TimedOut, detail), checkError(t, token, err))
 }
 
 // TestObserve pins that each call is observed once.
@@ -695,6 +490,140 @@ func TestElapsed(t *testing.T) {
 	} {
 		if got := Elapsed(tt.from, tt.to); got != tt.want {
 			t.Errorf("from %s to %s: %s, want %s", tt.from, tt.to, got, tt.want)
+		}
+	}
+}
+
+// TestRequest pins the request, byte by byte where it matters, and that a second one is the same, because a client
+// keeps nothing of a response, no cookie and no other address.
+func TestRequest(t *testing.T) {
+	t.Parallel()
+	const key = "the-key-of-this-test"
+	for _, tt := range []struct {
+		name          string
+		cfg           Config
+		path          string // of token_url
+		uri           string // sent
+		authorization string
+	}{
+		{"raw", Config{}, "/v2/auth/token", "/v2/auth/token", key},
+		{"bearer", Config{Bearer: true}, "/v2/auth/token", "/v2/auth/token", "Bearer " + key},
+		{"user agent", Config{UserAgent: "engine/1.2"}, "/v2/auth/token", "/v2/auth/token", key},
+		{"no path", Config{}, "", "/", key},
+		{"escaped path", Config{}, "/a%2Fb//../c", "/a%2Fb//../c", key},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			type sent struct {
+				Method, URI, Host, Proto, Body string
+				Length                         int64
+				Header                         http.Header
+			}
+			requests := make(chan sent, 10)
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				body, _ := io.ReadAll(r.Body)
+				requests <- sent{r.Method, r.RequestURI, r.Host, r.Proto, string(body), r.ContentLength, r.Header}
+				w.Header().Set("Set-Cookie", "session=1; Path=/")
+				w.Header().Set("Alt-Svc", `h2="elsewhere.example:443"; ma=86400`)
+				w.Header().Set("Strict-Transport-Security", "max-age=9999")
+				fmt.Fprint(w, `{"token":"t","expiry":4102444800}`)
+			}))
+			t.Cleanup(srv.Close)
+			cfg := tt.cfg
+			cfg.RefreshKey, cfg.TokenURL = NewSecret(key), srv.URL+tt.path
+			c := newClientAt(t, cfg)
+			for range 2 {
+				if _, err := c.RequestToken(t.Context(), TokenRequest{
+					OrganizationID: `org_"<é`,
+					Scopes:         []string{"transactions:write", "person:read"},
+					Lifetime:       time.Hour + 999*time.Millisecond,
+				}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			body := `{"expiry_seconds":3600,"scopes":{"organization_id":"org_\"\u003cé",` +
+				`"scopes":["transactions:write","person:read"]}}`
+			want := sent{
+				Method: "POST", URI: tt.uri, Host: strings.TrimPrefix(srv.URL, "http://"), Proto: "HTTP/1.1",
+				Body: body, Length: int64(len(body)),
+				Header: http.Header{
+					"Authorization":   {tt.authorization},
+					"Content-Type":    {"application/json"},
+					"Accept":          {"application/json"},
+					"Accept-Encoding": {"identity"},
+					"Cache-Control":   {"no-store"},
+					"Content-Length":  {fmt.Sprint(len(body))},
+				},
+			}
+			if tt.cfg.UserAgent != "" {
+				want.Header["User-Agent"] = []string{tt.cfg.UserAgent}
+			}
+			if diff := cmp.Diff([]sent{want, want}, []sent{<-requests, <-requests}); diff != "" {
+				t.Errorf("requests (-want +got):\n%s", diff)
+			}
+			if len(requests) != 0 {
+				t.Errorf("%d more requests", len(requests))
+			}
+		})
+	}
+}
+
+// TestClose pins that a call under way when its client is closed ends as it would, and that its connection is closed
+// then.
+func TestClose(t *testing.T) {
+	t.Parallel()
+	arrived, closed := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	srv := cabletest.NewTLSServer(t, &cabletest.Options{Log: func(cabletest.Call) {
+		once.Do(func() {
+			close(arrived)
+			<-closed
+		})
+	}})
+	c := newClient(t, srv, Config{})
+	done := make(chan error)
+	go func() {
+		_, err := c.RequestToken(t.Context(), testRequest())
+		done <- err
+	}()
+	<-arrived
+	c.Close()
+	close(closed)
+	if err := <-done; err != nil {
+		t.Errorf("the call under way: %v", err)
+	}
+	mustMint(t, c)
+	mustMint(t, c) // a later call's connection is closed, too
+	if n := srv.Connections(); n != 3 {
+		t.Errorf("%d connections, want 3", n)
+	}
+}
+
+// TestNew pins which configurations are refused. See also TestParseTokenURL and TestCheckCACert.
+func TestNew(t *testing.T) {
+	t.Parallel()
+	key := NewSecret(testKey)
+	const (
+		noKey  = "the refresh key is missing"
+		scheme = "token_url must begin with https:// (http:// for a loopback host only): " + exampleURL
+		notPEM = "ca_cert is not PEM at block 1: write CERTIFICATE blocks only, without other text around them"
+	)
+	for _, tt := range []struct {
+		name string
+		cfg  Config
+		want string // the whole error; "" for none
+	}{
+		{"default", Config{RefreshKey: key}, ""},
+		{"no key", Config{}, noKey},
+		{"empty key", Config{RefreshKey: NewSecret("")}, noKey},
+		{"bad URL", Config{RefreshKey: key, TokenURL: "ftp://h/"}, scheme},
+		{"certificate", Config{RefreshKey: key, CACert: newAuthority(t).pem}, ""},
+		{"bad certificate", Config{RefreshKey: key, CACert: "hello"}, notPEM},
+	} {
+		c, err := New(tt.cfg)
+		if got := fmt.Sprint(err); err != nil && got != tt.want || err == nil && tt.want != "" ||
+			(c == nil) != (err != nil) {
+			t.Errorf("%s: got %v, %q; want %q", tt.name, c, got, tt.want)
 		}
 	}
 }

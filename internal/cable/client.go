@@ -1,9 +1,24 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
+// Package cable is a client of Cable's token API, POST /v2/auth/token, which issues short-lived access tokens to the
+// holder of a long-lived refresh key. It speaks HTTP/1.1 and JSON and knows nothing of Vault.
+//
+// Its promise is that a token request makes Cable issue one token at most, and that its error says so if that token may
+// exist without having been delivered; see [Error].MaybeIssued. Cable has no idempotency key and cannot revoke, so a
+// call is retried, at most twice, only if Cable cannot have processed it, because no byte of it was sent, or if Cable
+// responded 429 with a Retry-After that fits the budget. Only a 4xx other than 408 shows that no token was issued.
+//
+// A response is used only after it was read whole, within a bound, and decoded by the documented types. No error, no
+// formatted value and no JSON of a type of this package contains the refresh key or an access token. The caller
+// compares the grant with the request.
+//
+// NOTE: net/http writes the bytes that follow a complete response to Go's standard logger. They may contain a token or
+// an echo of the refresh key, so the program must discard that logger.
 package cable
 
 import (
+	"cmp"
 	"errors"
 	"net/http"
 	"net/url"
@@ -16,14 +31,10 @@ const (
 	// DefaultTokenURL is the current endpoint (v2.0 request-token reference).
 	DefaultTokenURL = "https://api.cable.tech/v2/auth/token"
 
-	// MinLifetime is the least expiry_seconds: 300 (request-token reference).
-	MinLifetime = 5 * time.Minute
+	MinLifetime = 5 * time.Minute // the least expiry_seconds, 300 (request-token reference)
+	MaxLifetime = 24 * time.Hour  // the greatest expiry_seconds, 86400 (request-token reference)
 
-	// MaxLifetime is the greatest expiry_seconds: 86400 (request-token reference).
-	MaxLifetime = 24 * time.Hour
-
-	// DefaultTimeout is the budget of one RequestToken, retries included.
-	DefaultTimeout = 20 * time.Second
+	DefaultTimeout = 20 * time.Second // the budget of one RequestToken, retries included
 )
 
 // Config configures a Client. RefreshKey is required; every other field has a default, which its zero value selects.
@@ -105,10 +116,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.RefreshKey.IsZero() {
 		return nil, errors.New("the refresh key is missing")
 	}
-	if cfg.TokenURL == "" {
-		cfg.TokenURL = DefaultTokenURL
-	}
-	u, err := ParseTokenURL(cfg.TokenURL)
+	u, err := ParseTokenURL(cmp.Or(cfg.TokenURL, DefaultTokenURL))
 	if err != nil {
 		return nil, err
 	}
@@ -116,9 +124,9 @@ func New(cfg Config) (*Client, error) {
 		url:       u,
 		auth:      cfg.RefreshKey,
 		userAgent: cfg.UserAgent,
-		timeout:   cfg.Timeout,
+		timeout:   cmp.Or(cfg.Timeout, DefaultTimeout),
 		redactor:  newRedactor(cfg.RefreshKey),
-		pause:     cfg.Pause,
+		pause:     cmp.Or(cfg.Pause, new(Pause)),
 		observe:   cfg.Observe,
 		turns:     make(chan struct{}, maxConns),
 		closed:    new(atomic.Bool),
@@ -126,23 +134,12 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Bearer {
 		c.auth = NewSecret("Bearer " + cfg.RefreshKey.Reveal())
 	}
-	if c.timeout == 0 {
-		c.timeout = DefaultTimeout
-	}
-	if c.pause == nil {
-		c.pause = new(Pause)
-	}
 	if c.observe == nil {
 		c.observe = func(Call) {}
 	}
-	head := len(c.auth.Reveal()) + len(c.userAgent) + len(cfg.TokenURL)
-	proxy, badProxy := environmentProxy(u)
-	if c.transport, err = newTransport(u, proxy, cfg.CACert, head); err != nil {
+	head := len(c.auth.Reveal()) + len(c.userAgent) + len(u.String())
+	if c.transport, c.proxied, err = newTransport(u, cfg.CACert, head); err != nil {
 		return nil, err
-	}
-	c.proxied = proxy != nil
-	if badProxy != nil { // which fails each call, not New, so that the configuration can be written
-		c.transport.Proxy = func(*http.Request) (*url.URL, error) { return nil, badProxy }
 	}
 	return c, nil
 }

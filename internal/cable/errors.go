@@ -4,6 +4,7 @@
 package cable
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -21,36 +22,29 @@ import (
 type Kind int
 
 const (
-	// Responded means that Cable responded with an error status, in StatusCode.
-	Responded Kind = iota + 1
-	// Paused means that no API call was made, because of an earlier 429.
-	Paused
-	// Unreachable means that there was no connection, or that it ended before the response was complete.
-	Unreachable
-	// InvalidResponse means that the response was refused, a 200 without a usable token, or a status that is neither
-	// 200 nor an error.
-	InvalidResponse
-	// TimedOut means that the budget ran out, or that the caller's deadline passed.
-	TimedOut
-	// Canceled means that the caller left.
-	Canceled
+	Responded       Kind = iota + 1 // Cable responded with an error status, in StatusCode
+	Paused                          // no API call was made, because of an earlier 429
+	Unreachable                     // there was no connection, or it ended before the response was complete
+	InvalidResponse                 // a 200 without a usable token, or a status that is neither 200 nor an error
+	TimedOut                        // the budget ran out, or the caller's deadline passed
+	Canceled                        // the caller left
 )
 
-// String returns a stable lower-case name, for a log field or a label.
-func (k Kind) String() string {
-	name, ok := map[Kind]string{
-		Responded: "responded", Paused: "paused", Unreachable: "unreachable", InvalidResponse: "invalid_response",
-		TimedOut: "timed_out", Canceled: "canceled",
-	}[k]
-	if !ok {
-		return "unknown"
-	}
-	return name
+// kinds has the name of each Kind, and the beginning of its errors' text.
+var kinds = map[Kind][2]string{
+	Responded:       {"responded", ""},
+	Paused:          {"paused", ""},
+	Unreachable:     {"unreachable", "Cable could not be reached: "},
+	InvalidResponse: {"invalid_response", "Cable's response was refused: "},
+	TimedOut:        {"timed_out", "Cable did not respond in time: "},
+	Canceled:        {"canceled", "canceled: "},
 }
 
-// Error says why a token request failed. Its text is safe to show, because it contains no secret and no raw body. Of
-// Cable's response it contains only the envelope's message and errors, and the name of a coding, bounded, escaped, and
-// with the refresh key redacted.
+// String returns a stable lower-case name, for a log field or a label.
+func (k Kind) String() string { return cmp.Or(kinds[k][0], "unknown") }
+
+// Error says why a token request failed. Its text is safe to show. Of Cable's response it contains only the envelope's
+// message and errors, and the name of a coding, bounded, escaped, and with the refresh key redacted.
 type Error struct {
 	Kind       Kind
 	StatusCode int           // of the response, or 0 if none arrived
@@ -75,14 +69,8 @@ func (e *Error) Error() string {
 	case Paused:
 		seconds := (e.RetryAfter + time.Second - 1) / time.Second
 		return fmt.Sprintf("paused after Cable's 429: no API call for another %ds", seconds)
-	case Unreachable:
-		return "Cable could not be reached: " + e.Detail
-	case InvalidResponse:
-		return "Cable's response was refused: " + e.Detail
-	case TimedOut:
-		return "Cable did not respond in time: " + e.Detail
 	default:
-		return "canceled: " + e.Detail
+		return kinds[e.Kind][1] + e.Detail
 	}
 }
 
@@ -92,94 +80,125 @@ func (e *Error) Is(target error) bool {
 		e.Kind == Canceled && target == context.Canceled
 }
 
-// describe says in words of this package why a call failed at a stage.
+// knownError is an error of this package inside net/http's. Its text is safe to show. A permanent one is a fault of the
+// configuration, which a retry would not change.
+type knownError struct {
+	text      string
+	permanent bool
+}
+
+// Error implements error.
+func (e *knownError) Error() string { return e.text }
+
+// isPermanent reports whether err is a permanent knownError.
+func isPermanent(err error) bool {
+	var known *knownError
+	return errors.As(err, &known) && known.permanent
+}
+
+// describe says in words of this package why a call failed that came as far as p, and whether because of a certificate.
 //
 // NOTE: the texts of net/http are not used, because they can contain a proxy's password or the first line of the
 // response.
-func describe(err error, stage string) string {
-	var op *net.OpError
-	isOp := errors.As(err, &op)
-	prefix := ""
-	if stage == atProxy || isOp && op.Op == "proxyconnect" {
-		prefix = "connecting through the environment's proxy: "
-	}
+func describe(err error, p progress) (text string, certificate bool) {
 	var (
-		dns     *net.DNSError
-		notTLS  tls.RecordHeaderError
-		refused refusedByProxy
-		name    badProxy
-		text    string
+		op     *net.OpError
+		dns    *net.DNSError
+		notTLS tls.RecordHeaderError
+		errno  syscall.Errno
+		known  *knownError
+		slow   interface{ Timeout() bool }
 	)
+	if errors.As(err, &known) {
+		return known.text, false
+	}
+	isOp, isErrno := errors.As(err, &op), errors.As(err, &errno)
+	if p.stage == atTLS {
+		text = describeCertificate(err, p.asked)
+		certificate = text != ""
+	}
 	switch {
-	case errors.As(err, &refused):
-		return refused.Error()
-	case errors.As(err, &name):
-		return name.Error()
+	case certificate:
 	case errors.As(err, &dns) && dns.IsNotFound:
 		text = fmt.Sprintf("looking up %s: no such host", displayHost(dns.Name))
 	case errors.As(err, &dns):
 		text = fmt.Sprintf("looking up %s: the name server did not respond", displayHost(dns.Name))
-	case stage != atResponse && isCertificateError(err):
-		text = describeCertificate(err)
 	case isAlert(err, 120), says(err, "unadvertised ALPN protocol"), says(err, `malformed HTTP response "\x00\x00`):
 		text = "it does not speak HTTP/1.1, and HTTP/2 is not supported"
 	case errors.As(err, &notTLS), says(err, "server gave HTTP response to HTTPS client"):
 		text = "it does not speak TLS"
 	case isOp && (op.Op == "remote error" || op.Op == "local error"): // how crypto/tls wraps its alerts
 		text = "the TLS handshake failed: "
-		if stage == atResponse {
+		if p.stage == atResponse {
 			text = "the TLS connection failed: "
 		}
 		text += strings.TrimPrefix(op.Err.Error(), "tls: ")
 	case says(err, "server response headers exceeded"):
 		text = fmt.Sprintf("the head of its response is larger than %d bytes", maxHeader)
-	case errors.Is(err, errNotLoopback):
-		text = errNotLoopback.Error()
-	case isAny(err, syscall.ECONNREFUSED, wsaECONNREFUSED):
-		text = "connection refused"
-	case isAny(err, syscall.ENETUNREACH, syscall.EHOSTUNREACH, wsaENETUNREACH, wsaEHOSTUNREACH):
-		text = "no route to the host"
-	case (isAny(err, wsaETIMEDOUT) || isTimeout(err)) && stage == atTLS:
-		text = "the TLS handshake timed out"
-	case isAny(err, wsaETIMEDOUT) || isTimeout(err):
-		text = "the connection timed out"
-	case isAny(err, syscall.ECONNRESET, syscall.ECONNABORTED, syscall.EPIPE, wsaECONNRESET, wsaECONNABORTED),
-		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, net.ErrClosed), says(err, errIdle):
-		text = "the connection was closed before the response was complete"
-		if stage == atTLS {
-			text = "the connection was closed in the TLS handshake"
-		}
-	case stage == atTLS:
+	case isErrno && networkErrors[errno] != "":
+		text = networkErrors[errno]
+	case errors.As(err, &slow) && slow.Timeout():
+		text = timedOut
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, net.ErrClosed),
+		says(err, "server closed idle connection"): // before a call was written to it
+		text = closed
+	case p.stage == atTLS:
 		text = "the TLS handshake failed"
 	case isOp && op.Op == "socks connect":
 		text = "it could not connect"
 	default:
 		text = "the connection broke off, or the response was not HTTP"
 	}
-	return prefix + text
+	if p.stage == atTLS && text == timedOut {
+		text = "the TLS handshake timed out"
+	} else if p.stage == atTLS && text == closed {
+		text = "the connection was closed in the TLS handshake"
+	}
+	if p.stage == atProxy || isOp && op.Op == "proxyconnect" {
+		text = "connecting through the environment's proxy: " + text
+	}
+	return text, certificate
 }
 
-// errIdle is the text of net/http's error for a connection that the server closed before a call was written to it.
-const errIdle = "server closed idle connection"
+const (
+	refused  = "connection refused"
+	noRoute  = "no route to the host"
+	timedOut = "the connection timed out"
+	closed   = "the connection was closed before the response was complete"
+)
 
-// describeCertificate says why there is no connection because of a certificate.
-func describeCertificate(err error) string {
+// networkErrors describes the errors of a network by their numbers. Those above 10000 are Winsock's, which Windows
+// returns in place of the constants of package syscall, and no other system uses.
+var networkErrors = map[syscall.Errno]string{
+	syscall.ECONNREFUSED: refused, 10061: refused,
+	syscall.ENETUNREACH: noRoute, 10051: noRoute, syscall.EHOSTUNREACH: noRoute, 10065: noRoute,
+	syscall.ETIMEDOUT: timedOut, 10060: timedOut,
+	syscall.ECONNRESET: closed, 10054: closed, syscall.ECONNABORTED: closed, 10053: closed, syscall.EPIPE: closed,
+}
+
+// describeCertificate says why a handshake failed because of a certificate, or the lack of one, which a retry would not
+// change. It returns "" for any other reason.
+func describeCertificate(err error, asked bool) string {
 	var (
+		verify    *tls.CertificateVerificationError
 		unknownCA x509.UnknownAuthorityError
 		invalid   x509.CertificateInvalidError
 		host      x509.HostnameError
-		verify    *tls.CertificateVerificationError
 		alert     *net.OpError
 	)
 	switch {
-	case isCertificateAlert(err) && errors.As(err, &alert):
+	case isCertificateAlert(err, asked) && errors.As(err, &alert):
 		return fmt.Sprintf("it refused the TLS handshake (%s): client certificates are not supported",
 			strings.TrimPrefix(alert.Err.Error(), "tls: "))
+	case says(err, "tls: failed to parse certificate from server"):
+		return "its certificate cannot be parsed"
+	case !errors.As(err, &verify):
+		return ""
 	case errors.As(err, &unknownCA):
 		return "its certificate is signed by an unknown authority: set ca_cert to the authority's certificate"
 	case errors.As(err, &invalid):
 		text := "its certificate"
-		if errors.As(err, &verify) && !verify.UnverifiedCertificates[0].Equal(invalid.Cert) {
+		if !verify.UnverifiedCertificates[0].Equal(invalid.Cert) {
 			text = "the certificate of an authority in its chain"
 		}
 		if invalid.Reason == x509.Expired {
@@ -190,38 +209,13 @@ func describeCertificate(err error) string {
 		return "its certificate has no subject alternative name for a host: a common name alone is not accepted"
 	case errors.As(err, &host):
 		return "its certificate is not valid for " + displayHost(host.Host)
-	case says(err, unparsed):
-		return "its certificate cannot be parsed"
 	default:
 		return "its certificate could not be verified"
 	}
 }
 
-// Winsock's error numbers. On Windows the network returns these, not the constants of package syscall, which are Go's
-// own there. No other system uses them.
-const (
-	wsaENETUNREACH  = syscall.Errno(10051)
-	wsaECONNABORTED = syscall.Errno(10053)
-	wsaECONNRESET   = syscall.Errno(10054)
-	wsaETIMEDOUT    = syscall.Errno(10060)
-	wsaECONNREFUSED = syscall.Errno(10061)
-	wsaEHOSTUNREACH = syscall.Errno(10065)
-)
-
-// isAny reports whether err is one of the system's error numbers.
-func isAny(err error, numbers ...syscall.Errno) bool {
-	var errno syscall.Errno
-	return errors.As(err, &errno) && slices.Contains(numbers, errno)
-}
-
-// says reports whether err contains the text of an error that net/http does not export.
+// says reports whether err contains the text of an error that net/http or crypto/tls does not export.
 func says(err error, text string) bool { return strings.Contains(err.Error(), text) }
-
-// isTimeout reports that dialling, the TLS handshake or the network timed out.
-func isTimeout(err error) bool {
-	var t interface{ Timeout() bool }
-	return errors.As(err, &t) && t.Timeout()
-}
 
 // isAlert reports whether err is one of these alerts of TLS, sent by the server.
 //
@@ -232,28 +226,9 @@ func isAlert(err error, alerts ...tls.AlertError) bool {
 		slices.ContainsFunc(alerts, func(a tls.AlertError) bool { return a.Error() == op.Err.Error() })
 }
 
-// errNoCertificate is joined to the error of a handshake that failed after the server requested a certificate.
-var errNoCertificate = errors.New("the server requested a client certificate")
-
 // isCertificateAlert reports that the server refused the certificate of the client, which has none (bad, unsupported,
 // revoked, expired or unknown certificate, unknown authority, certificate required; RFC 8446, 6). With TLS 1.2 some
-// servers send a mere handshake failure.
-func isCertificateAlert(err error) bool {
-	return isAlert(err, 42, 43, 44, 45, 46, 48, 116) || isAlert(err, 40) && errors.Is(err, errNoCertificate)
-}
-
-// unparsed begins the text of crypto/tls's error for a server's certificate that cannot be parsed.
-const unparsed = "tls: failed to parse certificate from server"
-
-// isCertificateError reports that a certificate was refused, or the lack of one, which a retry would not change. It is
-// true of errors of the handshake only.
-func isCertificateError(err error) bool {
-	var verify *tls.CertificateVerificationError
-	return errors.As(err, &verify) || says(err, unparsed) || isCertificateAlert(err)
-}
-
-// isPermanent reports a fault of the configuration, which a retry would not change.
-func isPermanent(e *Error, err error) bool {
-	var name badProxy
-	return e.Certificate || errors.Is(err, errNotLoopback) || errors.As(err, &name)
+// servers send a mere handshake failure after they asked for one.
+func isCertificateAlert(err error, asked bool) bool {
+	return isAlert(err, 42, 43, 44, 45, 46, 48, 116) || asked && isAlert(err, 40)
 }

@@ -21,34 +21,17 @@ import (
 // TestErrorText pins the text of each kind, and which context error it is.
 func TestErrorText(t *testing.T) {
 	t.Parallel()
+	const paused = "paused after Cable's 429: no API call for another 5s"
 	for _, tt := range []struct {
 		err               Error
 		kind, text        string
 		canceled, timeout bool
 	}{
-		{Error{Kind: Responded, StatusCode: 401}, "responded", "Cable responded 401", false, false},
-		{
-			Error{Kind: Responded, StatusCode: 401, Detail: "unauthorized"},
-			"responded",
-			"Cable responded 401: unauthorized",
-			false,
-			false,
-		},
-		{
-			Error{Kind: Paused, RetryAfter: 4001 * time.Millisecond},
-			"paused",
-			"paused after Cable's 429: no API call for another 5s",
-			false,
-			false,
-		},
+		{responded(401, ""), "responded", "Cable responded 401", false, false},
+		{responded(401, "unauthorized"), "responded", "Cable responded 401: unauthorized", false, false},
+		{Error{Kind: Paused, RetryAfter: 4001 * time.Millisecond}, "paused", paused, false, false},
 		{Error{Kind: Unreachable, Detail: "d"}, "unreachable", "Cable could not be reached: d", false, false},
-		{
-			Error{Kind: InvalidResponse, StatusCode: 200, Detail: "d"},
-			"invalid_response",
-			"Cable's response was refused: d",
-			false,
-			false,
-		},
+		{invalid(200, "d"), "invalid_response", "Cable's response was refused: d", false, false},
 		{Error{Kind: TimedOut, Detail: "d"}, "timed_out", "Cable did not respond in time: d", false, true},
 		{Error{Kind: Canceled, Detail: "d"}, "canceled", "canceled: d", true, false},
 	} {
@@ -74,44 +57,41 @@ func TestDescribe(t *testing.T) {
 	errno := func(op string, number syscall.Errno) error {
 		return &net.OpError{Op: op, Net: "tcp", Err: os.NewSyscallError("syscall", number)}
 	}
+	const hidden = "looking up a host of 24 characters: "
+	dial := func(number syscall.Errno) error { return errno("dial", number) }
+	otherHost := x509.HostnameError{Host: secretHost, Certificate: &x509.Certificate{DNSNames: []string{"a"}}}
 	for _, tt := range []struct {
-		err  error
 		want string
+		errs []error
 	}{
-		{errno("dial", syscall.ECONNREFUSED), "connection refused"},
-		{errno("dial", 10061), "connection refused"},
-		{errno("proxyconnect", 10061), "connecting through the environment's proxy: connection refused"},
-		{errno("dial", syscall.ENETUNREACH), "no route to the host"},
-		{errno("dial", 10051), "no route to the host"},
-		{errno("dial", syscall.EHOSTUNREACH), "no route to the host"},
-		{errno("dial", 10065), "no route to the host"},
-		{errno("dial", syscall.ETIMEDOUT), "the connection timed out"},
-		{errno("dial", 10060), "the connection timed out"},
-		{errno("read", syscall.ECONNRESET), connectionClosed},
-		{errno("read", 10054), connectionClosed},
-		{errno("read", syscall.ECONNABORTED), connectionClosed},
-		{errno("write", 10053), connectionClosed},
-		{errno("write", syscall.EPIPE), connectionClosed},
-		{errors.New("anything else"), notHTTP},
-		{&net.DNSError{Name: "api.example.com", IsNotFound: true}, "looking up api.example.com: no such host"},
-		{&net.DNSError{Name: secretHost, IsNotFound: true}, "looking up a host of 24 characters: no such host"},
+		{refused, []error{dial(syscall.ECONNREFUSED), dial(10061)}},
+		{"connecting through the environment's proxy: " + refused, []error{errno("proxyconnect", 10061)}},
+		{noRoute, []error{dial(syscall.ENETUNREACH), dial(10051), dial(syscall.EHOSTUNREACH), dial(10065)}},
+		{timedOut, []error{dial(syscall.ETIMEDOUT), dial(10060)}},
+		{closed, []error{
+			errno("read", syscall.ECONNRESET), errno("read", 10054), errno("read", syscall.ECONNABORTED),
+			errno("write", 10053), errno("write", syscall.EPIPE),
+		}},
+		{notHTTP, []error{errors.New("anything else")}},
+		{"looking up api.example.com: no such host", []error{&net.DNSError{Name: "api.example.com", IsNotFound: true}}},
+		{hidden + "no such host", []error{&net.DNSError{Name: secretHost, IsNotFound: true}}},
+		{hidden + "the name server did not respond", []error{&net.DNSError{Name: secretHost, IsTimeout: true}}},
 		{
-			&net.DNSError{Name: secretHost, IsTimeout: true},
-			"looking up a host of 24 characters: the name server did not respond",
-		},
-		{
-			verification(x509.HostnameError{Host: secretHost, Certificate: &x509.Certificate{DNSNames: []string{"a"}}}),
 			"its certificate is not valid for a host of 24 characters",
+			[]error{&tls.CertificateVerificationError{Err: otherHost}},
 		},
 	} {
-		if got := describe(fmt.Errorf("wrapped: %w", tt.err), atConnect); got != tt.want {
-			t.Errorf("%v: %q, want %q", tt.err, got, tt.want)
+		for _, err := range tt.errs {
+			p := progress{stage: atConnect}
+			if strings.Contains(tt.want, "certificate") {
+				p.stage = atTLS
+			}
+			if got, _ := describe(fmt.Errorf("wrapped: %w", err), p); got != tt.want {
+				t.Errorf("%v: %q, want %q", err, got, tt.want)
+			}
 		}
 	}
-	if text := describe(errors.New(secretHost), atResponse); strings.Contains(text, secretHost) {
+	if text, _ := describe(errors.New(secretHost), progress{stage: atResponse}); strings.Contains(text, secretHost) {
 		t.Errorf("%q repeats a text of net/http", text)
 	}
 }
-
-// verification wraps err as crypto/tls does.
-func verification(err error) error { return &tls.CertificateVerificationError{Err: err} }

@@ -28,21 +28,26 @@ type exchange struct {
 	content []byte
 	proxied bool
 
-	mu       sync.Mutex
+	mu sync.Mutex // guards the next fields
+	progress
 	body     *bytes.Reader
-	refusal  error  // of allow
-	panicked any    // by allow, on a goroutine of net/http's, where it would end the process
-	opened   bool   // body has the content
-	ended    bool   // body does not get the content any more
-	stage    string // how far the call has come
+	refusal  error // of allow
+	panicked any   // by allow, on a goroutine of net/http's, where it would end the process
+	opened   bool  // body has the content
+	ended    bool  // body does not get the content any more
 	conn     *countingConn
 	before   int64 // bytes that conn had written when the call began
-	fresh    bool  // conn was made for this call
-	answered bool  // conn returned a byte
-	asked    bool  // the server requested a client certificate
 }
 
-// Stages of a call.
+// progress is how far a call has come.
+type progress struct {
+	stage string
+	sent  bool // the request was sent, so that Cable may have processed it
+	early bool // the connection is new and has returned nothing, because only then can an error be the handshake's
+	asked bool // the server requested a client certificate
+}
+
+// Stages of a call, in the words of an error.
 const (
 	atTurn     = "waiting for a turn or a connection"
 	atLookup   = "looking up the host"
@@ -52,10 +57,10 @@ const (
 	atResponse = "waiting for the response"
 )
 
-var errPanicked = errors.New("allow panicked")
-
 func newExchange(allow func() error, content []byte, proxied bool) *exchange {
-	return &exchange{allow: allow, content: content, proxied: proxied, body: bytes.NewReader(nil), stage: atTurn}
+	x := &exchange{allow: allow, content: content, proxied: proxied, body: bytes.NewReader(nil)}
+	x.stage = atTurn
+	return x
 }
 
 // open opens the gate, if Allow does not refuse. net/http calls it between head and body.
@@ -65,7 +70,7 @@ func (x *exchange) open() {
 	if x.ended {
 		return
 	}
-	x.refusal = errPanicked
+	x.refusal = errors.New("it panicked")
 	defer func() {
 		x.panicked = recover()
 		if x.refusal == nil {
@@ -79,28 +84,18 @@ func (x *exchange) open() {
 // maxAlert exceeds the bytes of the alert with which crypto/tls ends a connection, and is less than any call has.
 const maxAlert = 128
 
-// end returns whether the call was sent, which does not change any more, and the error of Allow if it refused. A call
-// that failed was sent if more than an alert was, because net/http does not return an error before it has stopped
-// writing. A response may arrive before that.
-func (x *exchange) end(failed bool) (sent bool, refusal error) {
+// end returns how far the call has come, and the error of Allow if it refused. Whether the call was sent does not
+// change any more. A call that failed was sent if more than an alert was, because net/http does not return an error
+// before it has stopped writing. A response may arrive before that.
+func (x *exchange) end(failed bool) (progress, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.panicked != nil {
 		panic(x.panicked)
 	}
 	x.ended = true
-	return x.opened && (!failed || x.conn == nil || x.conn.written.Load()-x.before > maxAlert), x.refusal
-}
-
-// state returns how far the call has come, and err with the findings of the handshake. early says that the connection
-// is new and has returned nothing, because only then can err be one of the handshake.
-func (x *exchange) state(err error) (stage string, early bool, _ error) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.asked {
-		err = errors.Join(err, errNoCertificate)
-	}
-	return x.stage, x.fresh && !x.answered, err
+	x.sent = x.opened && (!failed || x.conn == nil || x.conn.written.Load()-x.before > maxAlert)
+	return x.progress, x.refusal
 }
 
 // reached records how far the call has come. Once the call has a connection, another one that is being made for it, and
@@ -108,26 +103,29 @@ func (x *exchange) state(err error) (stage string, early bool, _ error) {
 func (x *exchange) reached(stage string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.stage == atResponse {
-		return
-	}
 	if x.proxied && stage != atTLS {
 		stage = atProxy
 	}
-	x.stage = stage
+	if x.stage != atResponse {
+		x.stage = stage
+	}
 }
 
-// exchangeKey is the key of an exchange in the context of its call.
-type exchangeKey struct{}
-
-// noCertificate responds to a server that requests a client certificate.
-func noCertificate(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {
-	if x, ok := info.Context().Value(exchangeKey{}).(*exchange); ok {
-		x.mu.Lock()
-		defer x.mu.Unlock()
-		x.asked = true
+// connected records the connection of the call.
+func (x *exchange) connected(info httptrace.GotConnInfo) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.stage, x.early = atResponse, !info.Reused
+	if x.conn = innermost(info.Conn); x.conn != nil {
+		x.before = x.conn.written.Load()
 	}
-	return new(tls.Certificate), nil
+}
+
+// set sets one of the fields that x.mu guards.
+func (x *exchange) set(field *bool, to bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	*field = to
 }
 
 // trace returns ctx with the hooks of the call. All but WroteHeaders and GotConn serve the words of an error alone.
@@ -143,20 +141,20 @@ func (x *exchange) trace(ctx context.Context) context.Context {
 				x.reached(atProxy) // which may have been the other side of that handshake
 			}
 		},
-		GotConn: func(info httptrace.GotConnInfo) {
-			x.mu.Lock()
-			defer x.mu.Unlock()
-			x.stage, x.fresh = atResponse, !info.Reused
-			if x.conn = innermost(info.Conn); x.conn != nil {
-				x.before = x.conn.written.Load()
-			}
-		},
-		GotFirstResponseByte: func() {
-			x.mu.Lock()
-			defer x.mu.Unlock()
-			x.answered = true
-		},
+		GotConn:              x.connected,
+		GotFirstResponseByte: func() { x.set(&x.early, false) },
 	})
+}
+
+// exchangeKey is the key of an exchange in the context of its call.
+type exchangeKey struct{}
+
+// noCertificate responds to a server that requests a client certificate.
+func noCertificate(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	if x, ok := info.Context().Value(exchangeKey{}).(*exchange); ok {
+		x.set(&x.asked, true)
+	}
+	return new(tls.Certificate), nil
 }
 
 // countingConn is a connection that counts the bytes that were written to it, or may have been.

@@ -58,21 +58,20 @@ func TestAllow(t *testing.T) {
 	t.Parallel()
 	observed := 0
 	observe := func(Call) { observed++ }
-	for _, kept := range []bool{false, true} { // the connection of an earlier call, or a new one
-		for times := range 2 {
-			srv := cabletest.NewTLSServer(t, nil)
-			c := newClient(t, srv, Config{Observe: observe})
-			if kept {
-				mustMint(t, c)
-			}
-			srv.Reset()
-			observed = 0
-			checkWithdrawn(t, c, allowTimes(times))
-			if s := srv.Stats(); s.Calls > 0 || observed > 0 {
-				t.Errorf("allowed %d times: %+v, observed %d calls", times, s, observed)
-			}
+	for bits := range 4 {
+		kept, times := bits&2 > 0, bits&1 // the connection is an earlier call's, or a new one
+		srv := cabletest.NewTLSServer(t, nil)
+		c := newClient(t, srv, Config{Observe: observe})
+		if kept {
 			mustMint(t, c)
 		}
+		srv.Reset()
+		observed = 0
+		checkWithdrawn(t, c, allowTimes(times))
+		if s := srv.Stats(); s.Calls > 0 || observed > 0 {
+			t.Errorf("allowed %d times: %+v, observed %d calls", times, s, observed)
+		}
+		mustMint(t, c)
 	}
 	srv := cabletest.NewServer(t, nil)
 	c := newClient(t, srv, Config{})
@@ -192,13 +191,13 @@ func TestEnd(t *testing.T) {
 	for _, failed := range []bool{false, true} {
 		x := newExchange(func() error { return nil }, []byte("{}"), false)
 		x.conn = new(countingConn) // to which nothing was written yet
-		if sent, _ := x.end(failed); sent {
+		if p, _ := x.end(failed); p.sent {
 			t.Errorf("failed %t: sent before the gate opened", failed)
 		}
 		x.ended = false
 		x.open()
-		if sent, _ := x.end(failed); sent == failed {
-			t.Errorf("failed %t: sent %t", failed, sent)
+		if p, _ := x.end(failed); p.sent == failed {
+			t.Errorf("failed %t: sent %t", failed, p.sent)
 		}
 	}
 }
@@ -309,7 +308,7 @@ func (c noticedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// A cut is the point at which a server closes a connection.
+// cut is the point at which a server closes a connection.
 type cut struct {
 	kept     bool // in the connection's second exchange instead of its first
 	response bool // in the response, which means that the call was processed

@@ -252,7 +252,7 @@ func newMemoryClient(t testing.TB, sim *cabletest.Simulator, cfg Config) *Client
 	return c
 }
 
-// at429 is a 429.
+// rateLimit is a 429.
 func rateLimit(times int, retryAfter string) cabletest.Fault {
 	return cabletest.Fault{Status: 429, Times: times, Header: map[string]string{"Retry-After": retryAfter}}
 }

@@ -15,18 +15,12 @@ const (
 	// for a day.
 	maxPause = 5 * time.Minute
 
-	// defaultPause is the pause after a 429 that names no time. Cable publishes no limits, so it only has to be long
-	// enough to lower the rate of calls.
-	defaultPause = 5 * time.Second
-
-	// pauseSpread is the time after a pause over which waiting calls are spread. All at once, they would cause the next
-	// 429.
-	pauseSpread = 2 * time.Second
+	defaultPause = 5 * time.Second // after a 429 that names no time; Cable publishes no limits
+	pauseSpread  = 2 * time.Second // over which waiting calls are spread then; together they would cause the next 429
 )
 
-// Pause is the pause after a 429. Until it ends, every token request fails at once instead of calling Cable; for a
-// short time after it, calls start spread out. One Pause belongs to one refresh key at one URL; [Config].Pause passes
-// it from a [Client] to its successor. The zero value is no pause.
+// Pause is the pause after a 429. Until it ends, every token request fails at once; after it, calls start spread out.
+// One Pause belongs to one refresh key at one URL; [Config].Pause passes it on. The zero value is no pause.
 type Pause struct {
 	mu    sync.Mutex
 	until time.Time // monotonic

@@ -6,9 +6,11 @@ package cable
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"net/http"
 	"slices"
@@ -20,9 +22,12 @@ import (
 const (
 	maxBody      = 1 << 20  // bytes of a 200; a token and its scopes have a few KiB
 	maxErrorBody = 64 << 10 // bytes of an error
+	maxToken     = 16 << 10 // bytes of a token, because it has to fit a header, and Vault stores it with each lease
+	maxCoding    = 40       // bytes of a Content-Encoding that an error repeats
+	maxNumber    = 400      // bytes of a number whose value is computed
+	maxDigits    = 19       // bytes of a number that an error repeats, those of an int64
 
-	// errorBodyTimeout bounds the wait for the body of an error.
-	errorBodyTimeout = 500 * time.Millisecond
+	errorBodyTimeout = 500 * time.Millisecond // bounds the wait for the body of an error
 
 	// maxExpiry is the end of the year 9999, the last time that RFC 3339 can express. A later expiry is not in seconds;
 	// today's milliseconds are later.
@@ -31,11 +36,6 @@ const (
 	// ageSlack is by how much Age may exceed the duration of the call, because each cache on the way rounds it up (RFC
 	// 9111, 4.2.3).
 	ageSlack = 5 * time.Second
-
-	maxToken  = 16 << 10 // bytes of a token, because it has to fit a header, and Vault stores it with each lease
-	maxCoding = 40       // bytes of a Content-Encoding that an error repeats
-	maxNumber = 400      // bytes of a number whose value is computed
-	maxDigits = 19       // bytes of a number that an error repeats, those of an int64
 
 	// minToken is the length from which the rest of a response is searched for its token. A shorter one could match by
 	// chance, and is no secret.
@@ -51,56 +51,43 @@ type (
 		OrganizationID string   `json:"organization_id"`
 		Scopes         []string `json:"scopes"`
 	}
-	requestBody struct {
-		ExpirySeconds int64      `json:"expiry_seconds"`
-		Scopes        scopesBody `json:"scopes"`
-	}
-	fieldError struct {
-		Field   string `json:"field"`
-		Message string `json:"message"`
-	}
+	fieldError struct{ Field, Message string } // in the names of Go, because any case is read
 )
 
-// errShape is the error for a 200 that is not a JSON object.
-var errShape = errors.New("it is not a JSON object of the documented shape")
+// documented are the members of a response that count, by their paths.
+var documented = []string{
+	"token", "expiry", "organization_id", "organization_name", "scopes", "scopes.organization_id", "scopes.scopes",
+}
 
-// object has the documented members of a JSON object, by their paths.
-type object map[string]json.RawMessage
-
-// parse returns the members of raw, an object at path. A documented name counts as it is written, and once, because
-// another case or a second one would let two readers of a response read two tokens. Other members are not judged.
-func parse(raw []byte, path string, names ...string) (object, error) {
+// checkNames refuses a JSON object at path in which a documented name stands twice, or in another case, because two
+// readers of the response could read two tokens. Other members are not judged.
+func checkNames(raw []byte, path string) error {
 	d := json.NewDecoder(bytes.NewReader(raw))
-	if t, err := d.Token(); err != nil || t != json.Delim('{') || !json.Valid(raw) {
-		return nil, errShape
+	if t, _ := d.Token(); t != json.Delim('{') {
+		return nil // its type is refused elsewhere
 	}
-	o := object{}
+	seen := map[string]bool{}
 	for d.More() {
-		t, _ := d.Token() // raw is valid, so none of these fails
-		key, _ := t.(string)
+		key, err := d.Token()
 		var value json.RawMessage
-		_ = d.Decode(&value)
-		for _, name := range names {
-			if _, again := o[path+name]; again && key == name || key != name && strings.EqualFold(key, name) {
-				return nil, fmt.Errorf("its field %q stands twice, or in another case", path+name)
-			} else if key == name {
-				o[path+name] = value
+		if err = cmp.Or(err, d.Decode(&value)); err != nil {
+			return err
+		}
+		got := path + fmt.Sprint(key)
+		for _, name := range documented {
+			if strings.EqualFold(got, name) && (got != name || seen[name]) {
+				return fmt.Errorf("its field %q stands twice, or in another case", name)
+			}
+		}
+		seen[got] = true
+		if got == "scopes" {
+			if err := checkNames(value, "scopes."); err != nil {
+				return err
 			}
 		}
 	}
-	return o, nil
-}
-
-// read decodes a member, if it is there, into to.
-func (o object) read(name string, to any) error {
-	if raw, ok := o[name]; ok && json.Unmarshal(raw, to) != nil {
-		return fmt.Errorf("its field %q is not of the documented type", name)
-	}
 	return nil
 }
-
-// has reports whether a member is there and not null.
-func (o object) has(name string) bool { return o[name] != nil && string(o[name]) != "null" }
 
 // decode reads the body of a 200. Its errors contain nothing of the body but the message of an error envelope and the
 // digits of an expiry.
@@ -108,26 +95,26 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 	if len(raw) > maxBody {
 		return nil, fmt.Errorf("it is larger than %d bytes", maxBody)
 	}
-	raw = bytes.TrimPrefix(raw, byteOrderMark)
-	body, err := parse(raw, "", "token", "expiry", "organization_id", "organization_name", "scopes")
-	if err != nil {
+	raw = bytes.TrimSpace(bytes.TrimPrefix(raw, byteOrderMark))
+	if !json.Valid(raw) || raw[0] != '{' {
+		return nil, errors.New("it is not a JSON object of the documented shape")
+	}
+	if err := checkNames(raw, ""); err != nil {
 		return nil, err
 	}
-	var token, name string
-	t := new(Token)
-	err = cmp.Or(body.read("token", &token), body.read("organization_id", &t.OrganizationID),
-		body.read("organization_name", &name))
-	if err == nil && body.has("scopes") {
-		var scopes object
-		if scopes, err = parse(body["scopes"], "scopes.", "organization_id", "scopes"); errors.Is(err, errShape) {
-			err = body.read("scopes", new(scopesBody))
-		}
-		err = cmp.Or(err, scopes.read("scopes.organization_id", &t.ScopesOrganizationID),
-			scopes.read("scopes.scopes", &t.Scopes))
+	var body struct {
+		Token            string          `json:"token"`
+		Expiry           json.RawMessage `json:"expiry"`
+		OrganizationID   string          `json:"organization_id"`
+		OrganizationName string          `json:"organization_name"`
+		Scopes           scopesBody      `json:"scopes"`
 	}
-	if err != nil {
-		return nil, err
+	if err := json.Unmarshal(raw, &body); err != nil {
+		var wrong *json.UnmarshalTypeError // the only one that valid JSON can cause
+		_ = errors.As(err, &wrong)
+		return nil, fmt.Errorf("its field %q is not of the documented type", wrong.Field)
 	}
+	token, name := body.Token, body.OrganizationName
 	if token == "" {
 		if message, _ := c.envelope(raw); message != "" {
 			return nil, errors.New("it contains no token, but a message: " + message)
@@ -137,18 +124,24 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 	if len(token) > maxToken {
 		return nil, fmt.Errorf("its token has %d bytes: at most %d are accepted", len(token), maxToken)
 	}
-	for _, c := range []byte(token) {
-		if c <= ' ' || c >= 0x7f {
-			return nil, errors.New("its token contains characters that a header cannot carry")
-		}
+	if strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return nil, errors.New("its token contains characters that a header cannot carry")
 	}
-	if !body.has("expiry") {
+	if body.Expiry == nil || string(body.Expiry) == "null" {
 		return nil, errors.New("it contains no expiry")
 	}
-	if t.Expiry, err = c.parseExpiry(string(body["expiry"])); err != nil {
+	expiry, err := c.parseExpiry(string(body.Expiry))
+	if err != nil {
 		return nil, err
 	}
-	t.Value, t.OrganizationName = NewSecret(token), c.redactor.clean(name)
+	t := &Token{
+		Value:                NewSecret(token),
+		Expiry:               expiry,
+		OrganizationID:       body.OrganizationID,
+		OrganizationName:     c.redactor.clean(name),
+		ScopesOrganizationID: body.Scopes.OrganizationID,
+		Scopes:               body.Scopes.Scopes,
+	}
 	if err := c.checkEcho(t, name, tr); err != nil {
 		return nil, err
 	}
@@ -157,6 +150,9 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 
 // parseExpiry returns a JSON value as a Unix time. It is a number whose value is whole, however it is written.
 func (c *Client) parseExpiry(text string) (int64, error) {
+	if n, err := strconv.ParseInt(text, 10, 64); err == nil && n >= 1 && n <= maxExpiry {
+		return n, nil // how Cable writes it
+	}
 	rough, err := strconv.ParseFloat(text, 64)
 	if err != nil && !errors.Is(err, strconv.ErrRange) {
 		return 0, errors.New("its expiry is not a whole number of seconds")
@@ -202,6 +198,18 @@ func (c *Client) checkEcho(t *Token, organizationName string, tr TokenRequest) e
 // notCables is the description of an error response that is not in Cable's format.
 const notCables = "not in Cable's error format: a gateway, proxy or firewall may have responded"
 
+// readErrorBody reads the body of an error response as far as it arrives within errorBodyTimeout, because the status is
+// worth more than Cable's words, and returns whether it arrived whole. The call's context ends with cancel.
+func readErrorBody(resp *http.Response, cancel context.CancelFunc) (raw []byte, whole bool) {
+	if resp.StatusCode < 400 {
+		// NOTE: the body of a 101 is the bare connection, and a read of it would not end with the context.
+		return nil, false
+	}
+	defer time.AfterFunc(errorBodyTimeout, cancel).Stop()
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody+1))
+	return raw, err == nil
+}
+
 // errorDetail describes the body of an error response, made safe to show.
 func (c *Client) errorDetail(raw []byte) string {
 	message, cables := c.envelope(raw)
@@ -222,33 +230,26 @@ func (c *Client) envelope(raw []byte) (message string, cables bool) {
 	if len(raw) > maxErrorBody || json.Unmarshal(bytes.TrimPrefix(raw, byteOrderMark), &body) != nil {
 		return "", false
 	}
-	var text string
 	var fields []fieldError
-	_ = json.Unmarshal(body.Message, &text)
-	cables = text != "" && len(body.Code) > 0
-	if json.Unmarshal(body.Errors, &fields) != nil {
-		fields = nil
-	}
-	for i, e := range fields {
-		separator := "; "
-		if i == 0 {
-			separator = ": "
+	_ = json.Unmarshal(body.Message, &message)
+	cables = message != "" && len(body.Code) > 0
+	if json.Unmarshal(body.Errors, &fields) == nil && len(fields) > 0 {
+		var texts []string
+		for _, e := range fields {
+			texts = append(texts, strings.TrimPrefix(e.Field+": "+e.Message, ": "))
 		}
-		text += separator + strings.TrimPrefix(e.Field+": "+e.Message, ": ")
-		if len(text) > 4*maxText {
-			break // the rest would be cut off
-		}
+		message = strings.TrimPrefix(message+": "+strings.Join(texts, "; "), ": ")
 	}
-	return c.redactor.clean(strings.TrimPrefix(text, ": ")), cables
+	return c.redactor.clean(message), cables
 }
 
-// contentCoding returns the coding of a response, or "" for none.
-func contentCoding(header http.Header) string {
+// checkCoding refuses a body that is not as it was written.
+func checkCoding(r redactor, header http.Header) error {
 	coding := strings.Join(header.Values("Content-Encoding"), ", ")
-	if strings.EqualFold(coding, "identity") {
-		return ""
+	if coding == "" || strings.EqualFold(coding, "identity") {
+		return nil
 	}
-	return coding
+	return fmt.Errorf("its Content-Encoding is %s, but only identity was accepted", r.show(coding, maxCoding))
 }
 
 // cableClock returns Cable's clock when it sent the response to a call of the given duration: Date plus Age, or the
@@ -276,9 +277,6 @@ func cableClock(header http.Header, duration time.Duration) (time.Time, error) {
 
 // date reads the Date header, or returns the zero time.
 func date(header http.Header) time.Time {
-	t, err := http.ParseTime(header.Get("Date"))
-	if err != nil {
-		return time.Time{}
-	}
+	t, _ := http.ParseTime(header.Get("Date"))
 	return t
 }

@@ -31,70 +31,74 @@ func TestDecode(t *testing.T) {
 	notUnix := func(text string) string { return "its expiry" + text + " is not a Unix time in seconds" }
 	expiry := func(text string) string { return `{"token":"a","expiry":` + text + `}` }
 	c := newClientAt(t, Config{})
-	for body, want := range map[string]string{
-		expiry("1711929600"): "",
-		expiry("1"):          "",
-		``:                   shape,
-		`[]`:                 shape,
-		`{"token":"a","expiry":1}{"token":"b","expiry":1}`: shape,
-		strings.Repeat("[", 1<<20):                         shape,
-		`null`:                                             shape,
-		`{}`:                                               "it contains no token",
-		`{"token":null,"expiry":1711929600}`:               "it contains no token",
-		`{"token":"","expiry":1711929600}`:                 "it contains no token",
+	with := func(members string) string { return `{"token":"a","expiry":1,` + members + `}` }
+	token := func(text string) string { return `{"token":` + text + `,"expiry":1711929600}` }
+	const (
+		noToken  = "it contains no token"
+		noHeader = "its token contains characters that a header cannot carry"
+		jwt      = "eyJhbGciOiJIUzI1NiJ9.e30.signature"
+		inTwo    = "it contains its token in more than one field"
+		bom      = "\xef\xbb\xbf"
+	)
+	more := func(members string) string { return `{"token":"` + jwt + `","expiry":1,` + members + `}` }
+	zeros := strings.Repeat("0", 300)
+	for body, want := range flatten(map[string][]string{
+		"": {
+			expiry("1711929600"), expiry("1"), expiry("1.7e9"), expiry("1795822807.0"), expiry("17958228070e-1"),
+			expiry("1795822807." + zeros), expiry("253402300799"), bom + expiry("1"), " " + expiry("1") + "\n",
+			token(`"` + strings.Repeat("a", maxToken) + `"`),
+			with(`"more":1,"more":{"token":1,"token":2},"More":[]`),
+		},
+		shape: {
+			``, ` `, `[]`, `null`, `{"token":"a","expiry":1}{"token":"b","expiry":1}`, strings.Repeat("[", 1<<20),
+			bom + bom + expiry("1"),
+		},
+		noToken: {`{}`, token("null"), token(`""`)},
+		noToken + ", but a message: no: f: m; n": {
+			`{"message":"no","errors":[{"field":"f","message":"m"},{"message":"n"}]}`,
+		},
+		noHeader: {token(`"a\u001b[2Jb"`), token(`"a\r\nX-Evil: b"`)},
+		"its token has 16385 bytes: at most 16384 are accepted": {token(`"` + strings.Repeat("a", maxToken+1) + `"`)},
 
-		`{"message":"no","errors":[{"field":"f","message":"m"},{"message":"n"}]}`: "it contains no token, " +
-			"but a message: no: f: m; n",
+		wrongType("token"):           {token(`["a"]`)},
+		wrongType("organization_id"): {with(`"organization_id":7`)},
+		wrongType("scopes"):          {with(`"scopes":["a:b"]`), with(`"scopes":"a:b"`)},
+		wrongType("scopes.scopes"):   {with(`"scopes":{"scopes":[7]}`)},
 
-		`{"token":["a"],"expiry":1711929600}`:            wrongType("token"),
-		`{"token":"a","expiry":1,"scopes":["a:b"]}`:      wrongType("scopes"),
-		`{"token":"a","expiry":1,"organization_id":7}`:   wrongType("organization_id"),
-		`{"token":"a\u001b[2Jb","expiry":1711929600}`:    "its token contains characters that a header cannot carry",
-		`{"token":"a\r\nX-Evil: b","expiry":1711929600}`: "its token contains characters that a header cannot carry",
-		`{"token":"a"}`:                                  "it contains no expiry",
-		expiry("null"):                                   "it contains no expiry",
-		expiry(`"1711929600"`):                           whole,
-		expiry("1711929600.5"):                           whole,
-		expiry("1.7e9"):                                  "",
-		expiry("1795822807.0"):                           "",
-		expiry("17958228070e-1"):                         "",
-		expiry("17958228071e-1"):                         whole,
-		expiry("1795822807." + strings.Repeat("0", 300)): "",
-		expiry("1795822807." + strings.Repeat("0", 300) + "1"): whole,
-		expiry("1795822807." + strings.Repeat("0", 1<<19)):     notUnix(""),
-		expiry("1e999999999"):                                  notUnix(" 1e999999999"),
-		expiry("1e-999999999"):                                 notUnix(" 1e-999999999"),
-		expiry("0.5"):                                          notUnix(" 0.5"),
-		expiry("true"):                                         whole,
-		expiry("[1]"):                                          whole,
-		expiry("9223372036854775807"):                          notUnix(" 9223372036854775807"),
+		"it contains no expiry": {`{"token":"a"}`, expiry("null")},
+		whole: {
+			expiry(`"1711929600"`), expiry("1711929600.5"), expiry("17958228071e-1"), expiry("true"), expiry("[1]"),
+			expiry("1795822807." + zeros + "1"),
+		},
+		notUnix(""): {expiry("1795822807." + strings.Repeat("0", 1<<19)), expiry("92233720368547758080")},
 
-		expiry("92233720368547758080"):                                 notUnix(""),
-		"\xef\xbb\xbf" + expiry("1"):                                   "",
-		"\xef\xbb\xbf\xef\xbb\xbf" + expiry("1"):                       shape,
-		`{"token":"` + strings.Repeat("a", maxToken) + `","expiry":1}`: "",
-		`{"token":"` + strings.Repeat("a", maxToken+1) + `","expiry":1}`: "its token has 16385 bytes: " +
-			"at most 16384 are accepted",
-		`{"token":"a","expiry":1,"token":"a"}`:                                     twice("token"),
-		`{"token":"a","expiry":1,"tok\u0065n":"b"}`:                                twice("token"),
-		`{"token":"a","Token":"b","expiry":1}`:                                     twice("token"),
-		`{"TOKEN":"a","expiry":1}`:                                                 twice("token"),
-		`{"token":"a","expiry":1,"EXPIRY":2}`:                                      twice("expiry"),
-		`{"token":"a","expiry":1,"organization_id":null,"organization_id":"o"}`:    twice("organization_id"),
-		`{"token":"a","expiry":1,"organization_name":"a","ORGANIZATION_NAME":"b"}`: twice("organization_name"),
-		`{"token":"a","expiry":1,"scopes":null,"scopes":{}}`:                       twice("scopes"),
-		`{"token":"a","expiry":1,"\u017fcopes":{}}`:                                twice("scopes"),
-		`{"token":"a","expiry":1,"scopes":{"Organization_ID":""}}`:                 twice("scopes.organization_id"),
-		`{"token":"a","expiry":1,"scopes":{"scopes":[],"scopes":["a:b"]}}`:         twice("scopes.scopes"),
-		`{"token":"a","expiry":1,"scopes":{"scopes":[7]}}`:                         wrongType("scopes.scopes"),
-		`{"token":"a","expiry":1,"scopes":"a:b"}`:                                  wrongType("scopes"),
-		`{"token":"a","expiry":1,"more":1,"more":{"token":1,"token":2},"More":[]}`: "",
-		expiry("1711929600000"):                                                    notUnix(" 1711929600000"),
-		expiry("0"):                                                                notUnix(" 0"),
-		expiry("-1711929600"):                                                      notUnix(" -1711929600"),
-		expiry("253402300799"):                                                     "",
-		expiry("253402300800"):                                                     notUnix(" 253402300800"),
-	} {
+		notUnix(" 1e999999999"):         {expiry("1e999999999")},
+		notUnix(" 1e-999999999"):        {expiry("1e-999999999")},
+		notUnix(" 0.5"):                 {expiry("0.5")},
+		notUnix(" 9223372036854775807"): {expiry("9223372036854775807")},
+		notUnix(" 1711929600000"):       {expiry("1711929600000")},
+		notUnix(" 0"):                   {expiry("0")},
+		notUnix(" -1711929600"):         {expiry("-1711929600")},
+		notUnix(" 253402300800"):        {expiry("253402300800")},
+
+		twice("token"): {
+			with(`"token":"a"`), with(`"tok\u0065n":"b"`), with(`"Token":"b"`), `{"TOKEN":"a","expiry":1}`,
+			with(`"Token":1`),
+		},
+		twice("expiry"):                 {with(`"EXPIRY":2`)},
+		twice("organization_id"):        {with(`"organization_id":null,"organization_id":"o"`)},
+		twice("organization_name"):      {with(`"organization_name":"a","ORGANIZATION_NAME":"b"`)},
+		twice("scopes"):                 {with(`"scopes":null,"scopes":{}`), with(`"\u017fcopes":{}`)},
+		twice("scopes.organization_id"): {with(`"scopes":{"Organization_ID":""}`)},
+		twice("scopes.scopes"):          {with(`"scopes":{"scopes":[],"scopes":["a:b"]}`)},
+
+		// The grant is shown in errors and in the log, so that the token must not be part of it.
+		inTwo: {
+			more(`"organization_id":"` + jwt + `"`), more(`"organization_name":"it is ` + jwt + `."`),
+			more(`"scopes":{"scopes":["person:read","` + jwt + `"]}`), more(`"scopes":{"scopes":["x ` + jwt + ` x"]}`),
+			more(`"scopes":{"organization_id":"` + jwt + `","scopes":[]}`),
+		},
+	}) {
 		token, err := c.decode([]byte(body), testRequest())
 		if err == nil && want != "" || err != nil && err.Error() != want || (token == nil) != (err != nil) {
 			t.Errorf("%.100s: %v, %v; want %q", body, token, err, want)
@@ -112,50 +116,52 @@ func TestCableClock(t *testing.T) {
 		cached     = "its Age header exceeds the duration of the call: it comes from a cache"
 	)
 	at := time.Date(2024, 3, 31, 23, 0, 0, 0, time.UTC)
+	const none = time.Duration(-1) // no clock
 	for _, tt := range []struct {
 		date     string
 		age      []string
 		duration time.Duration // of the call
-		want     time.Time
+		want     time.Duration // after at, or none
 		err      string
 	}{
-		{date, nil, 0, at, ""},
-		{"Sunday, 31-Mar-24 23:00:00 GMT", nil, 0, at, ""},
-		{"Sun Mar 31 23:00:00 2024", nil, 0, at, ""},
-		{"", nil, 0, time.Time{}, ""},
-		{"yesterday", nil, 0, time.Time{}, ""},
-		{"1711929600", nil, 0, time.Time{}, ""},
-		{"Sun, 99 Mar 2024 23:00:00 GMT", nil, 0, time.Time{}, ""},
-		{"", []string{"5"}, 0, time.Time{}, ""},
-		{date, []string{"0"}, 0, at.Add(time.Second), ""},
-		{date, []string{"5"}, 0, at.Add(6 * time.Second), ""},
-		{date, []string{"6"}, 0, time.Time{}, cached},
-		{date, []string{"6"}, time.Second - 1, time.Time{}, cached},
-		{date, []string{"6"}, time.Second, at.Add(7 * time.Second), ""},
-		{date, []string{"3000"}, 20 * time.Second, time.Time{}, cached},
-		{"", []string{"3000"}, 20 * time.Second, time.Time{}, cached},
-		{date, []string{"2147483647"}, time.Minute, time.Time{}, cached},
-		{date, []string{"2147483648"}, time.Minute, time.Time{}, unreadable},
-		{date, []string{"99999999999999999999"}, 0, time.Time{}, unreadable},
-		{date, []string{""}, 0, time.Time{}, unreadable},
-		{date, []string{"-1"}, 0, time.Time{}, unreadable},
-		{date, []string{"+1"}, 0, time.Time{}, unreadable},
-		{date, []string{"1.5"}, 0, time.Time{}, unreadable},
-		{date, []string{"1s"}, 0, time.Time{}, unreadable},
-		{date, []string{"0x1"}, 0, time.Time{}, unreadable},
-		{date, []string{"1, 1"}, 0, time.Time{}, unreadable},
-		{date, []string{"1", "1"}, 0, time.Time{}, unreadable},
+		{date, nil, 0, 0, ""},
+		{"Sunday, 31-Mar-24 23:00:00 GMT", nil, 0, 0, ""},
+		{"Sun Mar 31 23:00:00 2024", nil, 0, 0, ""},
+		{"", nil, 0, none, ""},
+		{"yesterday", nil, 0, none, ""},
+		{"1711929600", nil, 0, none, ""},
+		{"Sun, 99 Mar 2024 23:00:00 GMT", nil, 0, none, ""},
+		{"", []string{"5"}, 0, none, ""},
+		{date, []string{"0"}, 0, time.Second, ""},
+		{date, []string{"5"}, 0, 6 * time.Second, ""},
+		{date, []string{"6"}, 0, none, cached},
+		{date, []string{"6"}, time.Second - 1, none, cached},
+		{date, []string{"6"}, time.Second, 7 * time.Second, ""},
+		{date, []string{"3000"}, 20 * time.Second, none, cached},
+		{"", []string{"3000"}, 20 * time.Second, none, cached},
+		{date, []string{"2147483647"}, time.Minute, none, cached},
+		{date, []string{"2147483648"}, time.Minute, none, unreadable},
+		{date, []string{"99999999999999999999"}, 0, none, unreadable},
+		{date, []string{""}, 0, none, unreadable},
+		{date, []string{"-1"}, 0, none, unreadable},
+		{date, []string{"+1"}, 0, none, unreadable},
+		{date, []string{"1.5"}, 0, none, unreadable},
+		{date, []string{"1s"}, 0, none, unreadable},
+		{date, []string{"0x1"}, 0, none, unreadable},
+		{date, []string{"1, 1"}, 0, none, unreadable},
+		{date, []string{"1", "1"}, 0, none, unreadable},
 	} {
+		var want time.Time
+		if tt.want != none {
+			want = at.Add(tt.want)
+		}
 		header := http.Header{"Date": {tt.date}}
 		if tt.age != nil {
 			header["Age"] = tt.age
 		}
 		got, err := cableClock(header, tt.duration)
-		if !got.Equal(tt.want) || err != nil && err.Error() != tt.err || err == nil && tt.err != "" {
-			t.Errorf(
-				"Date %q, Age %q, call of %s: %s, %v; want %s, %q", tt.date, tt.age, tt.duration, got, err, tt.want,
-				tt.err,
-			)
+		if !got.Equal(want) || err != nil && err.Error() != tt.err || err == nil && tt.err != "" {
+			t.Errorf("Date %q, Age %q, call of %s: %s, %v", tt.date, tt.age, tt.duration, got, err)
 		}
 	}
 }
@@ -220,17 +226,10 @@ func TestEchoInAResponse(t *testing.T) {
 // one issuer, and a key may contain the name of its organization.
 func TestLookalikes(t *testing.T) {
 	t.Parallel()
+	const issuer = `{"iss":"https://auth.cable.tech/","sub":"org_9f8b7c6d5e4a3b2c1d0e",`
+	a, b := strings.Repeat("A", 43), strings.Repeat("B", 43)
 	for name, tt := range map[string]struct{ key, token string }{
-		"JWTs": {
-			jwtLike(
-				`{"iss":"https://auth.cable.tech/","sub":"org_9f8b7c6d5e4a3b2c1d0e","typ":"refresh"}`,
-				"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
-			),
-			jwtLike(
-				`{"iss":"https://auth.cable.tech/","sub":"org_9f8b7c6d5e4a3b2c1d0e","exp":1711929600}`,
-				"BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBB",
-			),
-		},
+		"JWTs":                        {jwtLike(issuer+`"typ":"refresh"}`, a), jwtLike(issuer+`"exp":1711929600}`, b)},
 		"the organization in the key": {"cable_live_" + org + "_0123456789abcdef", "t"},
 		"a scope in the key":          {"transactions:write/0123456789abcdef", "t"},
 		"a short key":                 {"e", "eyJ0.eyJ1.e2"},
@@ -253,106 +252,52 @@ func TestLookalikes(t *testing.T) {
 	}
 }
 
-// TestOrganizationName pins that the organization's name, which the caller compares with nothing, is safe to show and
-// store, because it is bounded and printable.
-func TestOrganizationName(t *testing.T) {
-	t.Parallel()
-	c := newClientAt(t, Config{})
-	for name, want := range map[string]string{
-		"Cable Financial Services": "Cable Financial Services",
-		"Ünïcode & Söhne 日本 🏦":     "Ünïcode & Söhne 日本 🏦",
-		"":                         "",
-		"Société\u00a0Générale\u3000\u202f👨\u200d💻": "Société\u00a0Générale\u3000\u202f👨\u200d💻",
-		"می\u200cخواهم":                             "می\u200cخواهم",
-		"a\u2028b\u2029c\u2066d\ufeffe\u00adf":      `a\u2028b\u2029c\u2066d\ufeffe\u00adf`,
-		"\x1b[2Jgone\u202egnp.exe\r\n":              `\x1b[2Jgone\u202egnp.exe\r\n`,
-		strings.Repeat("é", 1000):                   strings.Repeat("é", maxText/2),
-	} {
-		raw, _ := json.Marshal(map[string]any{"token": "t", "expiry": 1, "organization_name": name})
-		if got, err := c.decode(raw, testRequest()); err != nil || got.OrganizationName != want {
-			t.Errorf("%.40q: %+v, %v; want %.40q", name, got, err, want)
-		}
-	}
-}
-
-// TestErrorBodies pins that an error contains only the message of an envelope of at most 64 KiB.
+// TestErrorBodies pins that an error contains only the message of an envelope of at most 64 KiB, even if the rest has
+// another type, and says so if it is not Cable's envelope, with a code and a message.
 func TestErrorBodies(t *testing.T) {
 	t.Parallel()
 	c := newClientAt(t, Config{})
-	for body, want := range map[string]string{
-		``:                                 "",
-		`<html>no</html>`:                  "",
-		`{}`:                               "",
-		`null`:                             "",
-		`"text"`:                           "",
-		`[{"message":"no"}]`:               "",
-		`{"message":7}`:                    "",
-		`{"message":"no"} trailing`:        "",
-		`{"message":"no"`:                  "",
-		`{"message":"no"}`:                 "no",
-		`{"message":"no","errors":null}`:   "no",
-		`{"message":"no","errors":[]}`:     "no",
-		`{"message":"no","errors":[{}]}`:   "no: ",
-		`{"errors":[{"message":"only"}]}`:  "only",
-		`{"errors":[{"field":"f"}]}`:       "f: ",
-		`{"message":"no","secret":"s3cr"}`: "no",
-		`{"message":"no","errors":[{"field":"f","message":"m"},{"message":"x"}]}`: "no: f: m; x",
-		`{"message":"a\u001b[31mb\nc\u0000d\u202ee\u2028f"}`:                      `a\x1b[31mb\nc\x00d\u202ee\u2028f`,
-		"{\"message\":\"\xff\"}":                                   "\ufffd",
-		`{"message":"` + strings.Repeat("é", 300) + `"}`:           strings.Repeat("é", 256),
-		`{"message":"x` + strings.Repeat("é", 300) + `"}`:          "x" + strings.Repeat("é", 255),
-		`{"message":"xx` + strings.Repeat("日", 300) + `"}`:         "xx" + strings.Repeat("日", 170),
-		`{"message":"` + strings.Repeat("x", maxErrorBody):         "",
-		`{"message":"` + strings.Repeat("x", maxErrorBody-14):      "",
-		`{"errors":[` + strings.Repeat(`{},`, 20_000) + `{}]}`:     strings.Repeat("; ", 256)[2:] + "; ",
-		`{"message":"` + strings.Repeat(`\u0001`, 1000) + `"}`:     strings.Repeat(`\x01`, 128),
-		strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3): "",
-	} {
-		if got, _ := c.envelope([]byte(body)); got != want {
-			t.Errorf("%.80q: %q, want %q", body, got, want)
+	long := strings.Repeat("é", 300)
+	for body, want := range flatten(map[string][]string{
+		"": {
+			``, `{"error":"no"}`, `<html>no</html>`, `{}`, `null`, `"text"`, `[{"message":"no"}]`,
+			`{"message":7}`, `{"message":"no"`, `{"message":"no"} trailing`,
+			strings.Repeat(`{"errors":[`, 3) + strings.Repeat(`]}`, 3),
+			`{"message":"` + strings.Repeat("x", maxErrorBody-12) + `"}`,
+		},
+		"no": {
+			`{"message":"no"}`, `{"message":"no","errors":null}`, `{"message":"no","errors":[]}`,
+			`{"message":"no","secret":"s3cr"}`,
+		},
+		"no: ": {`{"message":"no","errors":[{}]}`},
+		"only": {`{"errors":[{"message":"only"}]}`, `{"code":400,"message":7,"errors":[{"message":"only"}]}`},
+		"f: ":  {`{"errors":[{"field":"f"}]}`},
+
+		"no: f: m; x":             {`{"message":"no","errors":[{"field":"f","message":"m"},{"message":"x"}]}`},
+		"\ufffd":                  {"{\"message\":\"\xff\"}"},
+		strings.Repeat("é", 256):  {`{"message":"` + long + `"}`},
+		strings.Repeat("x", 512):  {`{"message":"` + strings.Repeat("x", maxErrorBody-14) + `"}`},
+		strings.Repeat("; ", 256): {`{"errors":[` + strings.Repeat(`{},`, 20_000) + `{}]}`},
+
+		`a\x1b[31mb\nc\x00d\u202ee\u2028f`: {`{"message":"a\u001b[31mb\nc\u0000d\u202ee\u2028f"}`},
+		"x" + strings.Repeat("é", 255):     {`{"message":"x` + long + `"}`},
+		"xx" + strings.Repeat("日", 170):    {`{"message":"xx` + strings.Repeat("日", 300) + `"}`},
+		strings.Repeat(`\x01`, 128):        {`{"message":"` + strings.Repeat(`\u0001`, 1000) + `"}`},
+	}) {
+		detail := want + " (" + notCables + ")"
+		if want == "" {
+			detail = notCables
+		}
+		if got := c.errorDetail([]byte(body)); got != detail { // none has a code
+			t.Errorf("%.80q: %q, want %q", body, got, detail)
 		}
 	}
-}
-
-// TestErrorDetail pins the words about an error response that is not Cable's envelope, and that a message is kept if
-// the rest has another type.
-func TestErrorDetail(t *testing.T) {
-	t.Parallel()
-	c := newClientAt(t, Config{})
-	for body, want := range map[string]string{
-		`{"code":400,"message":"no"}`:                              "no",
-		"\xef\xbb\xbf" + `{"code":400,"message":"no"}`:             "no",
-		`{"code":"400","message":"no","errors":{}}`:                "no",
-		`{"code":400,"message":"no","errors":["scopes: unknown"]}`: "no",
-		`{"code":400,"message":7,"errors":[{"message":"only"}]}`:   "only (" + notCables + ")",
-		`{"message":"Missing Authentication Token"}`:               "Missing Authentication Token (" + notCables + ")",
-		`{"error":"invalid_scope","error_description":"no"}`:       notCables,
-		`<html>blocked</html>`:                                     notCables,
-		``:                                                         notCables,
+	for _, body := range []string{
+		`{"code":400,"message":"no"}`, "\xef\xbb\xbf" + `{"code":400,"message":"no"}`,
+		`{"code":"400","message":"no","errors":{}}`, `{"code":400,"message":"no","errors":["scopes: unknown"]}`,
 	} {
-		if got := c.errorDetail([]byte(body)); got != want {
-			t.Errorf("%s: %q, want %q", body, got, want)
-		}
-	}
-}
-
-// TestTokenTwice pins that a response with its token in another field, too, is refused, because the grant is shown in
-// errors and in the log.
-func TestTokenTwice(t *testing.T) {
-	t.Parallel()
-	c := newClientAt(t, Config{})
-	const token = "eyJhbGciOiJIUzI1NiJ9.e30.signature"
-	for place, body := range map[string]string{
-		"organization":         `"organization_id":"TOKEN"`,
-		"name":                 `"organization_name":"it is TOKEN."`,
-		"scope":                `"scopes":{"scopes":["person:read","TOKEN"]}`,
-		"scope, with more":     `"scopes":{"scopes":["x TOKEN x"]}`,
-		"scopes' organization": `"scopes":{"organization_id":"TOKEN","scopes":[]}`,
-	} {
-		raw := `{"token":"` + token + `","expiry":1711929600,` + strings.ReplaceAll(body, "TOKEN", token) + `}`
-		got, err := c.decode([]byte(raw), testRequest())
-		if got != nil || err == nil || err.Error() != "it contains its token in more than one field" {
-			t.Errorf("%s: %v", place, err)
+		if got := c.errorDetail([]byte(body)); got != "no" {
+			t.Errorf("%s: %q, want Cable's message alone", body, got)
 		}
 	}
 }
@@ -379,14 +324,10 @@ var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 // of the body that responseErrors does not match.
 func FuzzResponse(f *testing.F) {
 	for _, s := range []string{
-		`{"token":"t","expiry":1711929600,"organization_id":"o","organization_name":"n",` +
-			`"scopes":{"organization_id":"o","scopes":["a:b"]}}`,
-		`{"token":"` + testKey + `","expiry":1711929600}`, `{"token":"t","expiry":"1711929600"}`,
-		`{"token":"t","expiry":1.5e9}`,
-		`{"token":"t","expiry":1711929600000}`, `{"token":"t","expiry":-1}`,
-		`{"code":401,"message":"m ` + testKey + `","errors":[{"field":"f","message":"x"}]}`,
-		`{"token":"a\nb","expiry":1711929600}`, `{"token":{},"expiry":[]}`, `[]`, `null`, ``,
-		`{"scopes":{"scopes":[1]}}`, `<html>`, `{"token":"\ud800","expiry":1}`,
+		`{"token":"t","expiry":1711929600,"organization_id":"o","scopes":{"organization_id":"o","scopes":["a:b"]}}`,
+		`{"token":"` + testKey + `","expiry":1711929600}`, `{"token":"t","expiry":1.5e9}`, `{"token":"t","expiry":-1}`,
+		`{"code":401,"message":"m ` + testKey + `","errors":[{"field":"f","message":"x"}]}`, `{"token":{},"expiry":[]}`,
+		`{"token":"a\nb","expiry":1711929600}`, `null`, ``, `<html>`, `{"token":"\ud800","expiry":1}`,
 	} {
 		f.Add([]byte(s))
 	}

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -46,18 +47,6 @@ func TestRetryOverNetwork(t *testing.T) {
 	}
 }
 
-// TestRefusedConnection pins that a connection that could not be made is retried, whether or not there was one before.
-func TestRefusedConnection(t *testing.T) {
-	t.Parallel()
-	srv := cabletest.NewServer(t, nil)
-	c := newClient(t, srv, Config{})
-	mustMint(t, c)
-	c.Close()
-	srv.Close()
-	diffError(t, Error{Kind: Unreachable, Detail: "connection refused", Attempts: 3}, mustFail(t, t.Context(), c))
-	checkCounts(t, srv, 1, 1)
-}
-
 // TestRetries pins which Retry-After of a 429 fits the budget, how often and after which time the call is then retried,
 // and that it can succeed.
 func TestRetries(t *testing.T) {
@@ -85,10 +74,9 @@ func TestRetries(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				sim, c := newMemory(t, Config{Timeout: tt.timeout})
 				sim.SetFault(rateLimit(0, tt.retryAfter))
-				diffError(
-					t, Error{Kind: Responded, StatusCode: 429, Detail: "Too Many Requests", Attempts: tt.attempts},
-					mustFail(t, t.Context(), c),
-				)
+				want := responded(429, "Too Many Requests")
+				want.Attempts = tt.attempts
+				diffError(t, want, mustFail(t, t.Context(), c))
 				calls := sim.Calls()
 				if len(calls) != tt.attempts {
 					t.Fatalf("%d calls, want %d", len(calls), tt.attempts)
@@ -118,6 +106,7 @@ func TestRetries(t *testing.T) {
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	const date = "Sun, 31 Mar 2024 23:00:00 GMT"
+	const later, far = "Sun, 31 Mar 2024 23:01:00 GMT", "Fri, 31 Dec 9999 23:59:59 GMT"
 	for _, tt := range []struct {
 		text, date string
 		want       time.Duration // negative if it cannot be read
@@ -136,14 +125,15 @@ func TestRetryAfter(t *testing.T) {
 		{"1.5", "", -1},
 		{"1, 2", "", -1},
 		{date, date, 0},
-		{"Sun, 31 Mar 2024 23:01:00 GMT", date, time.Minute},
+		{later, date, time.Minute},
 		{"Sunday, 31-Mar-24 23:01:00 GMT", date, time.Minute},
 		{"Thu, 28 Mar 2024 23:00:00 GMT", date, 0},
-		{"Fri, 31 Dec 9999 23:59:59 GMT", date, MaxLifetime},
-		{"Fri, 31 Dec 9999 23:59:59 GMT", "", MaxLifetime}, // by the local clock
-		{date, "", 0},
+		{far, date, MaxLifetime},
+		{far, "Mon, 01 Jan 0001 00:00:00 GMT", MaxLifetime}, // more than a Duration has
+		{far, "", MaxLifetime},
+		{date, "", 0}, // by the local clock
 	} {
-		got, ok := retryAfter(&http.Response{Header: http.Header{"Retry-After": {tt.text}, "Date": {tt.date}}})
+		got, ok := retryAfter(http.Header{"Retry-After": {tt.text}, "Date": {tt.date}})
 		if ok != (tt.want >= 0) || got != max(0, tt.want) {
 			t.Errorf("%q at %q: %s, %t; want %s", tt.text, tt.date, got, ok, tt.want)
 		}
@@ -174,73 +164,52 @@ func TestRetriesAreSpread(t *testing.T) {
 // lasts to its end, which would hide how Cable responded.
 func TestBudget(t *testing.T) {
 	t.Parallel()
-	for _, retryAfter := range []string{"0", "1"} {
-		t.Run(retryAfter, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				const budget = 2 * time.Second
-				for delay := time.Duration(0); delay < budget; delay += 9 * time.Millisecond {
-					sim, c := newMemory(t, Config{Timeout: budget})
-					sim.SetFault(
-						cabletest.Fault{
-							Status: 429, Delay: delay, Header: map[string]string{"Retry-After": retryAfter},
-						},
-					)
-					start := time.Now()
-					_, err := c.RequestToken(t.Context(), testRequest())
-					if took := time.Since(start); took > budget {
-						t.Errorf("delay %s: took %s", delay, took)
-					}
-					var e *Error
-					if !errors.As(err, &e) || e.Attempts != sim.CallCount() || e.Attempts < 1 || e.Attempts > 3 {
-						t.Fatalf("delay %s: %+v after %d calls", delay, err, sim.CallCount())
-					}
-					if e.Kind != Responded && (e.Kind != TimedOut || !e.MaybeIssued) {
-						t.Errorf("delay %s: %s: %s, want Cable's 429", delay, e.Kind, e)
-					}
-				}
-			})
-		})
-	}
+	synctest.Test(t, func(t *testing.T) {
+		const budget = 2 * time.Second
+		for delay := time.Duration(0); delay < 2*budget; delay += 9 * time.Millisecond {
+			sim, c := newMemory(t, Config{Timeout: budget})
+			f := rateLimit(0, fmt.Sprint(int(delay/budget)))
+			f.Delay = delay % budget
+			sim.SetFault(f)
+			start := time.Now()
+			e := mustFail(t, t.Context(), c)
+			if took := time.Since(start); took > budget || e.Attempts != sim.CallCount() || e.Attempts < 1 ||
+				e.Attempts > 3 || e.Kind != Responded && (e.Kind != TimedOut || !e.MaybeIssued) {
+				t.Errorf("%+v: %+v after %s and %d calls; want Cable's 429", f, e, took, sim.CallCount())
+			}
+		}
+	})
 }
 
 // TestCallerLeavesInAWait pins that neither the wait for a retry nor the spread after a pause lasts longer than the
 // caller.
 func TestCallerLeavesInAWait(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct {
-		name  string
-		pause time.Duration
-		want  string
-	}{
-		{"retry", 0, "the caller left after Cable responded 429"},
-		{"spread", time.Second, "the caller left before a request was sent"},
+	for pause, want := range map[time.Duration]string{
+		0:           "the caller left after Cable responded 429", // in the wait for a retry
+		time.Second: "the caller left before a request was sent", // in the spread
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				sim, c := newMemory(t, Config{Timeout: time.Hour})
-				sim.SetFault(rateLimit(0, "600"))
-				if tt.pause > 0 {
-					c.pause.begin(tt.pause)
-					time.Sleep(tt.pause)
-				}
-				ctx, cancel := context.WithCancel(t.Context())
-				defer cancel()
-				var wg sync.WaitGroup
-				wg.Go(func() {
-					if e := mustFail(t, ctx, c); e.Kind != Canceled || e.Detail != tt.want || e.MaybeIssued {
-						t.Errorf("got %+v, want canceled: %s", e, tt.want)
-					}
-				})
-				synctest.Wait()
-				start := time.Now()
-				cancel()
-				wg.Wait()
-				if took := time.Since(start); took != 0 {
-					t.Errorf("it continued for %s", took)
+		synctest.Test(t, func(t *testing.T) {
+			sim, c := newMemory(t, Config{Timeout: time.Hour})
+			sim.SetFault(rateLimit(0, "600"))
+			if pause > 0 {
+				c.pause.begin(pause)
+				time.Sleep(pause)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				if e := mustFail(t, ctx, c); e.Kind != Canceled || e.Detail != want || e.MaybeIssued {
+					t.Errorf("got %+v, want canceled: %s", e, want)
 				}
 			})
+			synctest.Wait()
+			start := time.Now()
+			cancel()
+			wg.Wait()
+			if took := time.Since(start); took != 0 {
+				t.Errorf("it continued for %s", took)
+			}
 		})
 	}
 }
@@ -326,25 +295,208 @@ type roundTripFunc func(*http.Request) (*http.Response, error)
 
 func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// FuzzRetryAfter pins that no header makes the wait negative, or longer than a day.
-func FuzzRetryAfter(f *testing.F) {
-	for _, s := range [][2]string{
-		{"1", ""},
-		{"-1", ""},
-		{"99999999999999999999", ""},
-		{"9223372036854775807", ""},
-		{"Fri, 31 Dec 9999 23:59:59 GMT", ""},
-		{"Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:36 GMT"},
-		{"Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 GMT"},
-		{"1.5", ""},
-		{"", "x"},
-	} {
-		f.Add(s[0], s[1])
+// checkSpread checks that calls are spread over the time within, so that each tenth of it has at most three times its
+// share.
+func checkSpread(t *testing.T, calls []cabletest.Call, from time.Time, within time.Duration) {
+	t.Helper()
+	parts := make([]int, 10)
+	for _, call := range calls {
+		after := call.Time.Sub(from)
+		if after < 0 || after >= within {
+			t.Errorf("a call after %s, want it within %s", after, within)
+			continue
+		}
+		parts[after*10/within]++
 	}
-	f.Fuzz(func(t *testing.T, after, date string) {
-		wait, ok := retryAfter(&http.Response{Header: http.Header{"Retry-After": {after}, "Date": {date}}})
-		if wait < 0 || wait > MaxLifetime || !ok && wait != 0 {
-			t.Errorf("%q at %q: %s %v", after, date, wait, ok)
+	t.Logf("%d calls in ten parts of %s: %v", len(calls), within, parts)
+	if most := slices.Max(parts); most > 3*len(calls)/10 {
+		t.Errorf("%d of %d calls are in one tenth of %s", most, len(calls), within)
+	}
+}
+
+// TestPause pins the pause after a 429. Token requests fail at once with the remaining time, without a call, and are
+// spread when it ends.
+func TestPause(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		sim, c := newMemory(t, Config{})
+		sim.SetFault(rateLimit(1, "90"))
+		start := time.Now()
+		if e := mustFail(t, t.Context(), c); e.Kind != Responded || e.RetryAfter != 90*time.Second || e.Attempts != 1 {
+			t.Errorf("got %+v, want 429 and 90s", e)
+		}
+		for _, err := range mintAll(t, c, 200) {
+			var e *Error
+			if !errors.As(err, &e) || e.Kind != Paused || e.RetryAfter != 90*time.Second || e.Attempts != 0 ||
+				e.MaybeIssued || e.StatusCode != 0 {
+				t.Errorf("in the pause: %+v", err)
+			}
+		}
+		if took := time.Since(start); took != 0 {
+			t.Errorf("failing took %s", took)
+		}
+		time.Sleep(90*time.Second - time.Millisecond)
+		e := mustFail(t, t.Context(), c)
+		if e.Kind != Paused || e.RetryAfter != time.Millisecond {
+			t.Errorf("just before the end: %+v", e)
+		}
+		if want := "paused after Cable's 429: no API call for another 1s"; e.Error() != want {
+			t.Errorf("got %q, want %q", e, want)
+		}
+		if n := sim.CallCount(); n != 1 {
+			t.Errorf("%d calls in the pause, want 1", n)
+		}
+		time.Sleep(time.Millisecond)
+		end := time.Now()
+		if err := errors.Join(mintAll(t, c, 200)...); err != nil {
+			t.Errorf("after the pause: %v", err)
+		}
+		checkSpread(t, sim.Calls()[1:], end, pauseSpread)
+		time.Sleep(pauseSpread)
+		before := time.Now()
+		if err := errors.Join(mintAll(t, c, 200)...); err != nil {
+			t.Errorf("later: %v", err)
+		}
+		if took := time.Since(before); took != 0 {
+			t.Errorf("later, requests still wait: %s", took)
+		}
+	})
+}
+
+// TestPauseLength pins how long a pause is. See also TestRetryAfter.
+func TestPauseLength(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		for retryAfter, want := range map[string]time.Duration{
+			"": defaultPause, "soon": defaultPause, "1": time.Second, "300": maxPause, "301": maxPause,
+			"9223372036854775807": maxPause,
+		} {
+			sim, c := newMemory(t, Config{Timeout: 500 * time.Millisecond})
+			sim.SetFault(rateLimit(1, retryAfter))
+			if e := mustFail(t, t.Context(), c); e.StatusCode != 429 || e.RetryAfter != want {
+				t.Errorf("%q: status %d, retry after %s, want %s", retryAfter, e.StatusCode, e.RetryAfter, want)
+			}
+			time.Sleep(want - 1)
+			if e := mustFail(t, t.Context(), c); e.Kind != Paused || e.RetryAfter != 1 {
+				t.Errorf("%q: just before the end: %+v", retryAfter, e)
+			}
+			time.Sleep(time.Nanosecond)
+			mustMint(t, c)
+		}
+	})
+}
+
+// TestPauseNeverShrinks pins that a pause is extended by a later 429, but never shortened, because calls that were
+// under way when it began may return either.
+func TestPauseNeverShrinks(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		sim, c := newMemory(t, Config{Timeout: 30 * time.Second})
+		for i, retryAfter := range []string{"60", "40", "soon", "90"} {
+			f := rateLimit(1, retryAfter)
+			f.Delay = time.Duration(i+1) * time.Second // all are under way when the first response arrives
+			sim.AddFault(f)
+		}
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() { mustFail(t, t.Context(), c) })
+			synctest.Wait() // the faults are taken in this order
+		}
+		for i, want := range []time.Duration{60 * time.Second, 59 * time.Second, 58 * time.Second, 90 * time.Second} {
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if got := c.Pause().Remaining(); got != want {
+				t.Errorf("after response %d: %s left, want %s", i+1, got, want)
+			}
+		}
+		wg.Wait()
+	})
+}
+
+// TestPauseIsPassedOn pins that a new client starts without a pause, or shares the one that it is given.
+func TestPauseIsPassedOn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		sim, first := newMemory(t, Config{})
+		sim.SetFault(rateLimit(1, "60"))
+		mustFail(t, t.Context(), first)
+		free := newMemoryClient(t, sim, Config{})
+		if free.Pause().Remaining() != 0 {
+			t.Error("a new client starts with a pause")
+		}
+		if _, err := free.RequestToken(t.Context(), testRequest()); err != nil {
+			t.Errorf("a new client: %v", err)
+		}
+		next := newMemoryClient(t, sim, Config{Pause: first.Pause()})
+		if e := mustFail(t, t.Context(), next); e.Kind != Paused || e.RetryAfter != time.Minute {
+			t.Errorf("the next client: %+v", e)
+		}
+		if n := sim.CallCount(); n != 2 {
+			t.Errorf("%d calls, want 2", n)
+		}
+		time.Sleep(time.Minute + pauseSpread)
+		sim.SetFault(rateLimit(1, "30"))
+		mustFail(t, t.Context(), next)
+		if e := mustFail(t, t.Context(), first); e.Kind != Paused || e.RetryAfter != 30*time.Second {
+			t.Errorf("the first client: %+v", e)
+		}
+	})
+}
+
+// TestPauseStopsWaiters pins that a 429 stops the token requests that wait, be it for a retry, for their share of the
+// spread after a pause, and for a call to end.
+func TestPauseStopsWaiters(t *testing.T) {
+	t.Parallel()
+	for name, wait := range map[string]func(sim *cabletest.Simulator, c *Client){
+		"for a retry": func(sim *cabletest.Simulator, _ *Client) { sim.SetFault(rateLimit(1, "5")) },
+		"for the spread": func(_ *cabletest.Simulator, c *Client) {
+			c.pause.begin(time.Second)
+			time.Sleep(time.Second)
+		},
+		"for a call to end": func(_ *cabletest.Simulator, c *Client) {
+			for range maxConns {
+				c.turns <- struct{}{}
+			}
+			time.AfterFunc(time.Second, func() { <-c.turns })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				sim, c := newMemory(t, Config{})
+				wait(sim, c)
+				attempts := 0
+				if name == "for a retry" {
+					attempts = 1
+				}
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					diffError(t, Error{Kind: Paused, Attempts: attempts}, mustFail(t, t.Context(), c))
+				})
+				synctest.Wait()
+				c.pause.begin(time.Minute) // as another call would
+				wg.Wait()
+				if n := sim.CallCount(); n != attempts || len(c.turns) == maxConns {
+					t.Errorf("%d calls, want %d; %d turns", n, attempts, len(c.turns))
+				}
+			})
+		})
+	}
+}
+
+// TestSpreadKeepsToTheBudget pins that the wait after a pause takes at most half of the budget.
+func TestSpreadKeepsToTheBudget(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		for range 100 {
+			sim, c := newMemory(t, Config{Timeout: time.Second})
+			c.pause.begin(time.Second)
+			time.Sleep(time.Second)
+			start := time.Now()
+			mustMint(t, c)
+			if waited := sim.Calls()[0].Time.Sub(start); waited > 500*time.Millisecond {
+				t.Errorf("waited %s of a second", waited)
+			}
 		}
 	})
 }

@@ -12,26 +12,18 @@ import (
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"html"
 	"log/slog"
+	"net/url"
 	"reflect"
-	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
+
+	"pgregory.net/rapid"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
-
-// printed returns a token, the configuration of the client that got it, and another client of the same, because fmt
-// reads all of it, and would race with the connections of one in use.
-func printed(t *testing.T) (Config, *Client, *Token) {
-	t.Helper()
-	srv := cabletest.NewServer(t, nil)
-	cfg := Config{
-		RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, Bearer: false, UserAgent: "test", Pause: new(Pause),
-	}
-	token := mustMint(t, newClientAt(t, cfg))
-	return cfg, newClientAt(t, cfg), token
-}
 
 // shown contains the parts of a secret as formatting verbs print them.
 //
@@ -45,16 +37,11 @@ func newShown(secret string) shown {
 		if i%4 != 0 {
 			continue // a map of all windows contains these, too
 		}
-		var decimal, listed []string
-		for _, c := range []byte(piece) {
-			decimal = append(decimal, fmt.Sprint(c))
-			listed = append(listed, fmt.Sprintf("0x%x", c))
-		}
-		s.texts = append(
-			s.texts, piece, strings.Join(decimal, " "), strings.Join(listed, ", "),
-			base64.StdEncoding.EncodeToString([]byte(piece[:9])),
-		)
-		s.hexes = append(s.hexes, hex.EncodeToString([]byte(piece)))
+		raw := []byte(piece)
+		decimal := strings.Trim(fmt.Sprint(raw), "[]")
+		listed := strings.TrimSuffix(strings.TrimPrefix(fmt.Sprintf("%#v", raw), "[]byte{"), "}")
+		s.texts = append(s.texts, piece, decimal, listed, base64.StdEncoding.EncodeToString(raw[:9]))
+		s.hexes = append(s.hexes, hex.EncodeToString(raw))
 	}
 	return s
 }
@@ -63,12 +50,12 @@ var unhex = strings.NewReplacer(" ", "", "0x", "", "0X", "", ",", "")
 
 // in returns a form of the secret that text contains, or "".
 func (s shown) in(text string) string {
-	hexed := strings.ToLower(unhex.Replace(text))
 	for _, form := range s.texts {
 		if strings.Contains(text, form) {
 			return form
 		}
 	}
+	hexed := strings.ToLower(unhex.Replace(text))
 	for _, form := range s.hexes {
 		if strings.Contains(hexed, form) {
 			return form
@@ -83,20 +70,12 @@ func TestShown(t *testing.T) {
 	secret := cabletest.NewRefreshKey()
 	find := newShown(secret)
 	for _, format := range []string{"%v", "%s", "%q", "%x", "%X", "% x", "%#x", "% #X", "%d", "%#v"} {
-		for _, v := range []any{
-			secret, []byte(secret), struct{ s string }{secret}, &struct{ s []byte }{[]byte(secret)},
-		} {
+		for _, v := range []any{[]byte(secret), &struct{ s []byte }{[]byte(secret)}, struct{ s string }{secret}} {
 			text := fmt.Sprintf(format, v)
-			if s, isText := v.(string); isText && format == "%d" {
-				text = fmt.Sprintf("%d", []byte(s))
-			}
-			if find.in(text) == "" && !strings.Contains(text, "%!d") {
+			if find.in(text) == "" && !strings.Contains(text, "%!d") || find.in("[redacted]") != "" {
 				t.Errorf("%s of a %T is not found: %s", format, v, text)
 			}
 		}
-	}
-	if got := find.in("[redacted]"); got != "" {
-		t.Errorf("found %q in nothing", got)
 	}
 }
 
@@ -104,11 +83,15 @@ func TestShown(t *testing.T) {
 // refresh key or the access token.
 func TestPrintingShowsNoSecret(t *testing.T) {
 	t.Parallel()
-	cfg, c, token := printed(t)
+	srv := cabletest.NewServer(t, nil)
+	cfg := Config{RefreshKey: NewSecret(srv.RefreshKey()), TokenURL: srv.URL, UserAgent: "test", Pause: new(Pause)}
+	token := mustMint(t, newClientAt(t, cfg))
+	c := newClientAt(t, cfg) // another one, because fmt reads all of it, and would race with connections in use
 	bearer := cfg
 	bearer.Bearer = true
 	asBearer := newClientAt(t, bearer)
 	failure := &Error{Kind: Responded, StatusCode: 401, Detail: "no", Attempts: 1}
+	type deep struct{ deep struct{ deeper Client } }
 	type hidden struct {
 		s  Secret
 		sp *Secret
@@ -123,48 +106,33 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 		l  []Secret
 		m  map[string]Token
 		i  any
-		d  struct{ deep struct{ deeper Client } }
+		d  deep
 	}
 	h := hidden{
-		cfg.RefreshKey,
-		&token.Value,
-		cfg,
-		&cfg,
-		*c,
-		c,
-		*token,
-		token,
-		testRequest(),
-		failure,
+		cfg.RefreshKey, &token.Value, cfg, &cfg, *c, c, *token, token, testRequest(), failure,
 		[]Secret{cfg.RefreshKey, token.Value},
 		map[string]Token{"a": *token},
 		*asBearer,
-		struct{ deep struct{ deeper Client } }{struct{ deeper Client }{*c}},
+		deep{struct{ deeper Client }{*c}},
 	}
 	values := []any{
 		cfg.RefreshKey, &cfg.RefreshKey, token.Value, cfg, &cfg, *c, c, *asBearer, asBearer, *token, token,
-		testRequest(), *failure, failure, c.Pause(),
-		c.redactor, &c.redactor,
-		h, &h,
+		testRequest(), *failure, failure, c.Pause(), c.redactor, &c.redactor, h, &h,
 		[]any{h},
 		[]Client{*c},
 		[]*Client{c},
 		[1]Token{*token},
 		map[string]any{"h": h, "c": *c},
 		map[Secret]int{token.Value: 1},
-		fmt.Errorf("wrapped: %w", failure),
-		errors.Join(failure, fmt.Errorf("%v %v", c, token)),
-		reflect.ValueOf(h),
-		reflect.ValueOf(c),
+		fmt.Errorf("wrapped: %w", failure), errors.Join(failure, fmt.Errorf("%v %v", c, token)),
+		reflect.ValueOf(h), reflect.ValueOf(c),
 	}
 	verbs := "vsqxXdtTpcUobeEfFgGw"
 	flags := []string{"", "+", "#", " ", "0", "-", "+#", "# ", "10", ".3", "10.20", "-0+# 5"}
-	count := 0
 	secrets := map[string]shown{
 		"refresh key": newShown(cfg.RefreshKey.Reveal()), "access token": newShown(token.Value.Reveal()),
 	}
 	check := func(how string, v any, text string) {
-		count++
 		for name, secret := range secrets {
 			if piece := secret.in(text); piece != "" {
 				t.Errorf("%s of %T shows a part of the %s, %q", how, v, name, piece)
@@ -180,94 +148,203 @@ func TestPrintingShowsNoSecret(t *testing.T) {
 		}
 		check("Sprint", v, fmt.Sprint(v, v))
 		check("Sprintln", v, fmt.Sprintln(v))
-		for name, encode := range map[string]func() ([]byte, error){
-			"JSON": func() ([]byte, error) { return json.Marshal(v) },
-			"XML":  func() ([]byte, error) { return xml.Marshal(v) },
-			"gob": func() ([]byte, error) {
-				var b bytes.Buffer
-				err := gob.NewEncoder(&b).Encode(v)
-				return b.Bytes(), err
-			},
-			"slog's JSON": func() ([]byte, error) {
-				var b bytes.Buffer
-				slog.New(slog.NewJSONHandler(&b, nil)).Error("m", "v", v, slog.Group("g", "v", v))
-				return b.Bytes(), nil
-			},
-			"slog's text": func() ([]byte, error) {
-				var b bytes.Buffer
-				slog.New(slog.NewTextHandler(&b, nil)).Error("m", "v", v, slog.Group("g", "v", v))
-				return b.Bytes(), nil
-			},
+		var encoded bytes.Buffer
+		inJSON, err := json.Marshal(v)
+		inXML, err2 := xml.Marshal(v)
+		err3 := gob.NewEncoder(&encoded).Encode(v)
+		for _, handler := range []slog.Handler{
+			slog.NewJSONHandler(&encoded, nil), slog.NewTextHandler(&encoded, nil),
 		} {
-			raw, err := encode()
-			check(name, v, string(raw)+fmt.Sprint(err))
+			slog.New(handler).Error("m", "v", v, slog.Group("g", "v", v))
 		}
+		check("an encoding", v, fmt.Sprintf("%s %s %s %v %v %v", inJSON, inXML, &encoded, err, err2, err3))
 	}
-	t.Logf("%d texts", count)
-	for _, tt := range []struct{ got, want string }{
-		{fmt.Sprint(cfg.RefreshKey), "[redacted]"},
-		{fmt.Sprintf("%+q", &token.Value), "[redacted]"},
-		{fmt.Sprintf("%d", Secret{}), "[redacted]"},
+	for got, want := range map[string]string{
+		fmt.Sprint(cfg.RefreshKey): "[redacted]", fmt.Sprintf("%+q", &token.Value): "[redacted]",
+		fmt.Sprintf("%d", Secret{}): "[redacted]",
 	} {
-		if tt.got != tt.want {
-			t.Errorf("got %q, want %q", tt.got, tt.want)
+		if got != want {
+			t.Errorf("got %q, want %q", got, want)
 		}
 	}
 }
 
-// TestTextFields lists each text in an exported type that is not a Secret. It fails for a new one. If that can contain
-// a secret, make it a Secret, else list it here.
-func TestTextFields(t *testing.T) {
+// TestClean pins the form in which an error or a grant shows a text of Cable's.
+func TestClean(t *testing.T) {
 	t.Parallel()
-	known := []string{
-		"Client.userAgent",
-		"Config.CACert", "Config.TokenURL", "Config.UserAgent",
-		"Error.Detail",
-		"Token.OrganizationID", "Token.OrganizationName", "Token.ScopesOrganizationID", "Token.Scopes[]",
-		"TokenRequest.OrganizationID", "TokenRequest.Scopes[]",
+	r := newRedactor(NewSecret(testKey))
+	for _, tt := range []struct{ in, want string }{
+		{"", ""},
+		{"no key in here", "no key in here"},
+		{"key " + testKey + "!", "key [redacted]!"},
+		{testKey + testKey, "[redacted][redacted]"},
+		{"Bearer " + testKey + " is bad", "Bearer [redacted] is bad"},
+		{"cut off: " + testKey[:20], "cut off: [redacted]"},
+		{"cut off: " + testKey[10:], "cut off: [redacted]"},
+		{"encoded: " + url.QueryEscape(testKey), "encoded: [redacted]"},
+		{"encoded: " + base64.StdEncoding.EncodeToString([]byte(testKey)), "encoded: [redacted]="},
+		{"a\nb\x1b[31mc\x00\u202e\u2028\xff", `a\nb\x1b[31mc\x00\u202e\u2028\xff`},
+		{"Ünïcode & Söhne 日本 🏦 ✓", "Ünïcode & Söhne 日本 🏦 ✓"},
+		{"Société\u00a0Générale\u3000\u202f👨\u200d💻", "Société\u00a0Générale\u3000\u202f👨\u200d💻"},
+		{"می\u200cخواهم", "می\u200cخواهم"},
+		{"a\u2028b\u2029c\u2066d\ufeffe\u00adf", `a\u2028b\u2029c\u2066d\ufeffe\u00adf`},
+		{strings.Repeat("x", 600), strings.Repeat("x", 512)},
+		{strings.Repeat("x", 511) + "é", strings.Repeat("x", 511)},
+		{strings.Repeat("x", 505) + testKey, strings.Repeat("x", 505) + "[redact"}, // a cut leaves no part of the key
+	} {
+		if got := r.clean(tt.in); got != tt.want {
+			t.Errorf("clean(%.60q) = %q, want %q", tt.in, got, tt.want)
+		}
 	}
-	var got []string
-	var walk func(path string, typ reflect.Type)
-	walk = func(path string, typ reflect.Type) {
-		switch typ.Kind() {
-		case reflect.String, reflect.Interface:
-			got = append(got, path)
-		case reflect.Slice, reflect.Array:
-			if typ.Elem().Kind() == reflect.Uint8 {
-				got = append(got, path)
-				return
+	short := newRedactor(NewSecret("abc"))
+	if got := short.clean("xabcx"); got != "x[redacted]x" || !short.contains("abc") || short.contains("ab") {
+		t.Errorf("a short key: %q", got)
+	}
+	if none := newRedactor(Secret{}); none.contains("anything") || none.clean("anything at all") != "anything at all" {
+		t.Error("no key redacts something")
+	}
+}
+
+// TestRedactProperties pins that a part of the key of the length of a window is redacted, whatever surrounds it.
+func TestRedactProperties(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(rt *rapid.T) {
+		key := rapid.StringMatching(`[!-~]{12,80}`).Draw(rt, "key")
+		r := newRedactor(NewSecret(key))
+		from := rapid.IntRange(0, len(key)-redactWindow).Draw(rt, "from")
+		part := key[from : from+redactWindow+rapid.IntRange(0, len(key)-from-redactWindow).Draw(rt, "more")]
+		text := rapid.String().Draw(rt, "before") + part + rapid.String().Draw(rt, "after")
+		got := r.redact(text)
+		for i := 0; i+redactWindow <= len(key); i++ {
+			if strings.Contains(got, key[i:i+redactWindow]) {
+				rt.Fatalf("%q contains a part of the key %q", got, key)
 			}
-			walk(path+"[]", typ.Elem())
-		case reflect.Map:
-			walk(path+"{key}", typ.Key())
-			walk(path+"{}", typ.Elem())
-		case reflect.Pointer:
-			// fmt does not follow these in a struct, but encoders may. Types of this package are walked by themselves,
-			// except for the text of a Secret.
-			if e := typ.Elem(); e.PkgPath() != reflect.TypeFor[Secret]().PkgPath() && e.Kind() != reflect.Struct {
-				walk(path+"*", e)
+		}
+	})
+}
+
+// jwtLike returns a token in the shape of Cable's sample. The first part is the same for all tokens of one issuer.
+func jwtLike(claims, signature string) string {
+	const header = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9."
+	return header + base64.RawURLEncoding.EncodeToString([]byte(claims)) + "." + signature
+}
+
+// echoKeys returns refresh keys of the shapes that a key may have.
+func echoKeys() map[string]string {
+	return map[string]string{
+		"opaque":           cabletest.NewRefreshKey(),
+		"with punctuation": `REFRESHKEYCANARY+/=%&<>"'\;:?#[]@!$()*,~` + "`{|}^" + `+/=0123456789abcdef`,
+		"JWT": jwtLike(
+			`{"iss":"cable","sub":"org_9f8b7c6d5e4a3b2c1d0e","typ":"refresh"}`,
+			"REFRESHKEYCANARY-and-some-more-of-a-signature",
+		),
+		"long": cabletest.RefreshKeyMarker + strings.Repeat("0123456789abcdefghijklmnopqrstuvwxyz", 8),
+	}
+}
+
+// pieces returns every part of key that has the length of a window.
+func pieces(key string) []string {
+	var list []string
+	for i := 0; i+redactWindow <= len(key); i++ {
+		list = append(list, key[i:i+redactWindow])
+	}
+	return list
+}
+
+// echoes returns the texts in which a server may return the key.
+func echoes(key string) map[string]string {
+	std, raw := base64.StdEncoding.EncodeToString, base64.RawURLEncoding.EncodeToString
+	lower := func(s string) string { return percents.ReplaceAllStringFunc(s, strings.ToLower) }
+	inJSON, _ := json.Marshal(map[string]string{"authorization": key})
+	return map[string]string{
+		"whole":                     key,
+		"with its scheme":           "Bearer " + key,
+		"beginning":                 key[:len(key)/2] + "...",
+		"end":                       "..." + key[len(key)/2:],
+		"middle":                    "..." + key[5:len(key)-5] + "...",
+		"one window":                "<" + key[3:3+redactWindow] + ">",
+		"twice":                     key + key,
+		"among words":               "the key " + key + " is not valid",
+		"in a URL":                  "https://h/?key=" + url.QueryEscape(key),
+		"in a path":                 "https://h/" + url.PathEscape(key),
+		"in a URL, lower case":      "https://h/?key=" + lower(url.QueryEscape(key)),
+		"base64":                    std([]byte(key)),
+		"base64, URL":               raw([]byte(key)),
+		"base64 of two bytes more":  std([]byte("k=" + key + "!!")),
+		"base64 with its scheme":    std([]byte("Bearer " + key)),
+		"base64 of a header":        std([]byte("Authorization: " + key + "\r\n")),
+		"base64 as a user":          "Basic " + std([]byte(key+":")),
+		"base64 as a password":      "Basic " + std([]byte("user:"+key)),
+		"base64 of JSON":            std(inJSON),
+		"base64, URL, of a header":  raw([]byte("Authorization: Bearer " + key)),
+		"hexadecimal":               hex.EncodeToString([]byte(key)),
+		"hexadecimal, upper case":   strings.ToUpper(hex.EncodeToString([]byte(key))),
+		"in HTML":                   "<b>" + html.EscapeString(key) + "</b>",
+		"quoted":                    fmt.Sprintf("%q", key),
+		"JSON in the text":          string(inJSON),
+		"among what does not print": "\x1b[31m" + key + "\x00\u202e",
+		"deep in 60000 bytes":       strings.Repeat("x", 30_000) + key + strings.Repeat("y", 20_000),
+		"across the bound":          strings.Repeat("x", 500) + key,
+		"one byte before the bound": strings.Repeat("x", maxText-1) + key,
+	}
+}
+
+// decoded returns text and its possible decodings, so that a key is found in any form.
+func decoded(text string) []string {
+	list := []string{text, html.UnescapeString(text), strings.ReplaceAll(text, `\`, "")}
+	if s, err := url.QueryUnescape(text); err == nil {
+		list = append(list, s)
+	}
+	isWord := func(c rune) bool {
+		return c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || strings.ContainsRune("+/-_", c)
+	}
+	words := strings.FieldsFunc(strings.ReplaceAll(text, redacted, " "), func(c rune) bool { return !isWord(c) })
+	for _, word := range words {
+		for from := range min(4, len(word)) {
+			for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
+				for cut := range 4 {
+					if raw, err := enc.DecodeString(word[from:max(from, len(word)-cut)]); err == nil {
+						list = append(list, string(raw))
+					}
+				}
 			}
-		case reflect.Struct:
-			if typ == reflect.TypeFor[Secret]() || typ.PkgPath() != reflect.TypeFor[Secret]().PkgPath() {
-				return
-			}
-			for f := range typ.NumField() {
-				walk(path+"."+typ.Field(f).Name, typ.Field(f).Type)
+			for cut := range 2 {
+				if raw, err := hex.DecodeString(word[from:max(from, len(word)-cut)]); err == nil {
+					list = append(list, string(raw))
+				}
 			}
 		}
 	}
-	for _, typ := range []reflect.Type{
-		reflect.TypeFor[Client](), reflect.TypeFor[Config](), reflect.TypeFor[Error](), reflect.TypeFor[Pause](),
-		reflect.TypeFor[Secret](), reflect.TypeFor[Token](), reflect.TypeFor[TokenRequest](),
-	} {
-		walk(typ.Name(), typ)
-	}
-	slices.Sort(got)
-	if !slices.Equal(got, known) {
-		t.Errorf("texts %q,\nwant %q", got, known)
-	}
-	if n := reflect.TypeFor[Secret]().NumField(); n != 1 ||
-		reflect.TypeFor[Secret]().Field(0).Type.Kind() != reflect.Pointer {
-		t.Error("a Secret is more than a pointer: fmt prints the rest of it in an unexported field")
+	return list
+}
+
+// TestEchoInAnError pins that an error contains no form of the key, wherever it was in the envelope.
+func TestEchoInAnError(t *testing.T) {
+	t.Parallel()
+	for keyName, key := range echoKeys() {
+		c := newClientAt(t, Config{RefreshKey: NewSecret(key)})
+		for name, echo := range echoes(key) {
+			for place, body := range map[string]map[string]any{
+				"message":     {"message": echo},
+				"field":       {"errors": []fieldError{{Field: echo, Message: "bad"}}},
+				"its message": {"errors": []fieldError{{Field: "a", Message: "b"}, {Field: "c", Message: echo}}},
+			} {
+				raw, _ := json.Marshal(body)
+				text, _ := c.envelope(raw)
+				if _, err := c.decode(raw, testRequest()); err == nil ||
+					err.Error() != "it contains no token, but a message: "+text {
+					t.Errorf("%s key, %s in %s of a 200: %v", keyName, name, place, err)
+				}
+				if text == "" || len(text) > maxText || !utf8.ValidString(text) {
+					t.Errorf("%s key, %s in %s: %d bytes", keyName, name, place, len(text))
+				}
+				left := strings.Join(decoded(text), "\n")
+				for _, piece := range pieces(key) {
+					if strings.Contains(left, piece) {
+						t.Fatalf("%s key, %s in %s: %q contains %q", keyName, name, place, text, piece)
+					}
+				}
+			}
+		}
 	}
 }

@@ -4,14 +4,21 @@
 package cable
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
-	"errors"
+	"crypto/x509"
+	"fmt"
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/net/http/httpproxy"
 )
 
 const (
@@ -25,37 +32,37 @@ const (
 	headRoom       = 4 << 10          // bytes of a request apart from key, URL, user agent and body
 )
 
-// newTransport returns the transport to u, through proxy if that is not nil. The variable parts of a request's head
+// newTransport returns the transport to u, and whether it leads through a proxy. The variable parts of a request's head
 // have head bytes.
 //
 // Only HTTP/1.1 is spoken, because with HTTP/2 net/http does not say whether the server processed a call.
 // MaxConnsPerHost bounds the connections. The bound on calls, in [Client], does not, because net/http continues to dial
 // after the caller has left.
-func newTransport(u, proxy *url.URL, caCert string, head int) (*http.Transport, error) {
-	tlsConfig := &tls.Config{
-		MinVersion:           tls.VersionTLS12,
-		NextProtos:           []string{"http/1.1"},
-		ClientSessionCache:   tls.NewLRUClientSessionCache(0),
-		GetClientCertificate: noCertificate,
-	}
+func newTransport(u *url.URL, caCert string, head int) (t *http.Transport, proxied bool, err error) {
+	var roots *x509.CertPool // the system's
 	if caCert != "" {
-		var err error
-		if tlsConfig.RootCAs, err = rootsWith(caCert); err != nil {
-			return nil, err
+		if roots, err = rootsWith(caCert); err != nil {
+			return nil, false, err
 		}
 	}
 	dialer := &net.Dialer{Timeout: dialTimeout}
 	if u.Scheme == "http" {
 		dialer.Control = onlyLoopback
 	}
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	return &http.Transport{
-		Proxy:                  http.ProxyURL(proxy), // proxies come from the environment, see environmentProxy
-		DialContext:            counted(dialer.DialContext),
-		TLSClientConfig:        tlsConfig,
+	// A proxy that cannot be used fails each call, not New, so that the configuration can be written.
+	proxy, badProxy := environmentProxy(u)
+	t = &http.Transport{
+		Proxy:       func(*http.Request) (*url.URL, error) { return proxy, badProxy },
+		DialContext: counted(dialer.DialContext),
+		TLSClientConfig: &tls.Config{
+			RootCAs:              roots,
+			MinVersion:           tls.VersionTLS12,
+			NextProtos:           []string{"http/1.1"},
+			ClientSessionCache:   tls.NewLRUClientSessionCache(0),
+			GetClientCertificate: noCertificate,
+		},
 		TLSHandshakeTimeout:    dialTimeout,
-		Protocols:              protocols,
+		Protocols:              new(http.Protocols),
 		MaxConnsPerHost:        maxConns,
 		MaxIdleConnsPerHost:    maxConns, // Go's default of 2 makes most concurrent calls reconnect
 		IdleConnTimeout:        idleConnExpiry,
@@ -63,12 +70,53 @@ func newTransport(u, proxy *url.URL, caCert string, head int) (*http.Transport, 
 		MaxResponseHeaderBytes: maxHeader,
 		OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
 			if resp.StatusCode != http.StatusOK {
-				return refusedByProxy(resp.StatusCode)
+				return &knownError{text: fmt.Sprintf(
+					"the environment's proxy refused to connect, with status %d", resp.StatusCode)}
 			}
 			return nil
 		},
-	}, nil
+	}
+	t.Protocols.SetHTTP1(true)
+	return t, proxy != nil, nil
 }
+
+// environmentProxy returns the proxy for u, nil for none. Proxies come from the environment alone: HTTPS_PROXY before
+// https_proxy, unless NO_PROXY (before no_proxy) exempts the host. A plain-http URL, which is loopback, has none,
+// because a proxy would read the key. ALL_PROXY is not read.
+//
+// NOTE: http.ProxyFromEnvironment is not used, because it ignores a variable that it cannot parse, and the key would go
+// direct; nor httpproxy.FromEnvironment, because it prefers the lower case in some versions.
+func environmentProxy(u *url.URL) (*url.URL, error) {
+	name := "HTTPS_PROXY"
+	if os.Getenv(name) == "" {
+		name = "https_proxy"
+	}
+	value := os.Getenv(name)
+	if value == "" || u.Scheme != "https" {
+		return nil, nil
+	}
+	// The host is exempt or not, whatever the variable is.
+	noProxy := cmp.Or(os.Getenv("NO_PROXY"), os.Getenv("no_proxy"))
+	exemptions := httpproxy.Config{HTTPSProxy: "any", NoProxy: noProxy}
+	if applies, err := exemptions.ProxyFunc()(u); applies == nil {
+		return nil, err
+	}
+	if !strings.Contains(value, "://") {
+		value = "http://" + value
+	}
+	proxy, err := url.Parse(value)
+	if err != nil || !slices.Contains([]string{"http", "https", "socks5", "socks5h"}, proxy.Scheme) ||
+		proxy.Hostname() == "" || !validHost(proxy.Hostname()) || !validPort(proxy) ||
+		strings.TrimPrefix(proxy.Path, "/") != "" || strings.ContainsAny(value, "?#") {
+		return nil, &knownError{fmt.Sprintf(notAProxy, name), true}
+	}
+	return proxy, nil
+}
+
+// notAProxy is the error for a variable of this name. It does not repeat the value, which may contain a password.
+const notAProxy = "the environment variable %s does not name a proxy: " +
+	"write [scheme://][user:password@]host[:port] with the scheme http, https, socks5 or socks5h, " +
+	"and %%-encode special characters in the password"
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
@@ -83,17 +131,15 @@ func counted(dial dialFunc) dialFunc {
 	}
 }
 
-// errNotLoopback is returned for a plain-http URL whose host, which must be loopback, resolved to another address.
-var errNotLoopback = errors.New("plain http is for loopback addresses only, and the host resolves to another")
-
-// onlyLoopback checks the address that a name resolved to, before it is dialled.
+// onlyLoopback checks the address that the host of a plain-http URL, which must be loopback, resolved to, before it is
+// dialled.
 func onlyLoopback(_, address string, _ syscall.RawConn) error {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
 		return err
 	}
 	if !isLoopback(host) {
-		return errNotLoopback
+		return &knownError{"plain http is for loopback addresses only, and the host resolves to another", true}
 	}
 	return nil
 }

@@ -26,13 +26,10 @@ func ParseTokenURL(raw string) (*url.URL, error) {
 	if len(raw) > maxTokenURL {
 		return nil, fmt.Errorf("token_url has %d bytes: at most %d are allowed", len(raw), maxTokenURL)
 	}
-	for _, c := range raw {
-		if c <= ' ' || c == 0x7f || c == '\\' {
-			return nil, errors.New("token_url must not contain white space, control characters or backslashes")
-		}
-	}
 	u, err := url.Parse(raw)
 	switch {
+	case strings.ContainsFunc(raw, func(c rune) bool { return c <= ' ' || c == 0x7f || c == '\\' }):
+		return nil, errors.New("token_url must not contain white space, control characters or backslashes")
 	case err != nil:
 		return nil, errors.New("token_url is not a URL: " + exampleURL)
 	case u.Scheme != "https" && u.Scheme != "http":
@@ -91,11 +88,10 @@ func isLoopback(host string) bool {
 // warning or a log. A host that has the shape of a secret, which the operator may have written into the wrong field, is
 // described by its length, as "a host of 40 characters".
 func HostForDisplay(u *url.URL) string {
-	host := displayHost(u.Hostname())
-	if host == u.Hostname() && validPort(u) {
-		host = u.Host
+	if host := displayHost(u.Hostname()); host != u.Hostname() || !validPort(u) {
+		return host
 	}
-	return host
+	return u.Host
 }
 
 // hostname matches names that cannot be a secret.

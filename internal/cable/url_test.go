@@ -36,84 +36,54 @@ func TestParseTokenURL(t *testing.T) {
 		host     = "token_url names a host with characters other than letters"
 		long     = "token_url has 2049 bytes: at most 2048 are allowed"
 	)
-	for raw, want := range map[string]string{
-		DefaultTokenURL:                         "",
-		"https://api.cable.tech":                "",
-		"https://api.cable.tech/":               "",
-		"https://api.cable.tech:8443/x":         "",
-		"HTTPS://API.CABLE.TECH/x":              "",
-		"https://10.0.0.1/x":                    "",
-		"https://[2001:db8::1]:443/x":           "",
-		"http://localhost:1/x":                  "",
-		"http://LocalHost/x":                    "",
-		"http://127.0.0.1/x":                    "",
-		"http://127.255.255.254:65535/x":        "",
-		"http://[::1]:8080/x":                   "",
-		"http://[::ffff:127.0.0.1]/x":           "",
-		"":                                      scheme,
-		"api.cable.tech":                        scheme,
-		"api.cable.tech/v2/auth/token":          scheme,
-		"//api.cable.tech/v2":                   scheme,
-		"ftp://api.cable.tech/":                 scheme,
-		"file:///etc/passwd":                    scheme,
-		"unix:///var/run/docker.sock":           scheme,
-		"https:api.cable.tech":                  noHost,
-		"https:///v2/auth/token":                noHost,
-		"https://:443/":                         noHost,
-		"https://user@api.cable.tech/":          user,
-		"https://user:pass@api.cable.tech/":     user,
-		"https://@api.cable.tech/":              user,
-		"https://api.cable.tech@evil.example/":  user,
-		"http://localhost@evil.example/":        user,
-		"https://api.cable.tech/?a=b":           query,
-		"https://api.cable.tech/?":              query,
-		"https://api.cable.tech/#a":             query,
-		"https://api.cable.tech/#":              query,
-		"https://api.cable.tech?a":              query,
-		"https://api.cable.tech:0/":             port,
-		"https://api.cable.tech:/":              port,
-		"https://api.cable.tech:65536/":         port,
-		"https://api.cable.tech:99999999999/":   port,
-		"https://api.cable.tech:http/":          noURL,
-		"https://[::1/":                         noURL,
-		"https://api.cable.tech/%zz":            noURL,
-		"https://api.cable.tech/a b":            white,
-		" https://api.cable.tech/":              white,
-		"https://api.cable.tech/\n":             white,
-		"https://api.cable.tech/\x00":           white,
-		"https://api.cable.tech\t/":             white,
-		`https://api.cable.tech\@evil.example/`: white,
-		"https://xn--e1aybc.example/":           "",
-		"https://cable_api.internal/":           "",
-		"https://[fe80::1]/":                    "",
-		"https://[fe80::1%25eth0]/":             zone,
-		"http://[::1%25REFRESHKEYCANARY]/":      zone,
-		"https://арi.cable.tech/":               host, // Cyrillic
-		"https://api.cable.tech;evil.example/":  host,
-		"https://api.cable.tech,evil.example/":  host,
-		"https://api.cable.tech\"/":             host,
-		"https://api.cable.tech&evil.example/":  host,
-		"https://evil.example⁄api.cable.tech/":  host,
-		"https://api%E2%80%A4cable.tech/":       host,
-		"http://localhoſt/":                     host, // folds to an s
-		"http://api.cable.tech/":                loopback + "api.cable.tech: only a loopback host (localhost, ",
-		"http://REFRESHKEYCANARY.example/":      loopback + "a host of 24 characters: only",
-		"http://10.0.0.1/":                      loopback,
-		"http://0.0.0.0/":                       loopback,
-		"http://[::]/":                          loopback,
-		"http://169.254.169.254/latest":         loopback,
-		"http://localhost.evil.example/":        loopback,
-		"http://localhost./":                    loopback,
-		"http://127.0.0.1.nip.io/":              loopback,
-		"http://2130706433/":                    loopback,
-		"http://0x7f.1/":                        loopback,
-		"http://127.1/":                         loopback,
-		"http://[::ffff:10.0.0.1]/":             loopback,
-		"http://１２７.0.0.1/":                     host,
-		DefaultTokenURL + strings.Repeat("a", maxTokenURL-len(DefaultTokenURL)):   "",
-		DefaultTokenURL + strings.Repeat("a", maxTokenURL-len(DefaultTokenURL)+1): long,
-		"http://evil.example/REFRESHKEYCANARY-etc":                                loopback,
-	} {
+	fill := strings.Repeat("a", maxTokenURL-len(DefaultTokenURL))
+	for raw, want := range flatten(map[string][]string{
+		"": {
+			DefaultTokenURL, "https://api.cable.tech", "https://api.cable.tech/", "https://api.cable.tech:8443/x",
+			"HTTPS://API.CABLE.TECH/x", "https://10.0.0.1/x", "https://[2001:db8::1]:443/x", "http://localhost:1/x",
+			"http://LocalHost/x", "http://127.0.0.1/x", "http://127.255.255.254:65535/x", "http://[::1]:8080/x",
+			"http://[::ffff:127.0.0.1]/x", "https://xn--e1aybc.example/", "https://cable_api.internal/",
+			"https://[fe80::1]/", DefaultTokenURL + fill,
+		},
+		scheme: {
+			"", "api.cable.tech", "api.cable.tech/v2/auth/token", "//api.cable.tech/v2", "ftp://api.cable.tech/",
+			"file:///etc/passwd", "unix:///var/run/docker.sock",
+		},
+		noHost: {"https:api.cable.tech", "https:///v2/auth/token", "https://:443/"},
+		user: {
+			"https://user@api.cable.tech/", "https://user:pass@api.cable.tech/", "https://@api.cable.tech/",
+			"https://api.cable.tech@evil.example/", "http://localhost@evil.example/",
+		},
+		query: {
+			"https://api.cable.tech/?a=b", "https://api.cable.tech/?", "https://api.cable.tech/#a",
+			"https://api.cable.tech/#", "https://api.cable.tech?a",
+		},
+		port: {
+			"https://api.cable.tech:0/", "https://api.cable.tech:/", "https://api.cable.tech:65536/",
+			"https://api.cable.tech:99999999999/",
+		},
+		noURL: {"https://api.cable.tech:http/", "https://[::1/", "https://api.cable.tech/%zz"},
+		white: {
+			"https://api.cable.tech/a b", " https://api.cable.tech/", "https://api.cable.tech/\n",
+			"https://api.cable.tech/\x00", "https://api.cable.tech\t/", `https://api.cable.tech\@evil.example/`,
+		},
+		zone: {"https://[fe80::1%25eth0]/", "http://[::1%25REFRESHKEYCANARY]/"},
+		host: {
+			"https://арi.cable.tech/", // Cyrillic
+			"http://localhoſt/",       // folds to an s
+			"https://api.cable.tech;evil.example/", "https://api.cable.tech,evil.example/", `https://api.cable.tech"/`,
+			"https://api.cable.tech&evil.example/", "https://evil.example⁄api.cable.tech/",
+			"https://api%E2%80%A4cable.tech/", "http://１２７.0.0.1/",
+		},
+		loopback: {
+			"http://10.0.0.1/", "http://0.0.0.0/", "http://[::]/", "http://169.254.169.254/latest",
+			"http://localhost.evil.example/", "http://localhost./", "http://127.0.0.1.nip.io/", "http://2130706433/",
+			"http://0x7f.1/", "http://127.1/", "http://[::ffff:10.0.0.1]/", "http://evil.example/REFRESHKEYCANARY-etc",
+		},
+		loopback + "api.cable.tech: only a loopback host (localhost, ": {"http://api.cable.tech/"},
+		loopback + "a host of 24 characters: only":                     {"http://REFRESHKEYCANARY.example/"},
+		long: {DefaultTokenURL + fill + "a"},
+	}) {
 		u, err := ParseTokenURL(raw)
 		if err == nil {
 			if want != "" {
@@ -133,41 +103,37 @@ func TestParseTokenURL(t *testing.T) {
 	}
 }
 
+// flatten returns the result of each text in lists, which have the texts by their results.
+func flatten(lists map[string][]string) map[string]string {
+	all := map[string]string{}
+	for result, texts := range lists {
+		for _, text := range texts {
+			all[text] = result
+		}
+	}
+	return all
+}
+
 // TestHostForDisplay pins which hosts are shown, namely those with a shape that a secret does not have.
 func TestHostForDisplay(t *testing.T) {
 	t.Parallel()
 	label := strings.Repeat("a", 40)
-	for host, shown := range map[string]bool{
-		"api.cable.tech":      true,
-		"api.cable.tech:8443": true,
-		"a-1.b2.c":            true,
-		"xn--e1aybc.example":  true,
-		"localhost":           true,
-		"localhost:8080":      true,
-		"127.0.0.1:8080":      true,
-		"[::1]:8200":          true,
-		"[2001:db8::1]":       true,
-		label + "." + label:   true,
-		label + "." + label + "." + strings.Repeat("a", 18): true,
-
-		label + "." + label + "." + strings.Repeat("a", 19): false,
-		label + "a." + label:           false,
-		label + "." + label + "a":      false,
-		"sk_live_0123456789abcdef":     false,
-		"0123456789abcdef0123456789ab": false,
-		"vault":                        false,
-		"LOCALHOST":                    false,
-		"API.cable.tech":               false,
-		"eyJhbGciOiJ9.e30.c2ln":        false,
-		"cable_api.internal":           false,
-		"secret.123":                   false,
-		"a.b.":                         false,
-		".a.b":                         false,
-		"[fe80::1%eth0]":               false,
-	} {
+	const shown, hidden = "shown", "hidden"
+	for host, how := range flatten(map[string][]string{
+		shown: {
+			"api.cable.tech", "api.cable.tech:8443", "a-1.b2.c", "xn--e1aybc.example", "localhost", "localhost:8080",
+			"127.0.0.1:8080", "[::1]:8200", "[2001:db8::1]", label + "." + label,
+			label + "." + label + "." + strings.Repeat("a", 18),
+		},
+		hidden: {
+			label + "." + label + "." + strings.Repeat("a", 19), label + "a." + label, label + "." + label + "a",
+			"sk_live_0123456789abcdef", "0123456789abcdef0123456789ab", "vault", "LOCALHOST", "API.cable.tech",
+			"eyJhbGciOiJ9.e30.c2ln", "cable_api.internal", "secret.123", "a.b.", ".a.b", "[fe80::1%eth0]",
+		},
+	}) {
 		u := &url.URL{Scheme: "https", Host: host}
 		want := host
-		if !shown {
+		if how == hidden {
 			want = fmt.Sprintf("a host of %d characters", len(u.Hostname()))
 		}
 		if got := HostForDisplay(u); got != want {
@@ -183,12 +149,9 @@ func TestHostForDisplay(t *testing.T) {
 // and path, and that a request made from it is sent to just that host and path.
 func FuzzTokenURL(f *testing.F) {
 	for _, s := range []string{
-		DefaultTokenURL, "http://127.0.0.1:8080/x", "http://localhost/x", "http://[::1]:1/x",
-		"http://[::ffff:127.0.0.1]/", "https://user:pw@h/", "https://h/?q", "https://h/#",
-		"http://127.0.0.1.example.com/",
-		"http://127.0.0.1@evil.example/", "https://h\\@evil.example/", "https:h", "//h/x", "http://2130706433/",
-		"http://0x7f.1/", "https://h:99999/", "https://h:/", "HTTPS://H/", "https://h/%2e%2e/x",
-		"https://[fe80::1%25eth0]/", "https://h/\u2028",
+		DefaultTokenURL, "http://127.0.0.1:8080/x", "http://[::ffff:127.0.0.1]/", "https://user:pw@h/", "https://h/?q",
+		"http://127.0.0.1@evil.example/", "https://h\\@evil.example/", "https:h", "http://2130706433/", "https://h:/",
+		"HTTPS://H/", "https://h/%2e%2e/x", "https://[fe80::1%25eth0]/", "https://h/\u2028",
 	} {
 		f.Add(s)
 	}

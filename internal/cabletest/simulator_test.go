@@ -4,7 +4,7 @@
 package cabletest_test
 
 import (
-	"bytes"
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -16,32 +16,20 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
+	gocmp "github.com/google/go-cmp/cmp"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
 const org = cabletest.DefaultOrganizationID
 
-// validBody is Cable's own sample request (v1.0 reference).
-const validBody = `{"expiry_seconds":3600,"scopes":{"organization_id":"` + org + `","scopes":["transactions:write"]}}`
-
-// response is any response of the simulator, a success or an error.
-type response struct {
-	Token            string          `json:"token"`
-	Expiry           json.RawMessage `json:"expiry"`
-	OrganizationID   string          `json:"organization_id"`
-	OrganizationName string          `json:"organization_name"`
-	Scopes           *struct {
-		OrganizationID string   `json:"organization_id"`
-		Scopes         []string `json:"scopes"`
-	} `json:"scopes"`
-
-	Code    int                    `json:"code"`
-	Message string                 `json:"message"`
-	Errors  []cabletest.FieldError `json:"errors"`
-}
+// validBody is Cable's own sample request, and sample the response to it at the time of clock (v1.0 reference).
+const (
+	validBody = `{"expiry_seconds":3600,"scopes":{"organization_id":"` + org + `","scopes":["transactions:write"]}}`
+	sample    = `{"token":"TOKEN","expiry":1711929600,"organization_id":"` + org +
+		`","organization_name":"Cable Financial Services","scopes":{"organization_id":"` + org +
+		`","scopes":["transactions:write"]}}`
+)
 
 // clock is a clock that stands between two seconds.
 func clock() time.Time { return time.Date(2024, 3, 31, 23, 0, 0, 987654321, time.UTC) }
@@ -53,513 +41,333 @@ func newRequest(t *testing.T, sim *cabletest.Simulator, url, body string) *http.
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.Header.Set("Authorization", sim.RefreshKey())
-	r.Header.Set("Content-Type", "application/json")
+	r.Header = http.Header{"Authorization": {sim.RefreshKey()}, "Content-Type": {"application/json"}}
 	r.Header.Set("User-Agent", "test/1.0")
 	return r
 }
 
-// serve calls sim without a network and returns the response.
-func serve(t *testing.T, sim *cabletest.Simulator, r *http.Request) (*http.Response, response) {
+// call makes a valid call without a network and returns the status and the body, with TOKEN for the token.
+func call(t *testing.T, sim *cabletest.Simulator) (status int, body string) {
 	t.Helper()
 	w := httptest.NewRecorder()
-	sim.ServeHTTP(w, r)
-	resp := w.Result()
-	var a response
-	if err := json.Unmarshal(w.Body.Bytes(), &a); err != nil {
-		t.Fatalf("response %q: %v", w.Body, err)
+	sim.ServeHTTP(w, newRequest(t, sim, sim.Path(), validBody))
+	body = w.Body.String()
+	if minted := sim.Minted(); len(minted) > 0 && minted[len(minted)-1].Token != "" {
+		body = strings.ReplaceAll(body, minted[len(minted)-1].Token, "TOKEN")
 	}
-	if got := resp.Header.Get("Content-Type"); got != "application/json" {
-		t.Errorf("Content-Type = %q", got)
-	}
-	return resp, a
+	return w.Code, body
 }
 
+func checkEqual(t *testing.T, name string, want, got any) {
+	t.Helper()
+	if diff := gocmp.Diff(want, got); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", name, diff)
+	}
+}
+
+// TestMint pins a response, the records of its call and its token, and the shape of the token.
 func TestMint(t *testing.T) {
 	t.Parallel()
 	sim := cabletest.New(&cabletest.Options{Now: clock})
-	resp, got := serve(t, sim, newRequest(t, sim, sim.Path(), validBody))
-	token := got.Token
+	status, body := call(t, sim)
+	checkEqual(t, "response", "200 "+sample, fmt.Sprint(status, " ", body))
+	issued, scopes := clock().Truncate(time.Second), []string{"transactions:write"}
+	token := sim.Minted()[0].Token
+	checkEqual(t, "minted", []cabletest.Minted{{token, org, scopes, issued, issued.Add(time.Hour)}}, sim.Minted())
+	checkEqual(t, "calls", []cabletest.Call{{
+		Time: clock(), Method: "POST", Path: "/base/v2/auth/token", AuthorizationOK: true, ExpirySeconds: 3600,
+		OrganizationID: org, Scopes: scopes, Status: 200, UserAgent: "test/1.0", Minted: true,
+	}}, sim.Calls())
 
-	var want response
-	err := json.Unmarshal([]byte(`{
-		"expiry": 1711929600,
-		"organization_id": "org_9f8b7c6d5e4a3b2c1d0e",
-		"organization_name": "Cable Financial Services",
-		"scopes": {"organization_id": "org_9f8b7c6d5e4a3b2c1d0e", "scopes": ["transactions:write"]}
-	}`), &want)
-	if err != nil {
-		t.Fatal(err)
+	var parts []string
+	for _, part := range strings.Split(token, ".") {
+		raw, err := base64.RawURLEncoding.DecodeString(part)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parts = append(parts, string(raw))
 	}
-	want.Token = token
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("response (-want +got):\n%s", diff)
-	}
-	if resp.StatusCode != http.StatusOK {
-		t.Errorf("status = %d", resp.StatusCode)
-	}
-	if got, want := resp.Header.Get("Date"), "Sun, 31 Mar 2024 23:00:00 GMT"; got != want {
-		t.Errorf("Date = %q, want %q", got, want)
-	}
-
-	issued := time.Date(2024, 3, 31, 23, 0, 0, 0, time.UTC)
-	wantMinted := []cabletest.Minted{{
-		Token:          token,
-		OrganizationID: org,
-		Scopes:         []string{"transactions:write"},
-		IssuedAt:       issued,
-		Expiry:         issued.Add(time.Hour),
-	}}
-	if diff := cmp.Diff(wantMinted, sim.Minted()); diff != "" {
-		t.Errorf("minted (-want +got):\n%s", diff)
-	}
-	wantCalls := []cabletest.Call{{
-		Time: clock(), Method: "POST", Path: "/base/v2/auth/token", AuthorizationOK: true,
-		ExpirySeconds: 3600, OrganizationID: org, Scopes: []string{"transactions:write"}, Status: 200,
-		UserAgent: "test/1.0", Minted: true,
-	}}
-	if diff := cmp.Diff(wantCalls, sim.Calls()); diff != "" {
-		t.Errorf("calls (-want +got):\n%s", diff)
+	claims := `{"iss":"cabletest","sub":"` + org + `","iat":1711926000,"exp":1711929600}`
+	checkEqual(t, "header and claims", []string{`{"alg":"HS256","typ":"JWT"}`, claims}, parts[:2])
+	if call(t, sim); len(parts) != 3 || len(parts[2]) != 32 || !strings.Contains(token, cabletest.TokenMarker) ||
+		sim.Minted()[1].Token == token {
+		t.Errorf("token %q: want three parts, the marker, and another one for the next call", token)
 	}
 }
 
-func TestTokenShape(t *testing.T) {
+// TestBodies pins which bodies the simulator refuses, namely those that Cable's documents call invalid, and no other.
+func TestBodies(t *testing.T) {
 	t.Parallel()
-	sim := cabletest.New(&cabletest.Options{Now: clock})
-	seen := map[string]bool{}
-	for range 50 {
-		_, a := serve(t, sim, newRequest(t, sim, sim.Path(), validBody))
-		segments := strings.Split(a.Token, ".")
-		if len(segments) != 3 || !strings.Contains(segments[2], cabletest.TokenMarker) || seen[a.Token] {
-			t.Fatalf("token %q: want 3 segments, the marker, and no repetition", a.Token)
-		}
-		seen[a.Token] = true
-		var got []string
-		for _, segment := range segments {
-			raw, err := base64.RawURLEncoding.DecodeString(segment)
-			if err != nil {
-				t.Fatalf("segment %q: %v", segment, err)
-			}
-			got = append(got, string(raw))
-		}
-		want := []string{
-			`{"alg":"HS256","typ":"JWT"}`,
-			`{"iss":"cabletest","sub":"org_9f8b7c6d5e4a3b2c1d0e","iat":1711926000,"exp":1711929600}`,
-		}
-		if diff := cmp.Diff(want, got[:2]); diff != "" || len(got[2]) != 32 {
-			t.Fatalf("signature of %d bytes, header and claims (-want +got):\n%s", len(got[2]), diff)
-		}
-	}
-}
+	const (
+		seconds, scopes, id, list = "expiry_seconds", "scopes", "scopes.organization_id", "scopes.scopes"
 
-func TestRequestRules(t *testing.T) {
-	t.Parallel()
-	body := func(expiry, scopes string) string { return `{"expiry_seconds":` + expiry + `,"scopes":` + scopes + `}` }
-	good := `{"organization_id":"` + org + `","scopes":["person:read"]}`
+		good      = `{"organization_id":"` + org + `","scopes":["person:read"]}`
+		malformed = "request body is not a JSON object"
+	)
+	expiry := func(value string) string { return `{"expiry_seconds":` + value + `,"scopes":` + good + `}` }
+	scoped := func(value string) string { return `{"expiry_seconds":300,"scopes":` + value + `}` }
+	inner := func(id, list string) string { return scoped(`{"organization_id":` + id + `,"scopes":` + list + `}`) }
 	const quoted = `"` + org + `"`
-	inner := func(organization, scopes string) string {
-		return body("300", `{"organization_id":`+organization+`,"scopes":`+scopes+`}`)
-	}
-	tests := map[string]struct {
-		body   string
-		fields []string // named by the 400's errors; nil if the request is good
-		opaque bool     // a 400 that names no field
-	}{
-		"shortest": {body: body("300", good)},
-		"longest":  {body: body("86400", good)},
+	for body, want := range map[string]string{ // the fields of the 400's errors, or its message; "" for a token
+		expiry("300"): "", expiry("86400"): "", expiry("299"): seconds, expiry("86401"): seconds, expiry("0"): seconds,
+		expiry("-300"): seconds, expiry(`"300"`): seconds, expiry("300.5"): seconds, expiry("null"): seconds,
+		expiry("99999999999999999999"): seconds, `{"scopes":` + good + `}`: seconds,
 
-		"too short":           {body: body("299", good), fields: []string{"expiry_seconds"}},
-		"too long":            {body: body("86401", good), fields: []string{"expiry_seconds"}},
-		"zero":                {body: body("0", good), fields: []string{"expiry_seconds"}},
-		"negative":            {body: body("-300", good), fields: []string{"expiry_seconds"}},
-		"expiry string":       {body: body(`"300"`, good), fields: []string{"expiry_seconds"}},
-		"expiry fraction":     {body: body("300.5", good), fields: []string{"expiry_seconds"}},
-		"expiry beyond int64": {body: body("99999999999999999999", good), fields: []string{"expiry_seconds"}},
-		"expiry null":         {body: body("null", good), fields: []string{"expiry_seconds"}},
-		"expiry absent":       {body: `{"scopes":` + good + `}`, fields: []string{"expiry_seconds"}},
+		`{"expiry_seconds":300}`: scopes, scoped("null"): scopes, scoped(`["person:read"]`): scopes,
+		scoped(`{}`): id + " " + list, `{}`: seconds + " " + scopes,
+		`{"expiry_seconds":1,"scopes":{"organization_id":"org_other","scopes":[]}}`: seconds + " " + id,
 
-		"scopes absent": {body: `{"expiry_seconds":300}`, fields: []string{"scopes"}},
-		"scopes null":   {body: body("300", "null"), fields: []string{"scopes"}},
-		"scopes a list": {body: body("300", `["person:read"]`), fields: []string{"scopes"}},
-		"scopes empty":  {body: body("300", `{}`), fields: []string{"scopes.organization_id", "scopes.scopes"}},
-		"all absent":    {body: `{}`, fields: []string{"expiry_seconds", "scopes"}},
-		"two wrong": {
-			body:   body("1", `{"organization_id":"org_other","scopes":["a:b"]}`),
-			fields: []string{"expiry_seconds", "scopes.organization_id"},
-		},
+		scoped(`{"scopes":["a:b"]}`): id, inner(`"org_other"`, `[]`): id, inner(`""`, `[]`): id, inner(`7`, `[]`): id,
+		scoped(`{"organization_id":` + quoted + `}`): list, inner(quoted, `null`): list, inner(quoted, `"a:b"`): list,
+		inner(quoted, `["a:b",1]`): list, inner(quoted, `["a:b",null]`): list,
 
-		"organization absent":  {body: body("300", `{"scopes":["a:b"]}`), fields: []string{"scopes.organization_id"}},
-		"organization unknown": {body: inner(`"org_other"`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
-		"organization empty":   {body: inner(`""`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
-		"organization number":  {body: inner(`7`, `["a:b"]`), fields: []string{"scopes.organization_id"}},
+		// The documents are silent about these.
+		inner(quoted, `["screening:read"]`): "", inner(quoted, `[]`): "", `{"more":1,` + validBody[1:]: "",
 
-		"inner scopes absent": {
-			body: body("300", `{"organization_id":"`+org+`"}`), fields: []string{"scopes.scopes"},
-		},
-		"inner scopes null":       {body: inner(quoted, `null`), fields: []string{"scopes.scopes"}},
-		"inner scopes string":     {body: inner(quoted, `"a:b"`), fields: []string{"scopes.scopes"}},
-		"inner scopes of numbers": {body: inner(quoted, `["a:b",1]`), fields: []string{"scopes.scopes"}},
-		"inner scopes of null":    {body: inner(quoted, `["a:b",null]`), fields: []string{"scopes.scopes"}},
-
-		"scope that is not named":          {body: inner(quoted, `["screening:read"]`)},
-		"documents are silent: no scope":   {body: inner(quoted, `[]`)},
-		"documents are silent: more field": {body: `{"more":1,` + validBody[1:]},
-
-		"empty":      {opaque: true},
-		"not JSON":   {body: "expiry_seconds=300", opaque: true},
-		"cut off":    {body: validBody[:len(validBody)-1], opaque: true},
-		"two values": {body: validBody + validBody, opaque: true},
-		"a list":     {body: `[` + validBody + `]`, opaque: true},
-		"over 1 MiB": {body: strings.Repeat(" ", 1<<20) + validBody, opaque: true},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			sim := cabletest.New(nil)
-			resp, got := serve(t, sim, newRequest(t, sim, sim.Path(), tt.body))
-			var fields []string
-			for _, e := range got.Errors {
-				t.Logf("%s %s", e.Field, e.Message)
-				fields = append(fields, e.Field)
-			}
-			want := http.StatusOK
-			if tt.fields != nil || tt.opaque {
-				want = http.StatusBadRequest
-				if got.Code != want || got.Message == "" {
-					t.Errorf("envelope: code %d, message %q", got.Code, got.Message)
-				}
-			}
-			if diff := cmp.Diff(tt.fields, fields); diff != "" || resp.StatusCode != want {
-				t.Errorf("status %d, want %d; fields (-want +got):\n%s", resp.StatusCode, want, diff)
-			}
-			if minted := len(sim.Minted()) == 1; minted != (want == http.StatusOK) || sim.Calls()[0].Minted != minted {
-				t.Errorf("minted = %v", minted)
-			}
-		})
+		"": malformed, "expiry_seconds=300": malformed, validBody[1:]: malformed, validBody + validBody: malformed,
+		`[` + validBody + `]`: malformed, strings.Repeat(" ", 1<<20) + validBody: malformed,
+	} {
+		sim := cabletest.New(nil)
+		w := httptest.NewRecorder()
+		sim.ServeHTTP(w, newRequest(t, sim, sim.Path(), body))
+		var e struct {
+			Code    int
+			Message string
+			Errors  []cabletest.FieldError
+		}
+		if err := json.Unmarshal(w.Body.Bytes(), &e); err != nil {
+			t.Fatal(err)
+		}
+		var fields []string
+		for _, fe := range e.Errors {
+			fields = append(fields, fe.Field)
+		}
+		got := strings.Join(fields, " ")
+		if e.Errors == nil {
+			got = e.Message
+		}
+		status, code, minted := 400, 400, 0
+		if want == "" {
+			status, code, minted = 200, 0, 1
+		}
+		if got != want || w.Code != status || e.Code != code || len(sim.Minted()) != minted {
+			t.Errorf("%.90s: status %d, %q; want %d, %q", body, w.Code, got, status, want)
+		}
 	}
 }
 
+// TestHTTPRules pins which other parts of a request the simulator refuses.
 func TestHTTPRules(t *testing.T) {
 	t.Parallel()
-	tests := map[string]struct {
-		method, path, contentType string
-		status                    int
-		field                     string
-	}{
-		"good":    {status: 200},
-		"charset": {contentType: "application/json; charset=utf-8", status: 200},
-		"form": {
-			contentType: "application/x-www-form-urlencoded", status: 400, field: "Content-Type",
-		},
-		"no content type":         {contentType: "-", status: 400, field: "Content-Type"},
-		"GET":                     {method: "GET", status: 405},
-		"PUT":                     {method: "PUT", status: 405},
-		"outside the base path":   {path: "/v2/auth/token", status: 404},
-		"below the endpoint":      {path: "/base/v2/auth/token/", status: 404},
-		"base path written twice": {path: "/base/v2/base/v2/auth/token", status: 404},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			sim := cabletest.New(nil)
-			r := newRequest(t, sim, sim.Path(), validBody)
-			if tt.method != "" {
-				r.Method = tt.method
-			}
-			if tt.path != "" {
-				r.URL.Path = tt.path
-			}
-			if tt.contentType != "" {
-				r.Header.Set("Content-Type", tt.contentType)
-			}
-			resp, got := serve(t, sim, r)
-			var field string
-			if len(got.Errors) > 0 {
-				field = got.Errors[0].Field
-			}
-			if resp.StatusCode != tt.status || field != tt.field {
-				t.Errorf("status %d, field %q; want %d, %q", resp.StatusCode, field, tt.status, tt.field)
-			}
-			if tt.status != 200 && got.Code != tt.status {
-				t.Errorf("envelope's code = %d", got.Code)
-			}
-			if allow := resp.Header.Get("Allow"); (allow == "POST") != (tt.status == 405) {
-				t.Errorf("Allow = %q", allow)
-			}
-			if c := sim.Calls()[0]; c.Status != tt.status || c.Path != r.URL.Path || c.Method != r.Method {
-				t.Errorf("call = %+v", c)
-			}
-		})
-	}
-}
-
-func TestAuthorization(t *testing.T) {
-	t.Parallel()
 	const key = "key-of-this-test"
-	tests := []struct {
-		scheme, header string
-		ok             bool
+	for _, tt := range []struct {
+		scheme, authorization, method, path, contentType string // "" for the valid one
+		status                                           int
 	}{
-		{"", key, true},
-		{"", "Bearer " + key, false},
-		{"raw", key, true},
-		{"raw", "Bearer " + key, false},
-		{"bearer", "Bearer " + key, true},
-		{"bearer", key, false},
-		{"any", key, true},
-		{"any", "Bearer " + key, true},
-		{"any", "", false},
-		{"any", "Bearer ", false},
-		{"any", "Basic " + key, false},
-		{"any", key + "x", false},
-		{"any", key[1:], false},
-	}
-	for _, tt := range tests {
-		t.Run(tt.scheme+"/"+tt.header, func(t *testing.T) {
-			t.Parallel()
-			sim := cabletest.New(&cabletest.Options{RefreshKey: key, Scheme: tt.scheme})
-			r := newRequest(t, sim, sim.Path(), validBody)
-			r.Header.Set("Authorization", tt.header)
-			resp, got := serve(t, sim, r)
-			want := http.StatusOK
-			if !tt.ok {
-				want = http.StatusUnauthorized
-			}
-			if resp.StatusCode != want || sim.Calls()[0].AuthorizationOK != tt.ok {
-				t.Errorf("status = %d, want %d; call %+v", resp.StatusCode, want, sim.Calls()[0])
-			}
-			if !tt.ok && got.Code != want {
-				t.Errorf("envelope's code = %d", got.Code)
-			}
-		})
-	}
-}
-
-func TestAccessTokenIsNoKey(t *testing.T) {
-	t.Parallel()
-	sim := cabletest.New(&cabletest.Options{Scheme: "any"})
-	_, a := serve(t, sim, newRequest(t, sim, sim.Path(), validBody))
-	for _, header := range []string{a.Token, "Bearer " + a.Token} {
-		r := newRequest(t, sim, sim.Path(), validBody)
-		r.Header.Set("Authorization", header)
-		if resp, _ := serve(t, sim, r); resp.StatusCode != http.StatusUnauthorized {
-			t.Errorf("status = %d", resp.StatusCode)
+		{"", key, "", "", "application/json; charset=utf-8", 200},
+		{"", key, "", "", "application/x-www-form-urlencoded", 400},
+		{"", key, "", "", "-", 400},
+		{"", key, "GET", "", "", 405},
+		{"", key, "PUT", "", "", 405},
+		{"", key, "", "/v2/auth/token", "", 404},
+		{"", key, "", "/base/v2/auth/token/", "", 404},
+		{"", key, "", "/base/v2/base/v2/auth/token", "", 404},
+		{"", key, "", "", "", 200},
+		{"", "Bearer " + key, "", "", "", 401},
+		{"raw", key, "", "", "", 200},
+		{"raw", "Bearer " + key, "", "", "", 401},
+		{"bearer", "Bearer " + key, "", "", "", 200},
+		{"bearer", key, "", "", "", 401},
+		{"any", key, "", "", "", 200},
+		{"any", "Bearer " + key, "", "", "", 200},
+		{"any", "", "", "", "", 401},
+		{"any", "Bearer ", "", "", "", 401},
+		{"any", "Basic " + key, "", "", "", 401},
+		{"any", key + "x", "", "", "", 401},
+		{"any", key[1:], "", "", "", 401},
+		{"any", "an access token", "", "", "", 401},
+	} {
+		sim := cabletest.New(&cabletest.Options{RefreshKey: key, Scheme: tt.scheme})
+		r := newRequest(t, sim, cmp.Or(tt.path, sim.Path()), validBody)
+		r.Method = cmp.Or(tt.method, "POST")
+		r.Header.Set("Content-Type", cmp.Or(tt.contentType, "application/json"))
+		r.Header.Set("Authorization", tt.authorization)
+		if tt.authorization == "an access token" {
+			call(t, sim)
+			r.Header.Set("Authorization", "Bearer "+sim.Minted()[0].Token)
+			sim.Reset()
+		}
+		w := httptest.NewRecorder()
+		sim.ServeHTTP(w, r)
+		c := sim.Calls()[0]
+		code := fmt.Sprintf(`{"code":%d,`, tt.status)
+		if w.Code != tt.status || c.Status != tt.status || c.Path != r.URL.Path || c.Method != r.Method ||
+			c.AuthorizationOK != (tt.status != 401) || c.Minted != (tt.status == 200) || len(sim.Minted()) > 1 ||
+			(w.Header().Get("Allow") == "POST") != (tt.status == 405) ||
+			tt.status != 200 && !strings.HasPrefix(w.Body.String(), code) {
+			t.Errorf("%+v: status %d %s, call %+v", tt, w.Code, w.Body, c)
 		}
 	}
 }
 
-func TestRefreshKey(t *testing.T) {
-	t.Parallel()
-	sim := cabletest.New(nil)
-	old := sim.RefreshKey()
-	if !strings.Contains(old, cabletest.RefreshKeyMarker) || old == cabletest.New(nil).RefreshKey() {
-		t.Errorf("key %q: want the marker, and another for each simulator", old)
-	}
-	stale := newRequest(t, sim, sim.Path(), validBody)
-	sim.SetRefreshKey("rotated-key")
-	if resp, _ := serve(t, sim, stale); resp.StatusCode != http.StatusUnauthorized {
-		t.Errorf("old key: status = %d", resp.StatusCode)
-	}
-	if resp, _ := serve(t, sim, newRequest(t, sim, sim.Path(), validBody)); resp.StatusCode != http.StatusOK {
-		t.Errorf("new key: status = %d", resp.StatusCode)
-	}
-	sim.SetRefreshKey("")
-	if resp, _ := serve(t, sim, newRequest(t, sim, sim.Path(), validBody)); resp.StatusCode != http.StatusUnauthorized {
-		t.Errorf("no key at all: status = %d", resp.StatusCode)
-	}
-}
-
+// TestOptions pins the refresh key, the organizations and the path.
 func TestOptions(t *testing.T) {
 	t.Parallel()
-	names := map[string]string{"org_a": "A", "org_b": "B"}
+	names := map[string]string{"org_a": "A", org: "B"}
 	sim := cabletest.New(&cabletest.Options{Organizations: names, BasePath: "/v2/"})
-	delete(names, "org_b") // the simulator has its own copy
-	if got, want := sim.Path(), "/v2/auth/token"; got != want {
-		t.Errorf("path = %q, want %q", got, want)
+	delete(names, org) // the simulator has its own copy
+	if status, body := call(t, sim); status != 200 || !strings.Contains(body, `"B"`) || sim.Path() != "/v2/auth/token" {
+		t.Errorf("%s: %d %s", sim.Path(), status, body)
 	}
-	for id, want := range map[string]int{"org_a": 200, "org_b": 200, org: 400} {
-		resp, a := serve(t, sim, newRequest(t, sim, sim.Path(), strings.Replace(validBody, org, id, 1)))
-		if resp.StatusCode != want || want == 200 && a.OrganizationName != strings.ToUpper(id[4:]) {
-			t.Errorf("%s: status %d, name %q", id, resp.StatusCode, a.OrganizationName)
-		}
+	old := newRequest(t, sim, sim.Path(), validBody)
+	if key := sim.RefreshKey(); !strings.Contains(key, cabletest.RefreshKeyMarker) ||
+		key == cabletest.New(nil).RefreshKey() {
+		t.Errorf("key %q: want the marker, and another for each simulator", key)
 	}
-	for name, opts := range map[string]*cabletest.Options{
-		"scheme":  {Scheme: "basic"},
-		"default": {Default: cabletest.Fault{Reset: "sometimes"}},
-	} {
-		if got := panicOf(func() { cabletest.New(opts) }); got == nil {
-			t.Errorf("%s: no panic", name)
-		} else {
-			t.Log(got)
-		}
+	sim.SetRefreshKey("rotated-key")
+	if status, _ := call(t, sim); status != 200 {
+		t.Errorf("new key: %d", status)
 	}
-}
-
-func panicOf(f func()) (value any) {
-	defer func() { value = recover() }()
-	f()
-	return nil
+	w := httptest.NewRecorder()
+	if sim.ServeHTTP(w, old); w.Code != 401 {
+		t.Errorf("old key: %d", w.Code)
+	}
+	sim.SetRefreshKey("")
+	if status, _ := call(t, sim); status != 401 {
+		t.Errorf("no key at all: %d", status)
+	}
+	plain := cabletest.New(&cabletest.Options{Plain: true})
+	if call(t, plain); plain.Path() != "/v2/auth/token" ||
+		strings.Contains(plain.Minted()[0].Token, cabletest.TokenMarker) {
+		t.Errorf("plain: %s, %+v", plain.Path(), plain.Minted())
+	}
+	defer func() { t.Log(recover()) }()
+	cabletest.New(&cabletest.Options{Scheme: "basic"})
+	t.Error("an unknown scheme: no panic")
 }
 
 // TestRecordsHoldNoSecret sends the key and a token in every place where a confused caller could put them.
 func TestRecordsHoldNoSecret(t *testing.T) {
 	t.Parallel()
-	var mu sync.Mutex
 	var logged []cabletest.Call
-	sim := cabletest.New(&cabletest.Options{Log: func(c cabletest.Call) {
-		mu.Lock()
-		defer mu.Unlock()
-		logged = append(logged, c)
-	}})
-	_, a := serve(t, sim, newRequest(t, sim, sim.Path(), validBody))
-	for _, secret := range []string{sim.RefreshKey(), a.Token} {
+	sim := cabletest.New(&cabletest.Options{Log: func(c cabletest.Call) { logged = append(logged, c) }})
+	call(t, sim)
+	for _, secret := range []string{sim.RefreshKey(), sim.Minted()[0].Token} {
 		r := newRequest(t, sim, sim.Path()+"/"+secret, fmt.Sprintf(
 			`{"expiry_seconds":300,"scopes":{"organization_id":%q,"scopes":["a:b",%q]}}`, "org "+secret, secret))
 		r.Header.Set("User-Agent", "curl "+secret)
-		serve(t, sim, r)
+		sim.ServeHTTP(httptest.NewRecorder(), r)
 	}
 	for _, calls := range [][]cabletest.Call{sim.Calls(), logged} {
-		if len(calls) != 3 {
-			t.Errorf("%d calls, want 3", len(calls))
-		}
 		text := fmt.Sprintf("%+v", calls)
-		if strings.Contains(text, cabletest.TokenMarker) || strings.Contains(text, cabletest.RefreshKeyMarker) {
-			t.Errorf("a call contains a secret: %s", text)
-		}
-		if got := strings.Count(text, "[redacted]"); got != 8 {
-			t.Errorf("%d values redacted, want 8: %s", got, text)
+		if len(calls) != 3 || strings.Count(text, "[redacted]") != 8 ||
+			strings.Contains(text, cabletest.TokenMarker) || strings.Contains(text, cabletest.RefreshKeyMarker) {
+			t.Errorf("want 3 calls with 8 redacted values and no secret: %s", text)
 		}
 	}
 }
 
-func TestRecordsAreBounded(t *testing.T) {
+// TestRecords pins that the latest calls and tokens are kept and all are counted; that Reset keeps faults and key; and
+// that a call belongs to the record that it began in.
+func TestRecords(t *testing.T) {
 	t.Parallel()
 	const extra = 7
 	sim := cabletest.New(nil)
 	for i := range cabletest.Recorded + extra {
-		r := newRequest(t, sim, sim.Path(), strings.Replace(validBody, "3600", fmt.Sprint(300+i), 1))
-		sim.ServeHTTP(httptest.NewRecorder(), r)
+		body := strings.Replace(validBody, "3600", fmt.Sprint(300+i), 1)
+		sim.ServeHTTP(httptest.NewRecorder(), newRequest(t, sim, sim.Path(), body))
 	}
-	calls, minted := sim.Calls(), sim.Minted()
-	if len(calls) != cabletest.Recorded || len(minted) != cabletest.Recorded {
-		t.Fatalf("%d calls and %d tokens recorded", len(calls), len(minted))
+	calls, n := sim.Calls(), cabletest.Recorded+extra
+	if len(calls) != cabletest.Recorded || len(sim.Minted()) != cabletest.Recorded {
+		t.Fatalf("%d calls and %d tokens recorded", len(calls), len(sim.Minted()))
 	}
 	for i, c := range calls {
-		if want := int64(300 + extra + i); c.ExpirySeconds != want || c.Status != 200 {
-			t.Fatalf("call %d: expiry_seconds %d, status %d; want %d, 200", i, c.ExpirySeconds, c.Status, want)
+		if want := int64(300 + extra + i); c.ExpirySeconds != want {
+			t.Fatalf("call %d: expiry_seconds %d, want %d", i, c.ExpirySeconds, want)
 		}
 	}
-	want := cabletest.Stats{Calls: 10_007, Minted: 10_007, ByStatus: map[int]int{200: 10_007}}
-	if diff := cmp.Diff(want, sim.Stats()); diff != "" {
-		t.Errorf("stats (-want +got):\n%s", diff)
-	}
-}
+	checkEqual(t, "stats", cabletest.Stats{Calls: n, Minted: n, ByStatus: map[int]int{200: n}}, sim.Stats())
 
-func TestReset(t *testing.T) {
-	t.Parallel()
-	srv := cabletest.NewServer(t, nil)
-	srv.SetFault(cabletest.Fault{Status: 500})
-	key := srv.RefreshKey()
-	post(t, http.DefaultClient, newRequest(t, srv.Simulator, srv.URL, validBody))
-	srv.Reset()
-	if got := srv.Stats(); !cmp.Equal(got, cabletest.Stats{}, cmpopts.EquateEmpty()) || len(srv.Calls()) != 0 {
-		t.Errorf("after Reset: %+v", got)
-	}
-	resp, _ := post(t, http.DefaultClient, newRequest(t, srv.Simulator, srv.URL, validBody))
-	if resp.StatusCode != 500 || srv.RefreshKey() != key || srv.CallCount() != 1 {
-		t.Errorf("status %d, %d calls: want the fault and the key to stay", resp.StatusCode, srv.CallCount())
-	}
-}
-
-// TestResetDuringCall shows that a call belongs to the record that it began in.
-func TestResetDuringCall(t *testing.T) {
-	t.Parallel()
-	sim := cabletest.New(nil)
-	body := &hook{Reader: strings.NewReader(validBody), once: func() {
-		if c := sim.Calls(); len(c) != 1 || c[0].Status != 0 {
-			t.Errorf("before the response: %+v", c)
+	key := sim.RefreshKey()
+	sim.SetFault(cabletest.Fault{Status: 500})
+	r := newRequest(t, sim, sim.Path(), "")
+	r.Body = io.NopCloser(readerFunc(func([]byte) (int, error) { // the call is under way
+		if c := sim.Calls(); c[len(c)-1].Status != 0 {
+			t.Errorf("before the response: %+v", c[len(c)-1])
 		}
 		sim.Reset()
-	}}
-	r := newRequest(t, sim, sim.Path(), "")
-	r.Body = io.NopCloser(body)
-	if resp, _ := serve(t, sim, r); resp.StatusCode != 200 {
-		t.Errorf("status = %d", resp.StatusCode)
-	}
-	if got := sim.Stats(); !cmp.Equal(got, cabletest.Stats{}, cmpopts.EquateEmpty()) || len(sim.Minted()) != 0 {
-		t.Errorf("after Reset: %+v", got)
+		return 0, io.EOF
+	}))
+	sim.ServeHTTP(httptest.NewRecorder(), r)
+	checkEqual(t, "stats", cabletest.Stats{ByStatus: map[int]int{}}, sim.Stats())
+	if status, _ := call(t, sim); status != 500 || sim.RefreshKey() != key || len(sim.Calls()) != 1 {
+		t.Errorf("after Reset: status %d, %d calls; want the fault and the key to stay", status, len(sim.Calls()))
 	}
 }
 
-// hook calls once before the first Read.
-type hook struct {
-	io.Reader
-	once func()
-}
+type readerFunc func([]byte) (int, error)
 
-func (h *hook) Read(p []byte) (int, error) {
-	if h.once != nil {
-		h.once()
-		h.once = nil
-	}
-	return h.Reader.Read(p)
-}
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
-func TestConcurrentUse(t *testing.T) {
+// TestServer pins that a request outside the endpoint fails the test and no other does, that connections are counted,
+// and that the server ends with the test.
+func TestServer(t *testing.T) {
 	t.Parallel()
-	srv := cabletest.NewServer(t, nil)
-	key := srv.RefreshKey()
+	tb := &fakeTB{TB: t}
+	srv := cabletest.NewServer(tb, nil)
 	// NOTE: without MaxConnsPerHost, net/http sometimes dials one more than there are callers.
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8, MaxConnsPerHost: 8}}
-	defer client.CloseIdleConnections()
-	var wg sync.WaitGroup
+	transport := &http.Transport{MaxConnsPerHost: 2}
+	defer transport.CloseIdleConnections()
+	send := func(url string, want int) {
+		resp, err := transport.RoundTrip(newRequest(t, srv.Simulator, url, validBody))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
+		if resp.Body.Close(); resp.StatusCode != want {
+			t.Errorf("%s: status %d, want %d", url, resp.StatusCode, want)
+		}
+	}
+	srv.SetFault(cabletest.Fault{Status: 404, Times: 1})
+	send(srv.URL, 404)
+	send(srv.URL+"?query=1", 200)
+	var callers sync.WaitGroup
 	for range 8 {
-		wg.Go(func() {
-			for range 50 {
-				r := newRequest(t, srv.Simulator, srv.URL, validBody)
-				r.Header.Set("Authorization", key)
-				resp, err := client.Do(r)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				_, _ = io.Copy(io.Discard, resp.Body)
-				resp.Body.Close()
+		callers.Go(func() {
+			for range 20 {
+				send(srv.URL, 200)
+				srv.AddFault(cabletest.Fault{Times: 1, ClockSkew: time.Minute})
+				_, _ = srv.Calls(), srv.Minted()
 			}
 		})
 	}
-	for range 50 {
-		srv.SetFault(cabletest.Fault{Times: 1, Grant: &cabletest.Grant{OmitScopes: true}})
-		srv.AddFault(cabletest.Fault{Every: 2, ClockSkew: time.Minute})
-		srv.SetRefreshKey(key)
-		_, _, _ = srv.Calls(), srv.Minted(), srv.Stats()
-		srv.ClearFaults()
+	callers.Wait()
+	s := srv.Stats()
+	if len(tb.errors) > 0 || s.Calls != 162 || s.Minted != 161 || s.Connections < 1 || s.Connections > 2 {
+		t.Errorf("failed the test: %q, stats %+v", tb.errors, s)
 	}
-	wg.Wait()
-	stats := srv.Stats()
-	if stats.Calls != 400 || stats.Minted != 400 || stats.ByStatus[200] != 400 {
-		t.Errorf("stats = %+v", stats)
+	send(strings.TrimSuffix(srv.URL, srv.Path())+"/v2/auth/token", 404)
+	want := []string{`simulator: POST "/v2/auth/token" is outside the token endpoint "/base/v2/auth/token"`}
+	checkEqual(t, "errors", want, tb.errors)
+	for _, cleanup := range tb.cleanups {
+		cleanup()
 	}
-	if n := srv.Connections(); n < 1 || n > 8 {
-		t.Errorf("%d connections for 8 workers", n)
+	if resp, err := http.Get(srv.URL); err == nil {
+		t.Errorf("after cleanup: status %d", resp.StatusCode)
 	}
-	seen := map[string]bool{}
-	for _, m := range srv.Minted() {
-		seen[m.Token] = true
-	}
-	if len(seen) != 400 {
-		t.Errorf("%d distinct tokens", len(seen))
-	}
+	srv.Close() // twice is fine
 }
 
-// BenchmarkServeHTTP measures the handler without a network.
-func BenchmarkServeHTTP(b *testing.B) {
-	sim := cabletest.New(nil)
-	header := http.Header{"Authorization": {sim.RefreshKey()}, "Content-Type": {"application/json"}}
-	b.ReportAllocs()
-	for b.Loop() {
-		r := httptest.NewRequest(http.MethodPost, sim.Path(), bytes.NewReader([]byte(validBody)))
-		r.Header = header
-		sim.ServeHTTP(httptest.NewRecorder(), r)
-	}
+// fakeTB stands in for the test that a server belongs to.
+type fakeTB struct {
+	testing.TB
+	errors   []string
+	cleanups []func()
 }
+
+func (f *fakeTB) Errorf(format string, args ...any) {
+	f.errors = append(f.errors, fmt.Sprintf(format, args...))
+}
+
+func (f *fakeTB) Cleanup(cleanup func()) { f.cleanups = append(f.cleanups, cleanup) }

@@ -99,8 +99,8 @@ func Parse(path *framework.Path, req *logical.Request) (map[string]any, error) {
 	return data, nil
 }
 
-// knownFields lists the fields that an operation on path accepts, sorted: for operations without a body the query
-// fields, for the others all fields but name.
+// knownFields lists the fields that an operation on path accepts, sorted. An operation without a body accepts the query
+// fields, any other operation all fields but name.
 func knownFields(path *framework.Path, op logical.Operation) []string {
 	hasBody := op == logical.CreateOperation || op == logical.UpdateOperation || op == logical.PatchOperation
 	var known []string
@@ -136,8 +136,8 @@ func blankError(value any) error {
 	return fmt.Errorf("must not be %s: give it a value or leave it out", what)
 }
 
-// parseValue converts value to its field's type: string, bool, int (whole seconds for a duration) or []string; nil if
-// it is null, and "" if it is an empty text for any type.
+// parseValue converts value to its field's type, which is string, bool, int (whole seconds for a duration) or []string.
+// It returns nil for null, and "" for an empty text, whatever the type.
 func parseValue(schema *framework.FieldSchema, name string, value any) (any, error) {
 	if value == nil {
 		return nil, nil
@@ -226,7 +226,7 @@ func parseNumber(kind framework.FieldType, value any) (int, error) {
 }
 
 // parseList reads a list of strings, a comma-separated text or a JSON array. An element may be comma-separated too, as
-// repeated query keys are. The list is bounded before it is split: at most 64 KiB and 1024 elements.
+// repeated query keys are. The list is bounded before it is split, to 64 KiB and 1024 elements.
 func parseList(value any) ([]string, error) {
 	var texts []any
 	switch v := value.(type) {
@@ -271,12 +271,12 @@ func parseList(value any) ([]string, error) {
 // ParseScopes sorts scopes, drops duplicates, and refuses more than 64. Its refusal does not quote a text that cannot
 // be a scope.
 //
-// NOTE: parseList has bounded the list before it was split. 64 is the limit on the scopes that remain.
+// NOTE: parseList has bounded the list before it was split. 64 is the limit without duplicates.
 func ParseScopes(list []string) ([]string, error) {
 	scopes := slices.Clone(list)
 	slices.Sort(scopes)
 	scopes = slices.Compact(scopes)
-	if len(scopes) > maxScopes {
+	if len(scopes) > maxScopes { // at most 64 scopes
 		return nil, outcome.Refuse("scopes names %d: at most %d are allowed", len(scopes), maxScopes)
 	}
 	for _, s := range scopes {
@@ -383,7 +383,7 @@ func sameValue(value, stored any) bool {
 		case int:
 			return s == 0
 		case bool:
-			return false // disabled= of a script with an empty variable must not seem done
+			return false // a script's disabled=$EMPTY must not seem to have worked
 		default:
 			return isBlank(s)
 		}

@@ -25,7 +25,7 @@ var (
 
 func shape(pattern string) Shape { return Shape{regexp.MustCompile(pattern)} }
 
-// Redact returns text if it has the shape, and its length otherwise. It is for fields of a log line or an event.
+// Redact returns text if it has the shape, and its length otherwise. It is for fields of a log line.
 func (s Shape) Redact(text string) string {
 	if text == "" || s.pattern.MatchString(text) {
 		return text

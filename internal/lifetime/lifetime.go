@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package lifetime is the arithmetic of lifetimes: pure functions over plain values, so that they can be read against
-// the rules and tested for all inputs.
+// Package lifetime is the arithmetic of lifetimes, in pure functions over plain values, so that they can be read
+// against the rules and tested for all inputs.
 //
 //	ceiling   = min(role's max_ttl or 24h, mount's max_lease_ttl, 24h)
 //	requested = min(first set of: request's ttl, role's ttl, min(1h, mount's default_lease_ttl); ceiling)
@@ -28,7 +28,7 @@ const (
 	Max = cable.MaxLifetime // 86400s
 
 	standard    = time.Hour   // if neither the request nor the role sets a lifetime
-	longerGrant = time.Minute // than requested is no reason to warn, because clocks and rounding account for that much
+	longerGrant = time.Minute // excess that is no reason to warn, because clocks and rounding account for it
 )
 
 // Bounds are the settings that decide a lifetime. Zero means "not set" for Role and RoleMax, and "Vault could not be
@@ -42,7 +42,7 @@ type Bounds struct {
 	MountMax     time.Duration // the mount's max_lease_ttl
 }
 
-// errNoMountTTL means that Vault did not report the mount's lease settings. The SDK returns zero then.
+// errNoMountTTL fails a request if Vault did not respond, which the SDK reports as a mount maximum of 0.
 var errNoMountTTL = errors.New("reading the mount's lease settings: Vault did not respond")
 
 // ceiling returns the longest lifetime that may be requested now, and the name of the setting that it comes from.
@@ -99,8 +99,8 @@ func (b Bounds) Decide() (requested time.Duration, warnings []string, err error)
 }
 
 // Lease returns the lease of a token for which the lifetime requested was requested, and the lifetime that Cable
-// granted. The lease never outlives its token: it ends no later, whatever the local clock says, and however long the
-// response took. It is at least a second and at most requested. An error means that no lifetime is left to lease.
+// granted. The lease never outlives its token, whatever the local clock says and however long the response took. It is
+// at least a second and at most requested. An error means that no lifetime is left to lease.
 //
 // NOTE: a Date header is up to a second behind Cable's clock, because it is in whole seconds. That second is
 // subtracted, as is all the time since the call was sent, although Cable's clock was read some time after that. Vault
@@ -129,7 +129,7 @@ func Lease(t *cable.Token, requested time.Duration, now time.Time) (lease, grant
 // IsLonger reports whether Cable granted so much more than requested that the caller is told.
 func IsLonger(granted, requested time.Duration) bool { return granted > requested+longerGrant }
 
-// seconds converts Cable's seconds without overflow. It keeps what a warning shows of a longer grant, up to 100 years.
+// seconds converts Cable's seconds without overflow. It keeps up to 100 years, because a warning shows a longer grant.
 func seconds(n int64) time.Duration {
 	const most = 100 * 366 * 24 * 60 * 60
 	return time.Duration(min(max(n, -most), most)) * time.Second

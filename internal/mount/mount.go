@@ -1,7 +1,7 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package mount asks Vault: for the mount's lease settings, for the node's replication state, and for stored entries.
+// Package mount calls Vault for the mount's lease settings, the node's replication state and stored entries.
 //
 //   - A caller waits no longer than its context lasts, even for a call of the SDK that ignores contexts. Such a call is
 //     abandoned and its result dropped.
@@ -26,7 +26,7 @@ type Panic struct {
 	Stack []byte
 }
 
-// result is what a function returned, or its panic.
+// result has the values that a function returned, or its panic.
 type result[T any] struct {
 	value T
 	err   error
@@ -96,7 +96,7 @@ func NewLeaseSetting(read func() time.Duration) *LeaseSetting {
 	return &LeaseSetting{read: func() (time.Duration, error) { return read(), nil }}
 }
 
-// Get returns the setting as it is now; 0 if Vault did not report it. It gives up when ctx ends, and re-panics if the
+// Get returns the present setting, or 0 if Vault did not report it. It gives up when ctx ends, and re-panics if the
 // call panicked.
 func (s *LeaseSetting) Get(ctx context.Context) (time.Duration, error) {
 	s.mu.Lock()

@@ -1,7 +1,7 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package outcome says how a token request ended, and what follows from that.
+// Package outcome names how a token request ended, and decides the consequences.
 //
 // Each request ends with one [Outcome], a word that is the same in the log, the metrics and status. One table gives
 // each word its HTTP status, its log level, and whether it counts as a failure. [Classify] is the one place that tells
@@ -137,7 +137,7 @@ var ErrChanged = errors.New("the settings have changed")
 type Failure struct {
 	Outcome Outcome
 	Message string // for the caller
-	Detail  string // for the log: the cause, without the hints for the caller
+	Detail  string // for the log, without the advice for the caller
 	Cause   error  // the original error
 
 	CableStatus int           // HTTP status of Cable's response, 0 without one
@@ -146,8 +146,7 @@ type Failure struct {
 	Certificate bool          // Cable's certificate was refused
 	Granted     *cable.Token  // the token that was refused, or nil
 
-	// UndeliveredUntil is the Unix time until which a token may be valid that Cable issued and no reader received; 0 if
-	// there is none.
+	// UndeliveredUntil is the Unix time until which an undelivered token may be valid, or 0 if there is none.
 	UndeliveredUntil int64
 }
 
@@ -157,7 +156,7 @@ func (f *Failure) Error() string { return f.Message }
 // Unwrap lets errors.Is and errors.As find the cause.
 func (f *Failure) Unwrap() error { return f.Cause }
 
-// Classify makes a Failure of an error; nil of nil.
+// Classify makes a Failure of err, and returns nil for nil.
 func Classify(err error) *Failure {
 	if err == nil {
 		return nil

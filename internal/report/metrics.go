@@ -97,7 +97,7 @@ func newMetrics() *metrics {
 	m.grantMismatches = counter("grant_mismatches_total",
 		"Tokens that were dropped because Cable granted something other than requested.")
 	m.undeliveredTokens = counter("undelivered_tokens_total",
-		"Token requests that failed after they were sent, so that an undelivered token may exist.")
+		"Tokens that Cable may have issued and that no reader received.")
 	m.grantedLifetime = histogram("granted_lifetime_seconds",
 		"Lifetime of minted tokens, as Cable granted it.", lifetimes...)
 	m.leasesEnded = counter("leases_ended_total",
@@ -185,7 +185,7 @@ func (m *metrics) tokenRequestEnded(r *TokenRequest, o outcome.Outcome) {
 	}
 }
 
-// callEnded counts the result of a token request's, or a shared call's, API calls.
+// callEnded counts the result of the API calls of a token request or of a shared call.
 func (m *metrics) callEnded(r *TokenRequest, o outcome.Outcome) {
 	if r.Token != nil {
 		m.grantedLifetime.Observe(r.Token.Lifetime.Seconds())

@@ -241,7 +241,7 @@ func (p *Reporter) logTokenRequest(r *TokenRequest, o outcome.Outcome) {
 	p.log(r.Source).Log(level, phrase, line...)
 }
 
-// isNewLongerGrant reports whether a longer grant to this role is logged. It is once a minute, because a Cable that
+// isNewLongerGrant reports whether a longer grant to this role is logged. Once a minute is enough, because a Cable that
 // ignores the requested lifetime does so each time.
 func (p *Reporter) isNewLongerGrant(role string) bool {
 	p.mu.Lock()
@@ -321,7 +321,7 @@ func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64,
 	}
 }
 
-// Status returns what status shows of the past, for this node since the mount was set up there.
+// Status returns the fields of status about the past, for this node since the mount was set up there.
 func (p *Reporter) Status() map[string]any {
 	p.mu.Lock()
 	defer p.mu.Unlock()

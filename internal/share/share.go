@@ -5,7 +5,7 @@
 // tokens exist that cannot be revoked.
 //
 //   - A read without parameters returns the role's current token if its call was sent at most reuse_for ago and at
-//     least half of its lifetime remains. Else it mints, once for all readers that wait.
+//     least half of its lifetime remains. Otherwise it mints, once for all readers that wait.
 //   - Each reader gets a lease of its own, which ends no later than the lease of the read that minted. A token is
 //     reused only if the lifetime requested for it is at most the present ceiling.
 //   - A role has one shared call at a time, per [state.Version]. The call does not end when its readers leave.
@@ -33,7 +33,7 @@ import (
 )
 
 const (
-	maxRoles         = 4096        // of a mount, that share at a time
+	maxRoles         = 4096        // roles of a mount that share at a time
 	fallbackLifetime = time.Minute // least remaining lifetime of a token that is returned while Cable is down
 	minBackoff       = 5 * time.Second
 	maxBackoff       = time.Minute
@@ -276,7 +276,7 @@ func notInTime(why string) *outcome.Failure {
 	return &outcome.Failure{Outcome: outcome.TimedOut, Message: text, Detail: text, Attempts: 1}
 }
 
-// deliver gives a token that the reader holds to the reader, with a lease of its own.
+// deliver returns a token that the reader holds, with a lease of the reader's own.
 func (s *role) deliver(t *token, r Reader, result Result) (Result, error) {
 	defer s.release(t) // even if the check panics
 	if err := r.Check(); err != nil {

@@ -80,7 +80,7 @@ func (c *Config) Encode() ([]byte, error) {
 	return encode(storedConfig{c, c.RefreshKey.Reveal(), int64(c.RequestTimeout / time.Second)}, c.unknown)
 }
 
-// DecodeConfig reads a stored configuration; nil of nil. Its errors quote nothing.
+// DecodeConfig reads a stored configuration, and returns nil for nil. Its errors quote nothing.
 func DecodeConfig(raw []byte) (*Config, error) {
 	if raw == nil {
 		return nil, nil
@@ -95,8 +95,8 @@ func DecodeConfig(raw []byte) (*Config, error) {
 	return c, nil
 }
 
-// NarrowedBy reports whether next, written in place of the configuration, takes something away from readers: it
-// disables the mount, or changes the organization or the destination.
+// NarrowedBy reports whether next, written in place of the configuration, takes something away from readers. It does if
+// it disables the mount, or changes the organization or the destination.
 func (c *Config) NarrowedBy(next *Config) bool {
 	return c != nil && (next.Disabled || c.OrganizationID != next.OrganizationID || !c.SameDestination(next))
 }
@@ -115,8 +115,8 @@ type Role struct {
 	ReuseFor       time.Duration `json:"reuse_for,omitempty"`
 	Disabled       bool          `json:"disabled,omitempty"`
 
-	// EarlierUntil is the Unix time until which tokens may be valid that were minted under an earlier, higher max_ttl;
-	// 0 if there was none.
+	// EarlierUntil is the Unix time until which tokens of an earlier, higher max_ttl may be valid, or 0 if there was
+	// none.
 	EarlierUntil int64 `json:"earlier_until,omitempty"`
 
 	unknown unknown
@@ -137,7 +137,7 @@ func (r *Role) Encode() ([]byte, error) {
 	}, r.unknown)
 }
 
-// DecodeRole reads a stored role; nil of nil.
+// DecodeRole reads a stored role, and returns nil for nil.
 func DecodeRole(name string, raw []byte) (*Role, error) {
 	if raw == nil {
 		return nil, nil
@@ -167,8 +167,8 @@ func (r *Role) NarrowedBy(next *Role) bool {
 		next.MaxLifetime() < r.MaxLifetime() || len(fields.Without(r.Scopes, next.Scopes)) > 0)
 }
 
-// unknown has the keys of a stored entry that this version does not know. Fields that this version does not know are
-// kept when an entry is rewritten, because an older version must not drop what a newer one stored.
+// unknown has the keys of a stored entry that this version does not know. Unknown stored fields are kept when an entry
+// is rewritten, because an older version must not drop the fields of a newer one.
 type unknown map[string]json.RawMessage
 
 // encode marshals a stored type together with the unknown keys.

@@ -9,10 +9,10 @@
 //   - Each change gives its entry a new number, from one counter that only rises. [Settings] remember the numbers of
 //     both entries, and [Store.IsCurrent] compares them as a pair under one lock. So a write of a role disturbs the
 //     requests of that role alone.
-//   - Once it has begun to store, a write no longer depends on its caller; see [Entry.Write].
+//   - Once it has begun to store, a write does not depend on its caller; see [Entry.Write].
 //   - A write that failed in Vault's storage may be committed all the same, at once or later. Until a later write, an
-//     invalidation or a new set-up settles that, the entry is uncertain: it is read from storage for each request, and
-//     if its bytes are those in memory, it is the entry in memory. If the write would have disabled, deleted or
+//     invalidation or a new set-up settles that, the entry is uncertain. It is then read from storage for each request,
+//     and if its bytes are those in memory, it is the entry in memory. If the write would have disabled, deleted or
 //     narrowed the entry, its token requests fail.
 package state
 
@@ -46,15 +46,15 @@ type Live struct {
 	Client *cable.Client
 }
 
-// Settings are what a token request is resolved with: the configuration and the role, or nil for an entry that is not
-// stored. They are never changed.
+// Settings are the configuration and the role that a token request uses, or nil for an entry that is not stored. They
+// are never changed.
 type Settings struct {
 	Config *Live
 	Role   *Role
 
 	// Version identifies the pair of entries.
 	Version Version
-	name    string
+	key     string // of the role
 }
 
 // Version has the numbers of the last change of the configuration and of a role.
@@ -88,11 +88,11 @@ type Store struct {
 	roles  *simplelru.LRU[string, *record] // by storage key
 
 	// narrowed has the storage keys of entries whose last write failed and would have disabled, deleted or narrowed
-	// them. It is never cut short; such a write needs an entry that exists.
+	// them. It is never cut short. Its size is bounded all the same, because such a write needs an entry that exists.
 	narrowed map[string]bool
 
 	// uncertain has the storage keys of the other entries whose last write failed. If these are too many, it is nil,
-	// and only an entry whose record is certain is not read for each request.
+	// and each entry without a certain record is read for each request.
 	uncertain map[string]bool
 
 	// pause is the last client's pause, and pauseFor a hash of its key and URL. A new client with the same key and URL
@@ -130,8 +130,7 @@ func New(observe func(cable.Call), changed func(role string)) *Store {
 	return s
 }
 
-// Close ends the mount on this node: it cancels writes under way and waits for none of them, and it drops the refresh
-// key.
+// Close ends the mount on this node. It cancels writes under way, waits for none of them, and drops the refresh key.
 func (s *Store) Close() {
 	s.cancel()
 	s.mu.Lock()
@@ -144,12 +143,13 @@ func (s *Store) Close() {
 func (s *Store) Settings(
 	ctx context.Context, storage logical.Storage, role string, received time.Time,
 ) (Settings, error) {
+	key := RoleKey(role)
 	s.mu.Lock()
 	timeout := s.timeout
 	config, known := s.knownLocked(ConfigKey)
-	r, roleKnown := s.knownLocked(RoleKey(role))
+	r, roleKnown := s.knownLocked(key)
 	s.mu.Unlock()
-	set := Settings{name: role, Version: Version{config.number, r.number}}
+	set := Settings{key: key, Version: Version{config.number, r.number}}
 	set.Config, _ = config.value.(*Live)
 	set.Role, _ = r.value.(*Role)
 	if known && roleKnown {
@@ -166,7 +166,7 @@ func (s *Store) Settings(
 	}
 	roleCtx, cancel := WithBudget(ctx, received, timeout)
 	defer cancel()
-	set.Role, set.Version.role, err = loadAs[*Role](roleCtx, s, storage, RoleKey(role))
+	set.Role, set.Version.role, err = loadAs[*Role](roleCtx, s, storage, key)
 	return set, err
 }
 
@@ -182,8 +182,8 @@ func (s *Store) ConfigVersion() (Version, error) {
 func (s *Store) RoleSettings(
 	ctx context.Context, storage logical.Storage, role string, since Version,
 ) (set Settings, err error) {
-	set = Settings{name: role, Version: since}
-	set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, RoleKey(role))
+	set = Settings{key: RoleKey(role), Version: since}
+	set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, set.key)
 	return set, err
 }
 
@@ -196,7 +196,18 @@ func WithBudget(ctx context.Context, received time.Time, timeout time.Duration) 
 func (s *Store) IsCurrent(set Settings) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return set.Version == Version{s.config.number, s.findLocked(RoleKey(set.name)).number}
+	return s.isCurrentLocked(set)
+}
+
+func (s *Store) isCurrentLocked(set Settings) bool {
+	return set.Version == Version{s.config.number, s.findLocked(set.key).number}
+}
+
+// IsCertain reports whether the settings are current and neither entry is uncertain, so that storage need not be read.
+func (s *Store) IsCertain(set Settings) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.isCurrentLocked(set) && s.isCertainLocked(ConfigKey) && s.isCertainLocked(set.key)
 }
 
 // Config returns the configuration in use, or nil if none is stored.
@@ -229,7 +240,8 @@ func NewLive(c *Config, pause *cable.Pause, observe func(cable.Call)) (*Live, er
 	return &Live{Config: c, Client: client}, nil
 }
 
-// InheritedPause returns the pause of the last client, or nil if that client was for another key or URL.
+// InheritedPause returns the pause of the last client, or nil if that client was for another key or URL, because a
+// pause belongs to one refresh key at one URL.
 func (s *Store) InheritedPause(c *Config) *cable.Pause {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -297,7 +309,7 @@ func (s *Store) load(ctx context.Context, storage logical.Storage, key string) (
 	return value, before.number, nil
 }
 
-// decode makes the value of an entry from its bytes: of the configuration with a client.
+// decode makes the value of an entry from its bytes. That of the configuration has a client.
 func (s *Store) decode(key string, raw []byte) (any, error) {
 	if name, ok := RoleName(key); ok {
 		return DecodeRole(name, raw)
@@ -418,7 +430,7 @@ func (s *Store) writeFailed(key string, narrows bool) {
 		s.narrowed[key] = true
 	case s.uncertain != nil:
 		if s.uncertain[key] = true; len(s.uncertain) > maxRoles {
-			s.uncertain = nil // too many: the records know which entries are certain
+			s.uncertain = nil // too many, so only the records tell which entries are certain
 		}
 	}
 }
@@ -534,7 +546,7 @@ func (e *Entry) IsCertain() bool {
 
 // Write stores raw, or deletes the entry if raw is nil. narrows says that the change takes something away from readers.
 //
-// The write no longer depends on its caller: it has a context of its own, which ends after 10 s or with the mount. If
+// The write does not depend on its caller. It has a context of its own, which ends after 10 s or with the mount. If
 // storage has not responded by then, the write has failed, until a late success of the same call settles it.
 func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))

@@ -10,11 +10,10 @@ import (
 	"strings"
 )
 
-// module is this module's path.
-const module = "github.com/cablesecrets/vault-plugin-secrets-cable"
-
-// development is the version of a build outside version control.
-const development = "v0.0.0-dev"
+const (
+	module      = "github.com/cablesecrets/vault-plugin-secrets-cable"
+	development = "v0.0.0-dev" // of a build outside version control
+)
 
 // stamped and commit are set by builds to which Go gives no version, with
 // -ldflags "-X …/vault-plugin-secrets-cable/internal/version.stamped=v1.2.3 -X ….commit=…".
@@ -37,15 +36,11 @@ func version(stamped string, info *debug.BuildInfo) string {
 		return development
 	}
 	// Go writes "+dirty". A version with "+" does not sort, and Vault compares it as text.
-	v, dirty := strings.CutSuffix(info.Main.Version, "+dirty")
-	switch {
-	case !dirty:
-		return v
-	case strings.Contains(v, "-"):
-		return v + ".dirty"
-	default: // of a tag
-		return v + "-dirty"
+	dirty := "-dirty"
+	if strings.Contains(info.Main.Version, "-") {
+		dirty = ".dirty"
 	}
+	return strings.Replace(info.Main.Version, "+dirty", dirty, 1)
 }
 
 // Commit returns the first 12 digits of the commit, or "unknown".

@@ -87,23 +87,18 @@ var built = sync.OnceValues(func() (string, error) {
 			continue // deleted, or a link to a folder
 		}
 		data, err := os.ReadFile(filepath.Join(root, file))
-		if err != nil {
-			return "", err
-		}
 		if file == "CHANGELOG.md" {
 			data = append(data, "\n## ["+testVersion+"] - 2020-02-02\n\nA test.\n"...)
 		}
-		if err := os.MkdirAll(filepath.Join(dir, filepath.Dir(file)), 0o755); err != nil {
-			return "", err
-		}
-		if err := os.WriteFile(filepath.Join(dir, file), data, info.Mode()); err != nil {
+		to := filepath.Join(dir, file)
+		err = errors.Join(err, os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, data, info.Mode()))
+		if err != nil {
 			return "", err
 		}
 	}
-	for _, args := range [][]string{{"init", "-q"}, {"add", "-A"}, {"commit", "-qm", "test"}, {"tag", testTag}} {
-		if _, err := output(dir, gitEnv, "git", args...); err != nil {
-			return "", err
-		}
+	const commit = "git init -q && git add -A && git commit -qm test && git tag " + testTag
+	if _, err := output(dir, gitEnv, "bash", "-euc", commit); err != nil {
+		return "", err
 	}
 	program := filepath.Join(testDir, "release")
 	if _, err := output(filepath.Join(root, "tools/release"), nil, "go", "build", "-o", program, "."); err != nil {
@@ -123,10 +118,7 @@ func buildArgs() []string {
 // dist returns the folder of the release, and a path in it.
 func dist(t *testing.T, suffix string) string {
 	t.Helper()
-	dir, err := built()
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := must(built())(t)
 	return filepath.Join(dir, "dist", project+"_"+testVersion+"_"+suffix)
 }
 
@@ -157,11 +149,37 @@ func sums(t *testing.T, path string) map[string]string {
 
 func read(t *testing.T, path string) string {
 	t.Helper()
-	data, err := os.ReadFile(path)
+	return string(must(os.ReadFile(path))(t))
+}
+
+func write(t *testing.T, path, text string, mode os.FileMode) {
+	t.Helper()
+	check(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	check(t, os.WriteFile(path, []byte(text), mode))
+}
+
+// must returns the value of a call that has no error: must(call())(t).
+func must[T any](v T, err error) func(*testing.T) T {
+	return func(t *testing.T) T {
+		t.Helper()
+		check(t, err)
+		return v
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return string(data)
+}
+
+// checkSum checks the SHA-256 of a file.
+func checkSum(t *testing.T, path, want string) {
+	t.Helper()
+	if got, err := sha256File(path); err != nil || got != want {
+		t.Errorf("%s has sum %s (%v), want %s", path, got, err, want)
+	}
 }
 
 // TestReproducible builds the same tag a second time, in a folder of another
@@ -172,30 +190,18 @@ func TestReproducible(t *testing.T) {
 	sumsFile := dist(t, "SHA256SUMS")
 	first, _ := built()
 	second := filepath.Join(testDir, "a second folder", "of another name")
-	if _, err := output(testDir, nil, "git", "clone", "-q", first, second); err != nil {
-		t.Fatal(err)
-	}
+	must(output(testDir, nil, "git", "clone", "-q", first, second))(t)
 	old := time.Now().Add(-20 * 365 * 24 * time.Hour)
-	if err := filepath.WalkDir(second, func(path string, _ os.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		return os.Chtimes(path, old, old)
-	}); err != nil {
-		t.Fatal(err)
-	}
-	caches, err := output(root, nil, "go", "env", "GOMODCACHE", "GOCACHE")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, filepath.WalkDir(second, func(path string, _ os.DirEntry, err error) error {
+		return errors.Join(err, os.Chtimes(path, old, old))
+	}))
+	caches := must(output(root, nil, "go", "env", "GOMODCACHE", "GOCACHE"))(t)
 	mod, cache, _ := strings.Cut(strings.TrimSpace(caches), "\n")
 	if everything {
 		cache = filepath.Join(testDir, "cache")
 	}
 	goenv := filepath.Join(t.TempDir(), "env")
-	if err := os.WriteFile(goenv, []byte("GOEXPERIMENT=arenas\nGOARM64=v9.0\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	write(t, goenv, "GOEXPERIMENT=arenas\nGOARM64=v9.0\n", 0o600)
 	env := []string{
 		"HOME=" + t.TempDir(), "TMPDIR=" + t.TempDir(), "USER=somebody", "LC_ALL=de_DE.UTF-8", "TZ=Asia/Tokyo",
 		"GOENV=" + goenv, "GOMODCACHE=" + mod, "GOCACHE=" + cache, "GODEBUG=asyncpreemptoff=1",
@@ -203,18 +209,14 @@ func TestReproducible(t *testing.T) {
 		"GOFLAGS=-tags=other -buildvcs=true -ldflags=-X=main.a=b", "GORELEASER_CURRENT_TAG=v1.1.1",
 	}
 	args := append([]string{"-c", `umask 077 && exec "$0" "$@"`, filepath.Join(testDir, "release")}, buildArgs()...)
-	if _, err := output(second, env, "bash", args...); err != nil {
-		t.Fatal(err)
-	}
+	must(output(second, env, "bash", args...))(t)
 	files := sums(t, sumsFile)
 	if again := filepath.Join(second, "dist", filepath.Base(sumsFile)); read(t, again) != read(t, sumsFile) {
 		t.Errorf("the sums differ:\n%s\n%s", read(t, sumsFile), read(t, again))
 	}
 	for file, sum := range files {
 		for _, dir := range []string{first, second} {
-			if got, err := sha256File(filepath.Join(dir, "dist", file)); err != nil || got != sum {
-				t.Errorf("%s in %s has sum %s (%v), want %s", file, dir, got, err, sum)
-			}
+			checkSum(t, filepath.Join(dir, "dist", file), sum)
 		}
 	}
 	t.Logf("%d files are the same", len(files))
@@ -235,11 +237,7 @@ func TestFiles(t *testing.T) {
 		if binary != project+strings.Repeat(".exe", strings.Count(platform, "windows_")) {
 			t.Errorf("binary %s in %s", binary, stem)
 		}
-		zipPath := dist(t, platform+".zip")
-		archive, err := zip.OpenReader(zipPath)
-		if err != nil {
-			t.Fatal(err)
-		}
+		archive := must(zip.OpenReader(dist(t, platform+".zip")))(t)
 		defer archive.Close()
 		modes := map[string]string{}
 		for _, f := range archive.File {
@@ -253,34 +251,20 @@ func TestFiles(t *testing.T) {
 		if !maps.Equal(modes, want) {
 			t.Errorf("%s contains %s, want %s", stem, modes, want)
 		}
-		f, err := archive.Open(binary)
-		if err != nil {
-			t.Fatal(err)
-		}
 		extracted := filepath.Join(t.TempDir(), binary)
-		copyTo(t, extracted, f, 0o755)
-		if got, err := sha256File(extracted); err != nil || got != sum {
-			t.Errorf("%s: the binary has sum %s (%v), want %s", stem, got, err, sum)
-		}
+		write(t, extracted, string(must(io.ReadAll(must(archive.Open(binary))(t)))(t)), 0o755)
+		checkSum(t, extracted, sum)
 		checkBinary(t, extracted, platform)
 		checkSBOM(t, dist(t, platform+".cdx.json"), extracted, sum)
 	}
 	slices.Sort(want)
-	got := make([]string, 0, len(all))
-	for file := range all {
-		got = append(got, file)
-	}
-	slices.Sort(got)
-	if !slices.Equal(got, want) {
+	if got := slices.Sorted(maps.Keys(all)); !slices.Equal(got, want) {
 		t.Errorf("SHA256SUMS lists %q, want %q", got, want)
 	}
 	t.Logf("%d platforms", len(plugins))
 	// And nothing else, which would differ each time.
 	want = append(want, project+"_"+testVersion+"_SHA256SUMS", project+"_"+testVersion+"_oci")
-	inDist, err := os.ReadDir(filepath.Dir(dist(t, "")))
-	if err != nil {
-		t.Fatal(err)
-	}
+	inDist := must(os.ReadDir(filepath.Dir(dist(t, ""))))(t)
 	for _, file := range inDist {
 		if !slices.Contains(want, file.Name()) {
 			t.Errorf("dist/ contains %s", file.Name())
@@ -288,24 +272,9 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-func copyTo(t *testing.T, path string, r io.ReadCloser, mode os.FileMode) {
-	t.Helper()
-	defer r.Close()
-	data, err := io.ReadAll(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, data, mode); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func checkBinary(t *testing.T, path, platform string) {
 	t.Helper()
-	info, err := buildinfo.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	info := must(buildinfo.ReadFile(path))(t)
 	settings := map[string]string{}
 	for _, s := range info.Settings {
 		settings[s.Key] = s.Value
@@ -324,10 +293,7 @@ func checkBinary(t *testing.T, path, platform string) {
 		return
 	}
 	first, _ := built()
-	commit, err := output(first, nil, "git", "rev-parse", "HEAD")
-	if err != nil {
-		t.Fatal(err)
-	}
+	commit := must(output(first, nil, "git", "rev-parse", "HEAD"))(t)
 	// RunningVersion and the User-Agent are this version, as e2e tests.
 	got, err := output("", nil, path, "-version")
 	want := fmt.Sprintf("%s %s, commit %s, %s\n", project, testTag, commit[:12], info.GoVersion)
@@ -341,9 +307,7 @@ func checkBinary(t *testing.T, path, platform string) {
 func checkSBOM(t *testing.T, path, binary, sum string) {
 	t.Helper()
 	var bom cdx.BOM
-	if err := cdx.NewBOMDecoder(strings.NewReader(read(t, path)), cdx.BOMFileFormatJSON).Decode(&bom); err != nil {
-		t.Fatal(err)
-	}
+	check(t, cdx.NewBOMDecoder(strings.NewReader(read(t, path)), cdx.BOMFileFormatJSON).Decode(&bom))
 	main := bom.Metadata.Component
 	if main.Name != module || main.Version != testTag ||
 		(*main.Hashes)[0].Value != sum || (*main.Licenses)[0].License.ID != "MPL-2.0" {
@@ -352,10 +316,7 @@ func checkSBOM(t *testing.T, path, binary, sum string) {
 	if bom.SerialNumber != "" || bom.Metadata.Timestamp != "" {
 		t.Errorf("%s: serial number %q, timestamp %q", path, bom.SerialNumber, bom.Metadata.Timestamp)
 	}
-	info, err := buildinfo.ReadFile(binary)
-	if err != nil {
-		t.Fatal(err)
-	}
+	info := must(buildinfo.ReadFile(binary))(t)
 	want := []string{"std@" + info.GoVersion}
 	for _, dep := range info.Deps {
 		want = append(want, dep.Path+"@"+dep.Version)
@@ -383,10 +344,7 @@ func checkSBOM(t *testing.T, path, binary, sum string) {
 // TestLicenses checks that each text is in the file, and that a license that is not
 // allowed stops the release.
 func TestLicenses(t *testing.T) {
-	dir, err := built()
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := must(built())(t)
 	text := read(t, filepath.Join(dir, ".cache/release", licensesFile))
 	for _, want := range []string{
 		"Go standard library go1.", "github.com/hashicorp/vault/sdk v", ": MPL-2.0",
@@ -401,7 +359,7 @@ func TestLicenses(t *testing.T) {
 	t.Cleanup(func() { allowed = before; os.Unsetenv("GOOS") })
 	allowed = slices.DeleteFunc(slices.Clone(allowed), func(id string) bool { return id == "ISC" })
 	t.Chdir(dir)
-	_, err = collectLicenses(t.Context(), []string{"linux"})
+	_, err := collectLicenses(t.Context(), []string{"linux"})
 	if err == nil || !strings.Contains(err.Error(), "is under ISC, which tools/release/licenses.go does not allow") {
 		t.Errorf("without ISC in the list: %v", err)
 	}
@@ -416,13 +374,7 @@ func TestImage(t *testing.T) {
 	t.Chdir(dir)
 	licenses := ".cache/release/" + licensesFile
 	for _, file := range []string{"LICENSE", licenses, "dist/amd64", "dist/arm", "dist/windows"} {
-		err := os.MkdirAll(filepath.Dir(file), 0o755)
-		if err == nil {
-			err = os.WriteFile(file, []byte("content of "+file), 0o640)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		write(t, file, "content of "+file, 0o640)
 	}
 	r := &release{commit: strings.Repeat("c0ffee", 7)[:40], version: testVersion, date: time.Unix(1600000000, 0).UTC()}
 	for _, b := range []binary{
@@ -430,50 +382,29 @@ func TestImage(t *testing.T) {
 		{"linux", "arm", "dist/arm", ""},
 		{"windows", "amd64", "dist/windows", ""},
 	} {
-		var err error
-		if b.sha256, err = sha256File(b.path); err != nil {
-			t.Fatal(err)
-		}
+		b.sha256 = must(sha256File(b.path))(t)
 		r.binaries = append(r.binaries, b)
 	}
-	if err := r.writeImage(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, r.writeImage())
 	ref := push(t, "dist/"+project+"_"+testVersion+"_oci")
-	index, err := remote.Index(ref)
-	if err != nil {
-		t.Fatal(err)
-	}
-	manifest, err := index.IndexManifest()
-	if err != nil || len(manifest.Manifests) != 2 {
-		t.Fatalf("index: %+v, %v", manifest, err)
+	manifest := must(must(remote.Index(ref))(t).IndexManifest())(t)
+	if len(manifest.Manifests) != 2 {
+		t.Fatalf("index: %+v", manifest)
 	}
 	for _, b := range r.binaries[:2] {
-		image, err := remote.Image(ref, remote.WithPlatform(v1.Platform{OS: "linux", Architecture: b.goarch}))
-		if err != nil {
-			t.Fatal(err)
-		}
+		image := must(remote.Image(ref, remote.WithPlatform(v1.Platform{OS: "linux", Architecture: b.goarch})))(t)
 		files := extract(t, image)
 		if got, want := files[project], read(t, b.path); got != want || len(files) != 3 ||
 			files["LICENSE"] == "" || files[licensesFile] == "" {
 			t.Errorf("%s: files %q", b.goarch, files)
 		}
-		config, err := image.ConfigFile()
-		if err != nil {
-			t.Fatal(err)
-		}
-		m, err := image.Manifest()
-		if err != nil {
-			t.Fatal(err)
-		}
+		config := must(image.ConfigFile())(t)
+		m := must(image.Manifest())(t)
 		if config.Config.User != "65532:65532" || !slices.Equal(config.Config.Entrypoint, []string{"/" + project}) ||
 			!config.Created.Equal(r.date) || config.Architecture != b.goarch {
 			t.Errorf("%s: config %+v", b.goarch, config)
 		}
-		digest, err := image.Digest()
-		if err != nil {
-			t.Fatal(err)
-		}
+		digest := must(image.Digest())(t)
 		stated := []string{config.Config.Labels[sumLabel], m.Annotations[sumLabel]}
 		for _, d := range manifest.Manifests {
 			if d.Digest == digest {
@@ -485,12 +416,7 @@ func TestImage(t *testing.T) {
 		}
 	}
 	// The file contains the folder, so that a registry can be compared with either.
-	f, err := os.Open("dist/" + project + "_" + testVersion + "_oci.tar")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	files := untar(t, f)
+	files := untar(t, must(os.Open("dist/"+project+"_"+testVersion+"_oci.tar"))(t))
 	want := read(t, "dist/"+project+"_"+testVersion+"_oci/index.json")
 	if got := files["index.json"]; got != want || files["oci-layout"] == "" || len(files) != 2+1+2*3 {
 		t.Errorf("the tar has %d files, index %q, want %q", len(files), got, want)
@@ -504,42 +430,27 @@ func TestReleasedImage(t *testing.T) {
 		t.Skip("the image is for Linux")
 	}
 	platform := v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
-	image, err := remote.Image(push(t, dist(t, "oci")), remote.WithPlatform(platform))
-	if err != nil {
-		t.Fatal(err)
-	}
+	image := must(remote.Image(push(t, dist(t, "oci")), remote.WithPlatform(platform)))(t)
 	path := filepath.Join(t.TempDir(), project)
-	if err := os.WriteFile(path, []byte(extract(t, image)[project]), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	write(t, path, extract(t, image)[project], 0o755)
 	binary := fmt.Sprintf("%s_%s_linux_%s/%[1]s", project, testVersion, runtime.GOARCH)
-	want := sums(t, dist(t, "PLUGIN_SHA256SUMS"))[binary]
-	if got, err := sha256File(path); err != nil || got != want {
-		t.Errorf("the binary in the image has sum %s (%v), want %s", got, err, want)
-	}
+	checkSum(t, path, sums(t, dist(t, "PLUGIN_SHA256SUMS"))[binary])
 }
 
-// push pushes a layout to a registry of its own on loopback, as
-// `crane push DIR REF` does.
-func push(t *testing.T, dir string) name.Reference {
+// image returns the name of an image in a registry of its own on loopback.
+func image(t *testing.T) string {
 	t.Helper()
 	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	t.Cleanup(server.Close)
-	ref, err := name.ParseReference(strings.TrimPrefix(server.URL, "http://") + "/" + project + ":" + testTag)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if out, err := output("", nil, "crane", "push", dir, ref.String()); err != nil {
-		t.Fatal(out, err)
-	}
-	index, err := layout.ImageIndexFromPath(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := index.IndexManifest()
-	if err != nil {
-		t.Fatal(err)
-	}
+	return strings.TrimPrefix(server.URL, "http://") + "/" + project
+}
+
+// push pushes a layout to a registry of its own, as `crane push DIR REF` does.
+func push(t *testing.T, dir string) name.Reference {
+	t.Helper()
+	ref := must(name.ParseReference(image(t) + ":" + testTag))(t)
+	must(output("", nil, "crane", "push", dir, ref.String()))(t)
+	m := must(must(layout.ImageIndexFromPath(dir))(t).IndexManifest())(t)
 	if d, err := remote.Head(ref); err != nil || d.Digest != m.Manifests[0].Digest {
 		t.Fatalf("the registry serves %+v (%v), want the digest of index.json, %s", d, err, m.Manifests[0].Digest)
 	}
@@ -548,27 +459,20 @@ func push(t *testing.T, dir string) name.Reference {
 
 func extract(t *testing.T, image v1.Image) map[string]string {
 	t.Helper()
-	r := mutate.Extract(image)
-	defer r.Close()
-	return untar(t, r)
+	return untar(t, mutate.Extract(image))
 }
 
-func untar(t *testing.T, r io.Reader) map[string]string {
+func untar(t *testing.T, from io.ReadCloser) map[string]string {
 	t.Helper()
+	defer from.Close()
 	files := map[string]string{}
-	for r := tar.NewReader(r); ; {
+	for r := tar.NewReader(from); ; {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
 			return files
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		data, err := io.ReadAll(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files[h.Name] = string(data)
+		check(t, err)
+		files[h.Name] = string(must(io.ReadAll(r))(t))
 	}
 }
 
@@ -582,13 +486,8 @@ func TestSnapshotVersion(t *testing.T) {
 		{"touch new", "v1.2.4-0.20200202020202-COMMIT.dirty"},
 		{"git add new && git commit -qm three && git tag v1.3.0-rc.1", "v1.3.0-rc.1.0.20200202020202-COMMIT"},
 	} {
-		if _, err := output(dir, gitEnv, "bash", "-euc", step.commands); err != nil {
-			t.Fatal(err)
-		}
-		r, err := headCommit(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(output(dir, gitEnv, "bash", "-euc", step.commands))(t)
+		r := must(headCommit(t.Context()))(t)
 		want := strings.ReplaceAll(step.want, "COMMIT", r.commit[:12])
 		if got, err := snapshotVersion(t.Context(), r); err != nil || got != want {
 			t.Errorf("after %s: %s (%v), want %s", step.commands, got, err, want)
@@ -598,10 +497,7 @@ func TestSnapshotVersion(t *testing.T) {
 
 // TestNotes checks that a version without a section in CHANGELOG.md is not released.
 func TestNotes(t *testing.T) {
-	dir, err := built()
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := must(built())(t)
 	t.Chdir(dir)
 	if got, err := notes(testTag); err != nil || got != "A test.\n" {
 		t.Errorf("notes of %s: %q, %v", testTag, got, err)

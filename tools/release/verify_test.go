@@ -4,9 +4,6 @@
 package main
 
 import (
-	"io"
-	"log"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,8 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/google/go-containerregistry/pkg/registry"
 )
 
 // A block is a block of commands in a page.
@@ -58,9 +53,7 @@ func TestVerify(t *testing.T) {
 		}
 		bin := t.TempDir()
 		for _, applet := range strings.Fields("base64 cp cut grep mkdir sed sh sha256sum tar unzip") {
-			if err := os.Symlink(busybox, filepath.Join(bin, applet)); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Symlink(busybox, filepath.Join(bin, applet)))
 		}
 		verify(t, []string{busybox, "sh"}, bin+":"+os.Getenv("PATH"))
 	})
@@ -73,24 +66,11 @@ func verify(t *testing.T, shell []string, path string) {
 		"PATH=" + path, "HOME=" + t.TempDir(),
 		"COSIGN_PASSWORD=", "version=" + testVersion, "name=" + project + "_" + testVersion,
 	}
-	image := func() string {
-		server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
-		t.Cleanup(server.Close)
-		return "IMAGE=" + strings.TrimPrefix(server.URL, "http://") + "/" + project
-	}
 	pristine := t.TempDir()
-	files, err := filepath.Glob(dist(t, "*"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range files {
-		if info, err := os.Stat(file); err == nil && !info.IsDir() {
-			copyFile(t, file, filepath.Join(pristine, filepath.Base(file)))
-		}
-	}
+	copyFiles(t, filepath.Dir(dist(t, "")), pristine)
 	run := func(dir, image, text string) error {
 		args := append(slices.Clone(shell[1:]), "-euo", "pipefail", "-c", text)
-		_, err := output(dir, append(slices.Clone(env), image), shell[0], args...)
+		_, err := output(dir, append(slices.Clone(env), "IMAGE="+image), shell[0], args...)
 		return err
 	}
 	const sumsFile, plugins, archive = "${name}_SHA256SUMS", "${name}_PLUGIN_SHA256SUMS", "${name}_linux_amd64.zip"
@@ -103,7 +83,7 @@ func verify(t *testing.T, shell []string, path string) {
 		"openssl dgst":                        {sumsFile, own, "cosign.pub"},
 		"crane push":                          {"${name}_oci.tar"},
 	}
-	ran, loopback := 0, image()
+	ran, loopback := 0, image(t)
 	for _, b := range blocks(t, "docs/verify.md") {
 		if b.kind != "sh" {
 			continue
@@ -119,11 +99,9 @@ func verify(t *testing.T, shell []string, path string) {
 			for _, file := range files {
 				file = strings.ReplaceAll(file, "${name}", project+"_"+testVersion)
 				changed := t.TempDir()
-				for _, f := range entries(t, pristine) {
-					copyFile(t, filepath.Join(pristine, f), filepath.Join(changed, f))
-				}
+				copyFiles(t, pristine, changed)
 				changeByte(t, filepath.Join(changed, file))
-				if err := run(changed, image(), b.text); err == nil {
+				if err := run(changed, image(t), b.text); err == nil {
 					t.Errorf("with a byte changed in %s, this says nothing:\n%s", file, b.text)
 				}
 			}
@@ -137,16 +115,12 @@ func verify(t *testing.T, shell []string, path string) {
 sed -i 's/"schemaVersion": 2/"schemaVersion":  2/' other/index.json
 crane push --index other "$IMAGE:other"
 ! cosign verify --key cosign.pub --insecure-ignore-tlog "$IMAGE@$(crane digest "$IMAGE:other")"`
-	if err := run(pristine, loopback, other); err != nil {
-		t.Error(err)
-	}
+	check(t, run(pristine, loopback, other))
 	// And one key is not another.
 	const otherKey = `mkdir k && cd k && cosign generate-key-pair
 ! cosign verify-blob --key cosign.pub --insecure-ignore-tlog \
   --bundle "../${name}_SHA256SUMS.own.sigstore.json" "../${name}_SHA256SUMS"`
-	if err := run(pristine, loopback, otherKey); err != nil {
-		t.Error(err)
-	}
+	check(t, run(pristine, loopback, otherKey))
 }
 
 // TestInstall runs the first block of the README's section on installing with the files of
@@ -165,7 +139,7 @@ func TestInstall(t *testing.T) {
 	for i, changed := range append([]string{""}, files[0], files[2]) {
 		dir := t.TempDir()
 		for _, file := range files {
-			copyFile(t, file, filepath.Join(dir, filepath.Base(file)))
+			write(t, filepath.Join(dir, filepath.Base(file)), read(t, file), 0o600)
 			if file == changed {
 				changeByte(t, filepath.Join(dir, filepath.Base(file)))
 			}
@@ -209,34 +183,20 @@ func TestVerifyFlags(t *testing.T) {
 	}
 }
 
-func entries(t *testing.T, dir string) []string {
+// copyFiles copies the files of a folder, and leaves out its folders.
+func copyFiles(t *testing.T, from, to string) {
 	t.Helper()
-	all, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var names []string
-	for _, e := range all {
+	for _, e := range must(os.ReadDir(from))(t) {
 		if !e.IsDir() {
-			names = append(names, e.Name())
+			write(t, filepath.Join(to, e.Name()), read(t, filepath.Join(from, e.Name())), 0o600)
 		}
-	}
-	return names
-}
-
-func copyFile(t *testing.T, from, to string) {
-	t.Helper()
-	if err := os.WriteFile(to, []byte(read(t, from)), 0o600); err != nil {
-		t.Fatal(err)
 	}
 }
 
 // changeByte flips a bit in the middle of a file.
 func changeByte(t *testing.T, path string) {
 	t.Helper()
-	data := slices.Clone([]byte(read(t, path)))
+	data := []byte(read(t, path))
 	data[len(data)/2] ^= 1
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	write(t, path, string(data), 0o600)
 }

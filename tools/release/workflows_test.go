@@ -25,10 +25,7 @@ var (
 // limit and no more rights than it states. actionlint checks the rest.
 func TestWorkflows(t *testing.T) {
 	t.Parallel()
-	files, err := filepath.Glob(filepath.Join(root, ".github/workflows/*"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := must(filepath.Glob(filepath.Join(root, ".github/workflows/*")))(t)
 	makefile := read(t, filepath.Join(root, "Makefile"))
 	targets, pins := 0, map[string]string{}
 	for _, path := range files {

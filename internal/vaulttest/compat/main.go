@@ -11,7 +11,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -92,18 +91,10 @@ var reason = regexp.MustCompile(`^\s+\S+\.go:\d+: (.*)\n$`)
 func read(in io.Reader, w io.Writer) (*result, error) {
 	r := &result{skipped: map[string][]string{}}
 	ended, output, parents := map[string]string{}, map[string][]string{}, map[string]bool{}
-	lines := bufio.NewReader(in)
-	for {
-		line, err := lines.ReadBytes('\n')
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return nil, err
-		}
+	for events := json.NewDecoder(in); events.More(); {
 		var event struct{ Action, Test, Output string }
-		if err := json.Unmarshal(line, &event); err != nil {
-			return nil, fmt.Errorf("%w: %s", err, line)
+		if err := events.Decode(&event); err != nil {
+			return nil, err
 		}
 		switch event.Action {
 		case "output":
@@ -142,16 +133,16 @@ func read(in io.Reader, w io.Writer) (*result, error) {
 		}
 	}
 	// A test fails with its subtest, and the package with each, so only the last is named.
+	slices.Sort(r.failed)
 	all := slices.Clone(r.failed)
 	r.failed = slices.DeleteFunc(r.failed, func(test string) bool {
 		return slices.ContainsFunc(all, func(other string) bool {
 			return other != test && (test == "" || strings.HasPrefix(other, test+"/"))
 		})
 	})
-	if slices.Contains(r.failed, "") {
-		r.failed = []string{"TestMain"} // its checks after all tests
+	if len(r.failed) == 1 && r.failed[0] == "" {
+		r.failed[0] = "TestMain" // its checks after all tests
 	}
-	slices.Sort(r.failed)
 	return r, nil
 }
 

@@ -4,7 +4,7 @@
 package main
 
 import (
-	"encoding/json"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -17,17 +17,7 @@ import (
 // server's last one or as a new one.
 func TestRow(t *testing.T) {
 	t.Parallel()
-	type event struct{ Action, Test, Output string }
-	printed := func(events ...event) string {
-		var b strings.Builder
-		for _, e := range events {
-			if err := json.NewEncoder(&b).Encode(e); err != nil {
-				t.Fatal(err)
-			}
-		}
-		return b.String()
-	}
-	good := []event{
+	good := [][3]string{
 		{"start", "", ""},
 		{"run", "TestA", ""},
 		{"run", "TestA/one", ""},
@@ -41,7 +31,7 @@ func TestRow(t *testing.T) {
 		{"output", "TestB", "    b_test.go:1: fine\n"},
 		{"pass", "TestB", ""},
 	}
-	bad := slices.Concat(good, []event{
+	bad := slices.Concat(good, [][3]string{
 		{"run", "TestC", ""},
 		{"run", "TestC/deep", ""},
 		{"output", "TestC/deep", "    c_test.go:1: wrong\n"},
@@ -52,9 +42,8 @@ func TestRow(t *testing.T) {
 	day := time.Date(2026, 11, 25, 23, 0, 0, 0, time.UTC)
 	const page = "# Page\n\n| a |\n| --- |\n| Vault 1.0 | old |\n| Vault 1.0.1 | old |\n\nEnd\n"
 	for name, tt := range map[string]struct {
-		events       []event
-		server       string
-		want, output string
+		events               [][3]string // Action, Test, Output
+		server, want, output string
 	}{
 		"passes": {
 			good, "Vault 1.0", strings.Replace(page, "| Vault 1.0 | old |",
@@ -70,8 +59,11 @@ func TestRow(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var output strings.Builder
-			r, err := read(strings.NewReader(printed(tt.events...)), &output)
+			var printed, output strings.Builder
+			for _, e := range tt.events {
+				fmt.Fprintf(&printed, `{"Action": %q, "Test": %q, "Output": %q}`+"\n", e[0], e[1], e[2])
+			}
+			r, err := read(strings.NewReader(printed.String()), &output)
 			if err != nil {
 				t.Fatal(err)
 			}

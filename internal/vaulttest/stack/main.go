@@ -50,23 +50,11 @@ func run(command []string) (status int, err error) {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	bin := filepath.Join(dir, "bin")
-	plugin, err := vaulttest.Build(ctx, bin, "cmd/vault-plugin-secrets-cable", version.String())
-	if err != nil {
-		return 1, err
-	}
-	sum, err := plugin.Sum()
-	if err != nil {
-		return 1, err
-	}
-	simulator, err := vaulttest.Build(ctx, bin, "cmd/cable-sim", "")
-	if err != nil {
-		return 1, err
-	}
+	plugin, pluginErr := vaulttest.Build(ctx, bin, "cmd/vault-plugin-secrets-cable", version.String())
+	sum, sumErr := plugin.Sum()
+	simulator, simErr := vaulttest.Build(ctx, bin, "cmd/cable-sim", "")
 	vault, err := vaulttest.Find(ctx)
-	if err != nil {
-		return 1, err
-	}
-	if err := os.Symlink(vault, filepath.Join(bin, "vault")); err != nil {
+	if err := errors.Join(pluginErr, sumErr, simErr, err, os.Symlink(vault, filepath.Join(bin, "vault"))); err != nil {
 		return 1, err
 	}
 

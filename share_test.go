@@ -13,7 +13,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/logical"
 	"pgregory.net/rapid"
 
@@ -22,17 +21,18 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
 )
 
-// fakeCable stands in for the client in a synctest bubble, where there is no
-// network: it grants tokens, late or not at all, and remembers them.
+// fakeCable stands in for the client in a synctest bubble, which has no network. It grants tokens, late or not at all,
+// and remembers them.
 type fakeCable struct {
 	mu       sync.Mutex
 	delay    time.Duration
-	failure  *cable.Error  // nil: it grants
-	lifetime time.Duration // what it grants; 0: what is requested
+	failure  *cable.Error  // nil if it grants
+	lifetime time.Duration // of grants, 0 for the requested one
 	tokens   map[string]*fakeToken
 	calls    int
-	underWay map[string]int // by generation: the scopes and the key
-	overlap  bool           // two calls of one generation were under way at once
+	version  int         // of the settings
+	underWay map[int]int // calls by version
+	overlap  bool        // two calls of one version were under way at once
 }
 
 // fakeToken is a token that was granted.
@@ -40,7 +40,7 @@ type fakeToken struct {
 	sent       time.Time
 	expiry     time.Time
 	requested  time.Duration
-	generation string
+	generation string    // the scopes
 	leaseEnd   time.Time // of the first reader
 }
 
@@ -51,9 +51,9 @@ func (f *fakeCable) requestToken(ctx context.Context, _ *cable.Client, r cable.T
 		return nil, err
 	}
 	f.calls++
-	generation := strings.Join(r.Scopes, ",")
-	f.underWay[generation]++
-	f.overlap = f.overlap || f.underWay[generation] > 1
+	generation, version := strings.Join(r.Scopes, ","), f.version
+	f.underWay[version]++
+	f.overlap = f.overlap || f.underWay[version] > 1
 	delay, failure, granted := f.delay, f.failure, f.lifetime
 	f.mu.Unlock()
 	sent := time.Now()
@@ -69,7 +69,7 @@ func (f *fakeCable) requestToken(ctx context.Context, _ *cable.Client, r cable.T
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.underWay[generation]--
+	f.underWay[version]--
 	if cause == nil && failure != nil {
 		copied := *failure
 		cause = &copied
@@ -83,10 +83,7 @@ func (f *fakeCable) requestToken(ctx context.Context, _ *cable.Client, r cable.T
 	name := fmt.Sprintf("token-%d", len(f.tokens))
 	now := time.Now()
 	f.tokens[name] = &fakeToken{
-		sent:       sent,
-		expiry:     now.Truncate(time.Second).Add(granted),
-		requested:  r.Lifetime,
-		generation: generation,
+		sent: sent, expiry: now.Truncate(time.Second).Add(granted), requested: r.Lifetime, generation: generation,
 	}
 	return &cable.Token{
 		Value: cable.NewSecret(name), Expiry: f.tokens[name].expiry.Unix(), OrganizationID: r.OrganizationID,
@@ -101,8 +98,14 @@ func (f *fakeCable) set(delay time.Duration, failure *cable.Error, lifetime time
 	f.delay, f.failure, f.lifetime = delay, failure, lifetime
 }
 
-// overlapped reports whether two calls of one generation were under way at once
-// since it was last asked.
+// changed notes that the settings were changed.
+func (f *fakeCable) changed() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.version++
+}
+
+// overlapped reports whether two calls of one version were under way at once since the last time.
 func (f *fakeCable) overlapped() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -111,7 +114,7 @@ func (f *fakeCable) overlapped() bool {
 	return overlap
 }
 
-// granted returns what is known of a token.
+// granted returns a token by its value.
 func (f *fakeCable) granted(name string) *fakeToken {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -131,7 +134,7 @@ const (
 	maxBackoff       = time.Minute
 )
 
-// reuseMount is a mount in a bubble, with a role "ci" that reuses.
+// reuseMount is a mount in a bubble of virtual time, with a role "ci" that reuses.
 type reuseMount struct {
 	*testMount
 	cable *fakeCable
@@ -140,20 +143,9 @@ type reuseMount struct {
 func newReuseMount(t testing.TB, role kv) *reuseMount {
 	t.Helper()
 	m := &reuseMount{
-		testMount: &testMount{
-			TB: t, storage: new(logical.InmemStorage), log: new(syncBuffer),
-			sys: &logical.StaticSystemView{DefaultLeaseTTLVal: 768 * time.Hour, MaxLeaseTTLVal: 768 * time.Hour},
-		},
-		cable: &fakeCable{tokens: make(map[string]*fakeToken), underWay: make(map[string]int)},
+		testMount: setUp(t, nil),
+		cable:     &fakeCable{tokens: make(map[string]*fakeToken), underWay: make(map[int]int)},
 	}
-	lb, err := Factory(t.Context(), &logical.BackendConfig{
-		Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: m.log, JSONFormat: true}),
-		System: testView{m.sys, m.testMount}, StorageView: m.storage,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m.b = lb.(*backend)
 	m.b.requestToken = m.cable.requestToken
 	t.Cleanup(func() { m.b.Cleanup(context.Background()) })
 	m.write("config", kv{"refresh_key": "k", "organization_id": cabletest.DefaultOrganizationID})
@@ -165,28 +157,28 @@ var reusing = kv{"scopes": "a:b", "ttl": "1h", "reuse_for": "30m"}
 
 // get reads creds/ci.
 func (m *reuseMount) get() (*logical.Response, error) {
-	resp, err := m.b.HandleRequest(
-		context.Background(),
-		&logical.Request{ID: "r", Operation: opRead, Path: "creds/ci", Storage: m.storage, MountPoint: "cable/"},
-	)
-	if _, failure := statusOf(resp, err); failure != nil {
-		return resp, failure
-	}
-	return resp, nil
+	resp, err := m.send(context.Background(), m.storage, opRead, "creds/ci", nil)
+	_, failure := statusOf(resp, err)
+	return resp, failure
 }
 
 // token reads creds/ci with success.
 func (m *reuseMount) token() string {
 	m.Helper()
 	resp, err := m.get()
-	if err != nil {
-		m.Fatal(err)
-	}
+	must(m, err)
 	return resp.Data["token"].(string)
 }
 
-// down are the failures that mean that Cable is down, configured those that do
-// not.
+// refusal reads creds/ci, and reports an error unless it fails with the text.
+func (m *reuseMount) refusal(text string) {
+	m.Helper()
+	if resp, err := m.get(); err == nil || !strings.Contains(err.Error(), text) {
+		m.Errorf("%v %v, want %q", resp, err, text)
+	}
+}
+
+// down has the failures that mean that Cable is down, misconfigured others.
 var (
 	down = []*cable.Error{
 		{Kind: cable.Unreachable, Detail: "connection refused", Attempts: 1},
@@ -204,17 +196,17 @@ var (
 	}
 )
 
-// reuseStep is one step of a sequence: its kind, and a number to choose by.
+// reuseStep is one step of a sequence, with a number to choose by.
 type reuseStep struct{ kind, n int }
 
-// TestReuseProperties protects section 8 of the design, for any sequence of
-// reads, writes, invalidations, tuning, grants and outages.
+// TestReuseProperties checks section 8 of the design, for any sequence of reads, writes, invalidations, tuning, grants
+// and outages.
 func TestReuseProperties(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		steps := rapid.SliceOfN(rapid.Custom(func(rt *rapid.T) reuseStep {
 			return reuseStep{rapid.IntRange(0, 12).Draw(rt, "kind"), rapid.IntRange(0, 1<<20).Draw(rt, "n")}
-		}), 1, 40).Draw(rt, "steps")
+		}), 20, 80).Draw(rt, "steps")
 		var violation string // rapid's own goroutine has to report it
 		synctest.Test(t, func(t *testing.T) { violation = runReuse(t, steps) })
 		if violation != "" {
@@ -282,22 +274,18 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 			return fmt.Sprintf("a token of %q, the role has %q", token.generation, generation)
 		case token.requested > ceiling:
 			return fmt.Sprintf("a token for %s, the ceiling is %s", token.requested, ceiling)
-		case end.After(token.expiry),
-			end.After(now.Add(ceiling)),
-			end.After(token.leaseEnd),
+		case end.After(token.expiry), end.After(now.Add(ceiling)), end.After(token.leaseEnd),
 			resp.Secret.TTL < time.Second:
-			return fmt.Sprintf(
-				"a lease until %s: the token expires %s, the first reader's lease %s, the ceiling is %s",
-				end,
-				token.expiry,
-				token.leaseEnd,
-				ceiling,
-			)
+			return fmt.Sprintf("a lease until %s: the token expires %s, the first reader's lease %s, the ceiling is %s",
+				end, token.expiry, token.leaseEnd, ceiling)
 		}
 		return ""
 	}
 	for i, step := range steps {
 		violation := ""
+		if slices.Contains([]int{8, 9, 10, 12}, step.kind) {
+			m.cable.changed()
+		}
 		switch n := step.n; step.kind {
 		case 0, 1, 2, 3:
 			violation = read()
@@ -318,11 +306,8 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 			isDown = failure != nil || delay > patience
 			m.cable.set(delay, failure, m.cable.lifetime)
 		case 7:
-			m.cable.set(
-				m.cable.delay,
-				m.cable.failure,
-				choose(n, 0, 0, 40*time.Second, 90*time.Second, 1000*time.Second, 80_000*time.Second),
-			)
+			granted := choose(n, 0, 0, 40*time.Second, 90*time.Second, 1000*time.Second, 80_000*time.Second)
+			m.cable.set(m.cable.delay, m.cable.failure, granted)
 		case 8:
 			versions++
 			generation = fmt.Sprintf("a:b%c", 'a'+versions%26)
@@ -341,7 +326,7 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 			m.write("roles/ci", kv{"reuse_for": int(reuseFor / time.Second)})
 		}
 		if overlap := m.cable.overlapped(); violation == "" && overlap && reuseFor > 0 {
-			violation = "two calls of one generation at once"
+			violation = "two calls of one version at once"
 		}
 		if violation != "" {
 			return fmt.Sprintf("step %d: %s", i, violation)
@@ -351,12 +336,12 @@ func runReuse(t *testing.T, steps []reuseStep) string {
 }
 
 // inBubble runs a test of a mount in a bubble of its own.
-func inBubble(t *testing.T, name string, role kv, f func(t *testing.T, m *reuseMount)) {
+func inBubble(t *testing.T, name string, f func(t *testing.T, m *reuseMount)) {
 	t.Helper()
 	t.Run(name, func(t *testing.T) {
 		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
-			m := newReuseMount(t, role)
+			m := newReuseMount(t, reusing)
 			f(t, m)
 			m.b.Cleanup(t.Context())
 			synctest.Wait()
@@ -364,10 +349,10 @@ func inBubble(t *testing.T, name string, role kv, f func(t *testing.T, m *reuseM
 	})
 }
 
-// TestReuse has the rules of reuse, one by one.
+// TestReuse checks the rules of reuse that need the whole engine; package share has the others.
 func TestReuse(t *testing.T) {
 	t.Parallel()
-	inBubble(t, "readers share a token for reuse_for", reusing, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "log and metrics", func(t *testing.T, m *reuseMount) {
 		first := m.token()
 		time.Sleep(30*time.Minute - time.Second)
 		if m.token() != first {
@@ -377,62 +362,28 @@ func TestReuse(t *testing.T) {
 		if m.token() == first {
 			t.Error("the same token after reuse_for has passed")
 		}
-		if line := m.logLine(m.log.String(), "token reused"); line["@level"] != "debug" || line["outcome"] != "reused" {
+		if line := m.logLine("token reused"); line["@level"] != "debug" || line["outcome"] != "reused" {
 			t.Errorf("the line in the log: %v", line)
 		}
 		figures := m.figures()
 		for series, want := range map[string]float64{
-			`token_requests_total{outcome="minted",role="ci"}`: 2, `token_requests_total{outcome="reused",role="ci"}`: 1,
-			"granted_lifetime_seconds_count": 2, "token_request_duration_seconds_count": 2,
-			"reused_token_age_seconds_count": 1, "reused_token_readers_count": 1, "reused_token_readers_sum": 2,
+			`token_requests_total{outcome="minted",role="ci"}`: 2,
+			`token_requests_total{outcome="reused",role="ci"}`: 1,
+			"granted_lifetime_seconds_count":                   2,
+			"token_request_duration_seconds_count":             2,
+			"reused_token_age_seconds_count":                   1,
+			"reused_token_readers_count":                       1,
+			"reused_token_readers_sum":                         2,
 		} {
 			if got := figures["vault_cable_"+series]; got != want {
 				t.Errorf("%s is %v, want %v", series, got, want)
 			}
 		}
 	})
-	inBubble(t, "a lease ends at least a second before the first one", reusing, func(t *testing.T, m *reuseMount) {
-		// Vault counts from when it stores a lease, which may take longer for one
-		// reader than for another.
-		leaseEnd := func() time.Time {
-			resp, err := m.get()
-			if err != nil {
-				t.Fatal(err)
-			}
-			return time.Now().Add(resp.Secret.TTL)
-		}
-		first := leaseEnd()
-		for range 5 {
-			if end := leaseEnd(); end.After(first.Add(-time.Second)) || end.Before(first.Add(-3*time.Second)) {
-				t.Errorf("a lease ends %s before the first one", first.Sub(end))
-			}
-			time.Sleep(400 * time.Millisecond)
-		}
-	})
-	inBubble(t, "half of its lifetime remains", reusing, func(t *testing.T, m *reuseMount) {
-		m.cable.set(0, nil, 10*time.Minute)
-		first := m.token()
-		time.Sleep(5*time.Minute - 2*time.Second)
-		if m.token() != first {
-			t.Error("another token before half of its lifetime has passed")
-		}
-		time.Sleep(3 * time.Second)
-		if m.token() == first {
-			t.Error("the same token with less than half of its lifetime")
-		}
-	})
-	inBubble(t, "off by default", kv{"scopes": "a:b", "ttl": "1h"}, func(t *testing.T, m *reuseMount) {
-		if first := m.token(); m.token() == first {
-			t.Error("a token was reused")
-		}
-	})
-	inBubble(t, "parameters mint", reusing, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "parameters mint", func(t *testing.T, m *reuseMount) {
 		first := m.token()
 		for _, data := range []kv{{"ttl": 600}, {"scopes": "a:b"}, {"ttl": "1h", "scopes": "a:b"}} {
-			resp, err := m.b.HandleRequest(
-				t.Context(),
-				&logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage, Data: data},
-			)
+			resp, err := m.send(t.Context(), m.storage, opRead, "creds/ci", data)
 			if err != nil || resp.Data["token"] == first {
 				t.Errorf("%v: %v %v", data, resp, err)
 			}
@@ -441,16 +392,15 @@ func TestReuse(t *testing.T) {
 			t.Error("the shared token was replaced")
 		}
 	})
-	inBubble(t, "every write drops it", reusing, func(t *testing.T, m *reuseMount) {
-		drops := map[string]func(){
+	inBubble(t, "every write drops it", func(t *testing.T, m *reuseMount) {
+		for name, drop := range map[string]func(){
 			"a write that changes nothing":   func() { m.write("roles/ci", kv{"disabled": false}) },
 			"a patch":                        func() { m.ok(opPatch, "roles/ci", kv{"ttl": "1h"}) },
 			"config, nothing changed":        func() { m.write("config", kv{"disabled": false}) },
 			"an invalidation":                func() { m.b.InvalidateKey(t.Context(), "roles/ci") },
 			"an invalidation of config":      func() { m.b.InvalidateKey(t.Context(), "config") },
 			"a deletion, and the role again": func() { m.ok(opDelete, "roles/ci", nil); m.write("roles/ci", reusing) },
-		}
-		for name, drop := range drops {
+		} {
 			before := m.token()
 			drop()
 			if m.token() == before {
@@ -463,7 +413,7 @@ func TestReuse(t *testing.T) {
 			t.Error("another role's write dropped the token")
 		}
 	})
-	inBubble(t, "one call for all who wait", reusing, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "one call for all who wait", func(t *testing.T, m *reuseMount) {
 		m.cable.set(time.Second, nil, 0)
 		var wg sync.WaitGroup
 		for range 50 {
@@ -477,23 +427,34 @@ func TestReuse(t *testing.T) {
 			t.Errorf("%v reused", n)
 		}
 	})
-	inBubble(t, "a reader that leaves", reusing, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "the only reader leaves", func(t *testing.T, m *reuseMount) {
 		m.cable.set(10*time.Second, nil, 0)
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		_, err := m.b.HandleRequest(ctx, &logical.Request{Operation: opRead, Path: "creds/ci", Storage: m.storage})
-		if err == nil {
-			t.Error("a token after a second")
+		leave := func() {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			if _, err := m.send(ctx, m.storage, opRead, "creds/ci", nil); err == nil {
+				t.Error("a token after a second")
+			}
+			time.Sleep(20 * time.Second) // the call ends, and no reader waits for it
 		}
-		time.Sleep(20 * time.Second) // nobody waits any more
+		leave()
 		if m.token() == "" || m.cable.callCount() != 1 {
-			t.Errorf("%d calls: the token of a call that all left was not kept", m.cable.callCount())
+			t.Errorf("%d calls: the token was not kept", m.cable.callCount())
 		}
-		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 0 {
-			t.Errorf("%v undelivered", n)
+		m.write("config", kv{"disabled": false})
+		m.wantUndelivered(0)
+		leave()
+		m.wantUndelivered(0)
+		for range 2 {
+			m.write("config", kv{"disabled": false})
+			m.wantUndelivered(1)
+		}
+		if line := m.logLine(undelivered); line["@level"] != "warn" ||
+			line["undelivered_until"] != m.cable.granted("token-1").expiry.UTC().Format(time.RFC3339) {
+			t.Errorf("the line in the log: %v", line)
 		}
 	})
-	inBubble(t, "a write during a call", reusing, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "a write during a call", func(t *testing.T, m *reuseMount) {
 		m.cable.set(10*time.Second, nil, 0)
 		var wg sync.WaitGroup
 		var wide, earlier, later string
@@ -507,11 +468,7 @@ func TestReuse(t *testing.T) {
 			t.Errorf("%q and %q", earlier, wide)
 		}
 		time.Sleep(time.Hour)
-		wg.Go(func() {
-			if _, err := m.get(); err == nil || !strings.Contains(err.Error(), "does not allow this token any more") {
-				t.Errorf("a token with a scope that was taken away: %v", err)
-			}
-		})
+		wg.Go(func() { m.refusal("does not allow this token any more") })
 		time.Sleep(time.Second)
 		m.write("roles/ci", kv{"scopes": "c:d"})
 		wg.Go(func() { later = m.token() })
@@ -519,73 +476,61 @@ func TestReuse(t *testing.T) {
 		if m.cable.granted(later).generation != "c:d" || m.token() != later {
 			t.Errorf("%q", later)
 		}
-		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
-			t.Errorf("%v undelivered, want the one that was refused", n)
-		}
+		m.wantUndelivered(1)
 	})
-	inBubble(t, "disabled during a call", reusing, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "disabled during a call", func(t *testing.T, m *reuseMount) {
 		m.cable.set(10*time.Second, nil, 0)
 		var wg sync.WaitGroup
 		for range 3 {
-			wg.Go(func() {
-				if resp, err := m.get(); err == nil || !strings.Contains(err.Error(), "disabled") {
-					t.Errorf("%v %v", resp, err)
-				}
-			})
+			wg.Go(func() { m.refusal("disabled") })
 		}
 		time.Sleep(time.Second)
 		m.write("roles/ci", kv{"disabled": true})
 		wg.Wait()
-		if n := m.figures()["vault_cable_undelivered_tokens_total"]; n != 1 {
-			t.Errorf("%v undelivered, want one of the one call", n)
-		}
+		m.wantUndelivered(1)
 		if n := strings.Count(m.log.String(), undelivered); n != 1 {
 			t.Errorf("%d lines of an undelivered token", n)
 		}
 	})
-	inBubble(t, "the ceiling is lowered", reusing, func(t *testing.T, m *reuseMount) {
-		first := m.token()
-		m.maxTTL.Store(int64(20 * time.Minute))
-		second := m.token()
-		if second == first || m.cable.granted(second).requested != 20*time.Minute {
-			t.Errorf("%q after %q", second, first)
+	inBubble(t, "reuse ends before the call is sent", func(t *testing.T, m *reuseMount) {
+		connected := make(chan struct{})
+		first := true
+		m.b.requestToken = func(ctx context.Context, c *cable.Client, r cable.TokenRequest) (*cable.Token, error) {
+			if first {
+				first = false
+				<-connected
+			}
+			return m.cable.requestToken(ctx, c, r)
 		}
-		m.maxTTL.Store(int64(24 * time.Hour))
-		if m.token() != second {
-			t.Error("a shorter token is not reused")
+		m.cable.set(0, down[2], 0)
+		failed := make(chan struct{})
+		go func() { m.refusal("Cable responded 500"); close(failed) }()
+		synctest.Wait()
+		m.write("roles/ci", kv{"reuse_for": 0})
+		close(connected)
+		<-failed
+		m.wantUndelivered(1)
+		if line := m.logLine(undelivered); line["@level"] != "warn" || line["outcome"] != "cable_error" {
+			t.Errorf("the request was not reported as a mint of its own: %v", line)
 		}
 	})
-	inBubble(t, "the ceiling is lowered during a call", reusing, func(t *testing.T, m *reuseMount) {
-		m.cable.set(5*time.Second, nil, 0)
-		var wg sync.WaitGroup
-		wg.Go(func() { m.token() })
-		time.Sleep(time.Second)
-		m.maxTTL.Store(int64(20 * time.Minute))
-		if got := m.cable.granted(m.token()); got.requested != 20*time.Minute {
-			t.Errorf("a token for %s", got.requested)
+	inBubble(t, "a panic", func(t *testing.T, m *reuseMount) {
+		m.b.requestToken = func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) {
+			panic("boom")
 		}
-		wg.Wait()
-	})
-	inBubble(t, "a panic", reusing, func(t *testing.T, m *reuseMount) {
-		m.b.requestToken = func(context.Context, *cable.Client, cable.TokenRequest) (*cable.Token, error) { panic("boom") }
 		var wg sync.WaitGroup
 		for range 3 {
-			wg.Go(func() {
-				if resp, err := m.get(); err == nil || !strings.Contains(err.Error(), "internal error") {
-					t.Errorf("%v %v", resp, err)
-				}
-			})
+			wg.Go(func() { m.refusal("internal error") })
 		}
 		wg.Wait()
 		m.b.requestToken = m.cable.requestToken
 		m.token()
 		figures := m.figures()
-		if panics, inFlight := figures["vault_cable_panics_total"], figures["vault_cable_token_requests_in_flight"]; panics < 1 ||
-			inFlight != 0 {
-			t.Errorf("%v panics, %v requests in flight", panics, inFlight)
+		if figures["vault_cable_panics_total"] < 1 || figures["vault_cable_token_requests_in_flight"] != 0 {
+			t.Errorf("%v", figures)
 		}
 	})
-	inBubble(t, "the mount ends", reusing, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "the mount ends", func(t *testing.T, m *reuseMount) {
 		m.cable.set(15*time.Second, nil, 0)
 		done := make(chan error)
 		go func() { _, err := m.get(); done <- err }()
@@ -599,7 +544,7 @@ func TestReuse(t *testing.T) {
 			t.Errorf("after %s: %v", time.Since(start), err)
 		}
 	})
-	inBubble(t, "a longer grant", reusing, func(t *testing.T, m *reuseMount) {
+	inBubble(t, "a longer grant", func(t *testing.T, m *reuseMount) {
 		m.cable.set(0, nil, 20*time.Hour)
 		resp, err := m.get()
 		if err != nil || resp.Secret.TTL > time.Hour {
@@ -613,15 +558,23 @@ func TestReuse(t *testing.T) {
 	})
 }
 
-// TestReuseWhileCableIsDown has the rules of the fallback, one by one.
+// TestReuseWhileCableIsDown checks which failures lead to the previous token, how status, metrics and warnings report
+// it, and which writes end it. Package share has the times between calls.
 func TestReuseWhileCableIsDown(t *testing.T) {
 	t.Parallel()
 	for _, failure := range down {
-		f := outcome.Classify(failure)
-		inBubble(t, string(f.Outcome)+fmt.Sprint(failure.StatusCode), reusing, func(t *testing.T, m *reuseMount) {
+		o := string(outcome.Classify(failure).Outcome)
+		inBubble(t, o+fmt.Sprint(failure.StatusCode), func(t *testing.T, m *reuseMount) {
+			fallbacks := func(want string) {
+				t.Helper()
+				if got := fmt.Sprint(m.read("status")["reuse_fallbacks"]); got != want {
+					t.Fatalf("status: %v, want %s", got, want)
+				}
+			}
 			first := m.token()
 			m.cable.set(0, failure, 0)
-			for time.Sleep(31 * time.Minute); ; time.Sleep(50 * time.Second) { // so that some seconds are left at the end
+			// With steps of 50 s, some seconds are left at the end.
+			for time.Sleep(31 * time.Minute); ; time.Sleep(50 * time.Second) {
 				left := time.Until(m.cable.granted(first).sent.Add(time.Hour))
 				resp, err := m.get()
 				if left < fallbackLifetime {
@@ -633,175 +586,117 @@ func TestReuseWhileCableIsDown(t *testing.T) {
 				if err != nil || resp.Data["token"] != first {
 					t.Fatalf("%s left: %v %v", left, resp, err)
 				}
-				m.wantWarning(resp.Warnings, "Cable is down ("+string(f.Outcome)+")", "previous token")
-				if got := m.read("status"); fmt.Sprint(got["reuse_fallbacks"]) != "map[ci:"+string(f.Outcome)+"]" {
-					t.Fatalf("%s left: status: %v", left, got)
-				}
+				m.wantWarning(resp.Warnings, "Cable is down ("+o+")", "previous token")
+				fallbacks("map[ci:" + o + "]")
 			}
-			if got := m.read("status"); fmt.Sprint(got["reuse_fallbacks"]) != "map[]" {
-				t.Errorf("the token has expired, and status says: %v", got)
-			} else if f.Outcome != outcome.Paused && got["last_failure_outcome"] != string(f.Outcome) {
+			fallbacks("map[]")
+			if got := m.read("status"); o != "paused" && got["last_failure_outcome"] != o {
 				t.Errorf("the last failure in status: %v", got)
 			}
-			if n := m.figures()[`vault_cable_reuse_fallbacks_total{cause="`+string(f.Outcome)+`"}`]; n < 25 {
+			if n := m.figures()[`vault_cable_reuse_fallbacks_total{cause="`+o+`"}`]; n < 25 {
 				t.Errorf("%v fallbacks", n)
 			}
 			m.cable.set(0, nil, 0)
 			time.Sleep(maxBackoff)
 			if m.token() == first {
-				t.Error("the old token, and Cable works")
+				t.Error("the previous token while Cable works")
 			}
-			if got := m.read("status")["reuse_fallbacks"]; fmt.Sprint(got) != "map[]" {
-				t.Errorf("status: %v", got)
-			}
+			fallbacks("map[]")
 		})
 	}
 	for _, failure := range misconfigured {
-		inBubble(t, "not hidden: "+failure.Error(), reusing, func(t *testing.T, m *reuseMount) {
+		inBubble(t, "not hidden: "+failure.Error(), func(t *testing.T, m *reuseMount) {
 			m.token()
 			m.cable.set(0, failure, 0)
 			time.Sleep(31 * time.Minute)
 			before := m.cable.callCount()
 			for range 3 {
-				if resp, err := m.get(); err == nil {
-					t.Errorf("%v", resp.Data)
-				}
+				m.refusal("")
 			}
 			if n := m.cable.callCount() - before; n != 3 {
-				t.Errorf("%d calls: there is no backoff for what an operator has to fix", n)
+				t.Errorf("%d calls: there is no back-off for a fault that an operator has to fix", n)
 			}
 		})
 	}
-	inBubble(t, "calls become rare", reusing, func(t *testing.T, m *reuseMount) {
-		m.cable.set(0, down[0], 0)
-		start, before := time.Now(), 0
-		var gaps []time.Duration
-		for last := start; time.Since(start) < 5*time.Minute; time.Sleep(100 * time.Millisecond) {
-			if _, err := m.get(); err == nil {
-				t.Fatal("a token")
-			}
-			if n := m.cable.callCount(); n != before {
-				gaps = append(gaps, time.Since(last).Round(time.Second))
-				last, before = time.Now(), n
-			}
-		}
-		want := []time.Duration{0, 5, 10, 20, 40, 60, 60, 60}
-		for i := range want {
-			want[i] *= time.Second
-		}
-		if !slices.Equal(gaps, want[:len(gaps)]) || len(gaps) < 7 {
-			t.Errorf("time between calls: %v, want %v", gaps, want)
-		}
-	})
-	inBubble(t, "a Cable that hangs costs nothing after the first", reusing, func(t *testing.T, m *reuseMount) {
-		first := m.token()
-		m.cable.set(time.Hour, nil, 0)
-		time.Sleep(31 * time.Minute)
-		var slow int
-		for range 100 { // over a quarter of an hour
-			start := time.Now()
-			if got := m.token(); got != first {
-				t.Fatal("another token")
-			}
-			if time.Since(start) > patience {
-				slow++
-			}
-			time.Sleep(10 * time.Second)
-		}
-		if slow > 1 {
-			t.Errorf("%d readers waited for longer than %s", slow, patience)
-		}
-	})
-	inBubble(t, "a write gives the fallback up", reusing, func(t *testing.T, m *reuseMount) {
-		m.token()
-		m.cable.set(0, down[0], 0)
-		time.Sleep(31 * time.Minute)
-		m.token()
-		m.write("config", kv{"request_timeout": 10})
-		if resp, err := m.get(); err == nil {
-			t.Error(resp.Data)
-		}
-	})
-	inBubble(t, "storage that cannot say that the role is enabled", reusing, func(t *testing.T, m *reuseMount) {
-		m.token()
-		m.cable.set(0, down[0], 0)
-		time.Sleep(31 * time.Minute)
-		m.token()
-		_, _ = m.on(&lateStorage{Storage: m.storage}, opUpdate, "roles/ci", kv{"disabled": true})
-		if resp, err := m.get(); err == nil {
-			t.Error(resp.Data)
-		}
-	})
+	for name, change := range map[string]func(m *reuseMount){
+		"a write ends the fallback": func(m *reuseMount) { m.write("config", kv{"request_timeout": 10}) },
+		"the role may be disabled": func(m *reuseMount) {
+			_, _ = m.on(&lateStorage{Storage: m.storage}, opUpdate, "roles/ci", kv{"disabled": true})
+		},
+	} {
+		inBubble(t, name, func(_ *testing.T, m *reuseMount) {
+			m.token()
+			m.cable.set(0, down[0], 0)
+			time.Sleep(31 * time.Minute)
+			m.token()
+			change(m)
+			m.refusal("")
+		})
+	}
 }
 
-// TestReuseSettings pins what a role may have.
-func TestReuseSettings(t *testing.T) {
-	t.Parallel()
-	m := newMount(t)
-	m.write("roles/ci", reusing)
-	if got := m.read("roles/ci")["reuse_for"]; got != int64(1800) {
-		t.Errorf("reuse_for %v", got)
-	}
-	for _, data := range []kv{{"reuse_for": 1801}, {"ttl": 3599}, {"ttl": 0}, {"reuse_for": -1}, {"reuse_for": "x"}, {"reuse_for": int64(1 << 40)}} {
-		m.refused(400, opUpdate, "roles/ci", data, "reuse_for")
-	}
-	m.refused(400, opUpdate, "roles/new", kv{"scopes": "a:b", "reuse_for": "5m"}, "reuse_for of 300s needs a ttl")
-	m.write("roles/ci", kv{"ttl": 600, "reuse_for": 300})
-	m.write("roles/ci", kv{"ttl": 0, "reuse_for": 0})
-}
-
-// TestReuseRace: many readers, writers and invalidations at once; every token
-// was minted for the role as it was at some time during its read.
+// TestReuseRace runs many readers of a role that reuses and of one that does not, writers and invalidations at once.
+// Each token was minted for the role as it was at some time during the read, no token is minted for two readers, and
+// connections are reused.
 func TestReuseRace(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/ci", kv{"ttl": "1h", "reuse_for": "30m"})
+	m.write("roles/shared", kv{"scopes": "v:0", "ttl": "1h", "reuse_for": "30m"})
 	m.sim.SetFault(Fault{Delay: time.Millisecond})
-	var version sync.Map // scope -> when it was replaced
+	var replacedAt, seen sync.Map // scopes and tokens
 	var wg sync.WaitGroup
-	stop := make(chan struct{})
+	ctx, stop := context.WithCancel(t.Context())
 	wg.Go(func() {
-		defer close(stop)
+		defer stop()
 		last := ""
 		for i := range 60 {
 			scope := fmt.Sprintf("v:%d", i)
+			m.write("roles/shared", kv{"scopes": scope})
 			m.write("roles/ci", kv{"scopes": scope})
-			version.Store(last, time.Now())
+			replacedAt.Store(last, time.Now())
 			last = scope
-			time.Sleep(2 * time.Millisecond)
 			if i%7 == 0 {
+				m.write("config", kv{"request_timeout": 10 + i%10})
 				m.b.InvalidateKey(t.Context(), "config")
+				m.b.InvalidateKey(t.Context(), "roles/ci")
 			}
+			time.Sleep(2 * time.Millisecond)
 		}
 	})
-	for range 16 {
+	for i := range 32 {
+		role := []string{"ci", "shared"}[i%2]
 		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
+			for ctx.Err() == nil {
 				start := time.Now()
-				resp, err := m.request(opRead, "creds/ci", nil)
-				if err == nil && resp.IsError() &&
-					strings.Contains(resp.Error().Error(), "does not allow this token any more") {
+				resp, err := m.request(opRead, "creds/"+role, nil)
+				_, err = statusOf(resp, err)
+				if err != nil && strings.Contains(err.Error(), "does not allow this token any more") {
 					continue
 				}
-				if err != nil || resp.IsError() {
-					t.Errorf("%v %v", resp, err)
+				if err != nil {
+					t.Error(err)
 					return
 				}
 				scope := resp.Data["scopes"].([]string)[0]
-				if replaced, ok := version.Load(scope); ok && replaced.(time.Time).Before(start) {
-					t.Errorf(
-						"a token of %s, which was replaced %s before the read",
-						scope,
-						start.Sub(replaced.(time.Time)),
-					)
+				if replaced, ok := replacedAt.Load(scope); ok && replaced.(time.Time).Before(start) {
+					t.Errorf("%s was replaced %s before the read", scope, start.Sub(replaced.(time.Time)))
+				}
+				if _, twice := seen.LoadOrStore(resp.Data["token"], true); twice && role == "ci" {
+					t.Error("a token was returned twice")
 				}
 			}
 		})
 	}
 	wg.Wait()
+	before := m.sim.Connections()
+	for range 2 {
+		for range 64 {
+			wg.Go(func() { m.read("creds/ci") })
+		}
+		wg.Wait()
+	}
+	// A pool of two connections would make about 126 for these 128 calls.
+	if made := m.sim.Connections() - before; made > 70 {
+		t.Errorf("%d connections for two rounds of 64 calls", made)
+	}
 }
