@@ -98,7 +98,7 @@ func isInstalled(path string, program []byte) error {
 		return fmt.Errorf("%s is there with other content, and is never replaced: "+
 			"its SHA-256 is %x, this program's is %x", path, got, want)
 	}
-	if info.Mode().Perm()|0o200 == 0o755 { // 0555 is as good
+	if info.Mode()|0o200 == 0o755 { // 0555 is as good; a setuid bit is not
 		return nil
 	}
 	return os.Chmod(path, 0o755) //nolint:gosec // Vault's user has to run it

@@ -67,6 +67,7 @@ func TestInstall(t *testing.T) {
 		"the same file":                   {before: write(program, 0o755)},
 		"the same file, umask":            {before: write(program, 0o600)},
 		"the same file, for all to write": {before: write(program, 0o777)},
+		"the same file, setuid":           {before: write(program, 0o755|os.ModeSetuid)},
 		"another file":                    {before: write([]byte("another"), 0o755), error: otherContent},
 		"the start of the file":           {before: write(program[:1000], 0o755), error: otherContent},
 		"a folder": {

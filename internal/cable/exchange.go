@@ -81,9 +81,12 @@ func (x *exchange) open() {
 	x.refusal = x.allow()
 }
 
+// maxAlert exceeds the bytes of the alert with which crypto/tls ends a connection, and is less than any call has.
+const maxAlert = 128
+
 // end returns how far the call has come, and the error of Allow if it refused. Whether the call was sent does not
-// change any more. A call that failed was sent if a byte of it was, because net/http does not return an error before it
-// has stopped writing. A response may arrive before that.
+// change any more. A call that failed was sent if more than an alert was, because net/http does not return an error
+// before it has stopped writing. A response may arrive before that.
 func (x *exchange) end(failed bool) (progress, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -91,7 +94,7 @@ func (x *exchange) end(failed bool) (progress, error) {
 		panic(x.panicked)
 	}
 	x.ended = true
-	x.sent = x.opened && (!failed || x.conn == nil || x.conn.written.Load() > x.before)
+	x.sent = x.opened && (!failed || x.conn == nil || x.conn.written.Load()-x.before > maxAlert)
 	return x.progress, x.refusal
 }
 

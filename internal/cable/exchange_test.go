@@ -247,6 +247,67 @@ func TestNothingWritten(t *testing.T) {
 	}
 }
 
+// TestClosedAtTheGate pins that nothing was sent if the server closes the connection, kept or new, before the first byte
+// of the call. The alert with which crypto/tls closes its side is not a part of the call, which is retried.
+func TestClosedAtTheGate(t *testing.T) {
+	t.Parallel()
+	for n := range 4 {
+		overTLS, kept := n&1 > 0, n&2 > 0
+		listener, cfg := listen(t, overTLS)
+		var connections, requests atomic.Int32
+		atGate, noticed := make(chan struct{}), make(chan struct{})
+		serveRaw(t, listener, func(conn net.Conn) {
+			if c, ok := conn.(*tls.Conn); ok {
+				_ = c.Handshake()
+			}
+			isFirst := connections.Add(1) == 1
+			for !isFirst || kept && requests.Load() == 0 {
+				if readRequest(conn) == "" {
+					return
+				}
+				requests.Add(1)
+				body := fmt.Sprintf(`{"token":"t","expiry":%d}`, time.Now().Add(time.Hour).Unix())
+				_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			}
+			<-atGate
+		})
+		c, want := newClientAt(t, cfg), int32(1)
+		notice := sync.OnceFunc(func() { close(noticed) })
+		c.transport.DialContext = counted(func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := new(net.Dialer).DialContext(ctx, network, address)
+			return noticedConn{conn, notice}, err
+		})
+		if kept {
+			want = 2
+			if _, err := c.RequestToken(t.Context(), testRequest()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		tr, asked := testRequest(), 0
+		tr.Allow = func() error {
+			if asked++; asked == 2 {
+				close(atGate)
+				<-noticed // by net/http
+			}
+			return nil
+		}
+		if _, err := c.RequestToken(t.Context(), tr); err != nil || requests.Load() != want {
+			t.Errorf("TLS %t, kept %t: %v, %d requests", overTLS, kept, err, requests.Load())
+		}
+	}
+}
+
+// noticedConn is a connection that calls closed before it is closed.
+type noticedConn struct {
+	net.Conn
+	closed func()
+}
+
+func (c noticedConn) Close() error {
+	c.closed()
+	return c.Conn.Close()
+}
+
 // cut is the point at which a server closes a connection.
 type cut struct {
 	kept     bool // in the connection's second exchange instead of its first
