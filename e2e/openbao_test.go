@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -215,13 +216,13 @@ initialize "access" {
   }
 }
 `, b.folder) + config
-	b.v.env = append(b.cable.env[:len(b.cable.env):len(b.cable.env)], "CABLE_REFRESH_KEY="+key)
+	b.v.env = slices.Concat(b.cable.env, []string{"CABLE_REFRESH_KEY=" + key})
 	b.v.audit = filepath.Join(b.folder, "audit.log")
 	raft := &vaulttest.Raft{Dir: filepath.Join(b.folder, "raft"), Node: "one", Port: b.port, Root: "operator"}
 	if err := b.v.start(b.folder, raft); err != nil {
 		b.t.Fatal(err)
 	}
-	b.v.Server.Root, b.v.root = "operator", "operator"
+	b.v.Root, b.v.root = "operator", "operator"
 	b.shell = newShell(b.t, b.v, map[string]string{"bao": suite.vault})
 	b.edit = strings.NewReplacer("v0.1.0", pluginVersion, "v0.2.0", nextVersion)
 }
@@ -325,7 +326,7 @@ func TestNamespaces(t *testing.T) {
 	r.run("vault secrets disable cable") // the mounts of one node share a process, which a reload ends
 	r.ok("POST", "sys/namespaces/team-a", nil)
 	root := r.env
-	r.env = append(root[:len(root):len(root)], "VAULT_NAMESPACE=team-a", "BAO_NAMESPACE=team-a")
+	r.env = slices.Concat(root, []string{"VAULT_NAMESPACE=team-a", "BAO_NAMESPACE=team-a"})
 	r.run(`vault secrets enable -path=cable -plugin-version="$version" vault-plugin-secrets-cable`)
 	r.write("refresh-key.txt", r.cable.RefreshKey())
 	r.block("configure")

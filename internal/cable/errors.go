@@ -21,6 +21,7 @@ import (
 // Kind is the way in which a token request failed, each of which a caller treats differently.
 type Kind int
 
+// Kinds of failure.
 const (
 	Responded       Kind = iota + 1 // Cable responded with an error status, in StatusCode
 	Paused                          // no API call was made, because of an earlier 429

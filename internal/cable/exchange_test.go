@@ -247,8 +247,8 @@ func TestNothingWritten(t *testing.T) {
 	}
 }
 
-// TestClosedAtTheGate pins that nothing was sent if the server closes the connection, kept or new, before the first byte
-// of the call. The alert with which crypto/tls closes its side is not a part of the call, which is retried.
+// TestClosedAtTheGate pins that nothing was sent if the server closes the connection, kept or new, before the call's
+// first byte. The alert with which crypto/tls closes its side is not a part of the call, which is retried.
 func TestClosedAtTheGate(t *testing.T) {
 	t.Parallel()
 	for n := range 4 {

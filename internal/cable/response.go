@@ -22,7 +22,7 @@ import (
 const (
 	maxBody      = 1 << 20  // bytes of a 200; a token and its scopes have a few KiB
 	maxErrorBody = 64 << 10 // bytes of an error
-	maxToken     = 16 << 10 // bytes of a token, because it has to fit a header, and Vault stores it with each lease
+	maxToken     = 16 << 10 // 16 KiB, because a token has to fit a header, and Vault stores it with each lease
 	maxCoding    = 40       // bytes of a Content-Encoding that an error repeats
 	maxNumber    = 400      // bytes of a number whose value is computed
 	maxDigits    = 19       // bytes of a number that an error repeats, those of an int64

@@ -38,7 +38,7 @@ func newShown(secret string) shown {
 			continue // a map of all windows contains these, too
 		}
 		raw := []byte(piece)
-		decimal := strings.Trim(fmt.Sprint(raw), "[]")
+		decimal := strings.Trim(fmt.Sprintf("%d", raw), "[]")
 		listed := strings.TrimSuffix(strings.TrimPrefix(fmt.Sprintf("%#v", raw), "[]byte{"), "}")
 		s.texts = append(s.texts, piece, decimal, listed, base64.StdEncoding.EncodeToString(raw[:9]))
 		s.hexes = append(s.hexes, hex.EncodeToString(raw))
