@@ -31,23 +31,14 @@ import (
 //     runtime), that sign never comes, and the plugin ends after a minute.
 
 const (
-	// lookEvery is the time between two looks at the connections and the parent.
-	lookEvery = time.Second
-	// connectWithin is how long the plugin outlives its parent if no server has
-	// connected yet. There are no secrets in memory until then.
-	connectWithin = 4 * time.Second
-	// countWithin is how long a connection may be open at the server's end before it
-	// is counted here. A signal in between must not end the plugin.
-	countWithin = 200 * time.Millisecond
-	// alone is how long the plugin runs without a connection if its parent is there.
-	// go-plugin's client waits as long for a plugin to start.
-	alone = time.Minute
-	// stopWithin is how long the gRPC server may take to stop.
-	stopWithin = time.Second
+	lookEvery     = time.Second            // between two looks at the connections and the parent
+	connectWithin = 4 * time.Second        // without a parent, if no server has connected and sent a secret
+	countWithin   = 200 * time.Millisecond // until a connection is counted; a signal must not end the plugin before
+	alone         = time.Minute            // without a connection; go-plugin's client waits as long for the first one
+	stopWithin    = time.Second            // for the gRPC server
 )
 
-// watch knows whether the server is connected. It is a stats.Handler of the gRPC
-// server.
+// watch knows whether the server is connected. It is a stats.Handler of the gRPC server.
 type watch struct {
 	gone      func() bool    // reports whether the parent is gone, by the system's account
 	signals   chan os.Signal // receives the signals that end the plugin if no connection is open
@@ -97,9 +88,8 @@ func (w *watch) wait() {
 	}
 }
 
-// stopWhenGone ends the process when wait returns, without a log line, because no
-// server is there to read it. Stopping the gRPC server removes its socket from the
-// disk.
+// stopWhenGone ends the process when wait returns, without a log line, because no server is there to read it. Stopping
+// the gRPC server removes its socket from the disk.
 func (w *watch) stopWhenGone(server *grpc.Server) {
 	w.wait()
 	time.AfterFunc(stopWithin, func() { os.Exit(1) })
