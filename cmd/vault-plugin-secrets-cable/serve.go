@@ -25,7 +25,7 @@ import (
 
 const protocolVersion = 5 // of go-plugin, which Vault and this plugin speak multiplexed and with AutoMTLS
 
-// serve serves the plugin until Vault ends it or is gone. It returns the exit status, 1 if the plugin cannot run, else 0.
+// serve serves the plugin until Vault ends it or is gone. It returns the exit status: 1 if it cannot run, else 0.
 //
 // NOTE: standard output belongs to the handshake and standard error to the logger. Nothing else may write to either.
 func serve(args []string) (status int) {

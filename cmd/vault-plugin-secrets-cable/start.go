@@ -94,7 +94,7 @@ func (l *startLogger) end(status *int) {
 	}
 }
 
-// fail logs why the plugin cannot start, in one line with its remedy. Vault itself only guesses at a wrong architecture.
+// fail logs why the plugin cannot run, in one line with its remedy. Vault itself only guesses at a wrong architecture.
 func (l *startLogger) fail(remedy string, err error, more ...any) {
 	l.failed = true
 	l.Logger.Error("plugin cannot run", append([]any{"error", err, "remedy", remedy}, more...)...)

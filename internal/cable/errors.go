@@ -91,12 +91,6 @@ type knownError struct {
 // Error implements error.
 func (e *knownError) Error() string { return e.text }
 
-// isPermanent reports whether err is a permanent knownError.
-func isPermanent(err error) bool {
-	var known *knownError
-	return errors.As(err, &known) && known.permanent
-}
-
 // describe says in words of this package why a call failed that came as far as p, and whether because of a certificate.
 //
 // NOTE: the texts of net/http are not used, because they can contain a proxy's password or the first line of the
@@ -114,10 +108,8 @@ func describe(err error, p progress) (text string, certificate bool) {
 		return known.text, false
 	}
 	isOp, isErrno := errors.As(err, &op), errors.As(err, &errno)
-	if p.stage == atTLS {
-		text = describeCertificate(err, p.asked)
-		certificate = text != ""
-	}
+	text = describeCertificate(err, p.asked)
+	certificate = p.stage == atTLS && text != ""
 	switch {
 	case certificate:
 	case errors.As(err, &dns) && dns.IsNotFound:

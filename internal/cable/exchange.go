@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"errors"
 	"net"
 	"net/http/httptrace"
 	"sync"
@@ -30,7 +29,7 @@ type exchange struct {
 
 	mu sync.Mutex // guards the next fields
 	progress
-	body     *bytes.Reader
+	body     bytes.Reader
 	refusal  error // of allow
 	panicked any   // by allow, on a goroutine of net/http's, where it would end the process
 	opened   bool  // body has the content
@@ -58,9 +57,7 @@ const (
 )
 
 func newExchange(allow func() error, content []byte, proxied bool) *exchange {
-	x := &exchange{allow: allow, content: content, proxied: proxied, body: bytes.NewReader(nil)}
-	x.stage = atTurn
-	return x
+	return &exchange{allow: allow, content: content, proxied: proxied, progress: progress{stage: atTurn}}
 }
 
 // open opens the gate, if Allow does not refuse. net/http calls it between head and body.
@@ -70,15 +67,11 @@ func (x *exchange) open() {
 	if x.ended {
 		return
 	}
-	x.refusal = errors.New("it panicked")
-	defer func() {
-		x.panicked = recover()
-		if x.refusal == nil {
-			x.body.Reset(x.content)
-			x.opened = true
-		}
-	}()
-	x.refusal = x.allow()
+	defer func() { x.panicked = recover() }()
+	if x.refusal = x.allow(); x.refusal == nil {
+		x.body.Reset(x.content)
+		x.opened = true
+	}
 }
 
 // maxAlert exceeds the bytes of the alert with which crypto/tls ends a connection, and is less than any call has.
@@ -173,12 +166,9 @@ func (c *countingConn) Write(p []byte) (int, error) {
 
 // innermost returns the connection below all layers of TLS, or nil.
 func innermost(conn net.Conn) *countingConn {
-	for {
-		layer, ok := conn.(interface{ NetConn() net.Conn })
-		if !ok {
-			c, _ := conn.(*countingConn)
-			return c
-		}
-		conn = layer.NetConn()
+	if layer, ok := conn.(interface{ NetConn() net.Conn }); ok {
+		return innermost(layer.NetConn())
 	}
+	c, _ := conn.(*countingConn)
+	return c
 }
