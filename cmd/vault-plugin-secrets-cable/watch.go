@@ -20,7 +20,7 @@ import (
 // it ends the plugin. If the server is killed, the system closes the connection. So:
 //
 //   - While a connection is open the plugin runs, and SIGINT, SIGTERM and SIGHUP are ignored. A terminal, a
-//     container's init and systemd send them to the whole group, and the server needs the plugin for requests under way.
+//     container's init and systemd send them to the process group, and the server needs the plugin for its requests.
 //   - While none is open, such a signal ends the plugin at once. A container runtime stops it that way.
 //   - While none is open, the plugin ends if its parent is gone too, as newParent sees it. Either sign alone can
 //     deceive, because under a wrapper script the parent may end, or the pipes be closed, while the server runs.

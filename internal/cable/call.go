@@ -89,11 +89,11 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	}
 	callCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	x := newExchange(r.Allow, r.body, c.proxied)
+	x := &exchange{request: r, progress: progress{stage: atTurn}}
 	r.calls++
 	sentAt := time.Now()
 	// Redirects are not followed, because RoundTrip follows none. So the refresh key is sent to one host.
-	resp, err := c.transport.RoundTrip(r.httpRequest(callCtx, x))
+	resp, err := c.transport.RoundTrip(x.httpRequest(callCtx))
 	if err == nil {
 		defer func() { _ = resp.Body.Close() }()
 	}
@@ -171,26 +171,6 @@ func (c *Client) turn(ctx context.Context) error {
 		<-c.turns
 	}
 	return err
-}
-
-// httpRequest is the request of one API call, whose body x guards.
-func (r *request) httpRequest(ctx context.Context, x *exchange) *http.Request {
-	req := &http.Request{
-		Method: http.MethodPost,
-		URL:    r.client.url,
-		Host:   r.client.url.Host,
-		Header: http.Header{
-			"Authorization":   {r.client.auth.Reveal()},
-			"Content-Type":    {"application/json"},
-			"Accept":          {"application/json"},
-			"Accept-Encoding": {"identity"}, // responses are small, and a bomb is never unpacked
-			"Cache-Control":   {"no-store"},
-			"User-Agent":      {r.client.userAgent},
-		},
-		Body:          io.NopCloser(&x.body),
-		ContentLength: int64(len(r.body)),
-	}
-	return req.WithContext(x.trace(ctx))
 }
 
 // failed returns the error for a response other than 200, whose body it reads if that arrives whole within

@@ -189,7 +189,8 @@ func TestEarlyResponse(t *testing.T) {
 func TestEnd(t *testing.T) {
 	t.Parallel()
 	for _, failed := range []bool{false, true} {
-		x := newExchange(func() error { return nil }, []byte("{}"), false)
+		tr := TokenRequest{Allow: func() error { return nil }}
+		x := &exchange{request: &request{TokenRequest: tr, body: []byte("{}")}}
 		x.conn = new(countingConn) // to which nothing was written yet
 		if p, _ := x.end(failed); p.sent {
 			t.Errorf("failed %t: sent before the gate opened", failed)
