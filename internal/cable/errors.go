@@ -107,7 +107,7 @@ func describe(err error, p progress) (text string, certificate bool) {
 	if errors.As(err, &known) {
 		return known.text, false
 	}
-	isOp, isErrno := errors.As(err, &op), errors.As(err, &errno)
+	isOp := errors.As(err, &op)
 	text = describeCertificate(err, p.asked)
 	certificate = p.stage == atTLS && text != ""
 	switch {
@@ -128,7 +128,7 @@ func describe(err error, p progress) (text string, certificate bool) {
 		text += strings.TrimPrefix(op.Err.Error(), "tls: ")
 	case says(err, "server response headers exceeded"):
 		text = fmt.Sprintf("the head of its response is larger than %d bytes", maxHeader)
-	case isErrno && networkErrors[errno] != "":
+	case errors.As(err, &errno) && networkErrors[errno] != "":
 		text = networkErrors[errno]
 	case errors.As(err, &slow) && slow.Timeout():
 		text = timedOut
