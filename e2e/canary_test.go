@@ -98,9 +98,7 @@ func TestCanaryIsFound(t *testing.T) {
 	check(before) // nothing was written since
 	writeFile(t, v.audit, audited+`{"data":{"token":"`+cabletest.TokenMarker+`123"}}`)
 	check(before, "audit.log contains an access token")
-	if err := os.Remove(v.audit); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.Remove(v.audit))
 	check(before, "no such file")
 	if findSecret(key, true) == "" || findSecret(cabletest.TokenMarker, true) != "" {
 		t.Error("the response to a mint contains the token, and never the key")

@@ -212,9 +212,7 @@ func TestReadersTokens(t *testing.T) {
 func TestReferencePage(t *testing.T) {
 	t.Parallel()
 	s, m := newApplication(t)
-	if err := os.Symlink(needJQ(t), s.place(".bin/jq")); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.Symlink(needJQ(t), s.place(".bin/jq")))
 	page := readFile(t, "../docs/reference.md")
 	command := regexp.MustCompile("`(vault read -format=json cable/roles/reports [^`]+)`").FindStringSubmatch(page)
 	if command == nil {

@@ -20,9 +20,7 @@ func golden(t *testing.T, name, got string) {
 	t.Helper()
 	path := filepath.Join("testdata", "golden", name)
 	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.WriteFile(path, []byte(got), 0o600))
 		return
 	}
 	want, err := os.ReadFile(path)
@@ -59,15 +57,11 @@ func TestOpenAPI(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)
 	var help struct{ OpenAPI openAPI }
-	if err := json.Unmarshal([]byte(m.ok(t, "GET", m.path+"/?help=1", nil).text), &help); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, json.Unmarshal([]byte(m.ok(t, "GET", m.path+"/?help=1", nil).text), &help))
 	var lines []string
 	add := func(name string, v any) {
 		text, err := json.Marshal(v)
-		if err != nil {
-			t.Fatal(err)
-		}
+		noError(t, err)
 		lines = append(lines, name+" "+string(text))
 	}
 	for name, schema := range help.OpenAPI.Components.Schemas {
@@ -92,9 +86,7 @@ func TestOpenAPI(t *testing.T) {
 	golden(t, "openapi.txt", strings.ReplaceAll(strings.Join(lines, "\n"), m.path, "cable")+"\n")
 
 	var all openAPI
-	if err := json.Unmarshal([]byte(m.ok(t, "GET", "sys/internal/specs/openapi", nil).text), &all); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, json.Unmarshal([]byte(m.ok(t, "GET", "sys/internal/specs/openapi", nil).text), &all))
 	want := []string{"config", "creds/{name}", "metrics", "roles/", "roles/{name}", "status"}
 	var got []string
 	for _, path := range slices.Sorted(maps.Keys(all.Paths)) {

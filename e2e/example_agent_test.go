@@ -76,9 +76,7 @@ func (m *mount) requested(t *testing.T, seconds int64) {
 func newExample(t *testing.T, name string) (*shell, *mount) {
 	t.Helper()
 	s, m := newApplication(t)
-	if err := os.CopyFS(s.dir, os.DirFS(filepath.Join("../examples", name))); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.CopyFS(s.dir, os.DirFS(filepath.Join("../examples", name))))
 	// An Agent runs on another machine, without the operator's token.
 	s.edit = strings.NewReplacer("vault agent", "env -u VAULT_TOKEN vault agent")
 	return s, m
@@ -114,9 +112,7 @@ func (m *mount) oneRead(t *testing.T, name string) {
 func (s *shell) rendered(pattern string) {
 	s.t.Helper()
 	info, err := os.Stat(s.place("app.env"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	noError(s.t, err)
 	text := readFile(s.t, s.place("app.env"))
 	if info.Mode() != 0o600 || !regexp.MustCompile(pattern).MatchString(text) {
 		s.t.Errorf("app.env has the mode %v and %d bytes that do not match %s", info.Mode(), len(text), pattern)
@@ -306,9 +302,7 @@ func TestExampleVaultAgentSupervisor(t *testing.T) {
 	waitFor(t, 30*time.Second, "the application starts", func() bool { return starts() > before && alive() })
 	m.sim.SetFault(cabletest.Fault{Status: 500})
 	calls := m.sim.CallCount()
-	waitFor(t, 50*time.Second, "Agent gives up and tries again", func() bool {
-		return m.sim.CallCount()-calls >= 7
-	})
+	waitFor(t, 50*time.Second, "Agent gives up and tries again", func() bool { return m.sim.CallCount()-calls >= 7 })
 	if !alive() {
 		t.Error("while Cable is down, the application ends")
 	}
@@ -381,9 +375,7 @@ func TestExampleConsulTemplate(t *testing.T) {
 	t.Parallel()
 	dir := needTool(t, "consumers/consul-template")
 	s, m := newExample(t, "consul-template")
-	if err := os.Symlink(filepath.Join(dir, "consul-template"), s.place(".bin/consul-template")); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.Symlink(filepath.Join(dir, "consul-template"), s.place(".bin/consul-template")))
 	m.ok(t, "POST", "cable/roles/reports", map[string]any{"ttl": "300s"})
 	calls := m.sim.CallCount()
 	s.runPage("examples/consul-template/README.md", map[string]step{

@@ -138,9 +138,7 @@ func (m *mount) front(
 ) (addr, root string) {
 	t.Helper()
 	target, err := url.Parse(m.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	proxy := httputil.NewSingleHostReverseProxy(target)
 	proxy.ModifyResponse = edit
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -296,9 +294,7 @@ func (s *shell) readsInTime(m *mount, token, command string, suspends bool) {
 	}
 	if suspends {
 		s.write("suspended", "")
-		waitFor(t, time.Minute, "the application reads again after a suspension", func() bool {
-			return calls() == 6
-		})
+		waitFor(t, time.Minute, "the application reads again after a suspension", func() bool { return calls() == 6 })
 	}
 	if out := readFile(t, s.place("out")); strings.Contains(out, cabletest.TokenMarker) {
 		t.Error("the application printed the token")
@@ -309,8 +305,6 @@ func (s *shell) readsInTime(m *mount, token, command string, suspends bool) {
 func must(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := run(name, args...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return out
 }

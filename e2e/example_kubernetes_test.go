@@ -39,9 +39,7 @@ func csiRequest(t *testing.T, file string) (r request) {
 			}
 		}
 	}
-	if err := yaml.Unmarshal([]byte(readFile(t, "../examples/kubernetes/"+file)), &class); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, yaml.Unmarshal([]byte(readFile(t, "../examples/kubernetes/"+file)), &class))
 	var objects []struct { // all fields that the provider knows
 		ObjectName     string         `yaml:"objectName"`
 		SecretPath     string         `yaml:"secretPath"`
@@ -98,9 +96,7 @@ func TestExampleKubernetesCalls(t *testing.T) {
 		}
 	}
 	text := readFile(t, "../examples/kubernetes/external-secrets/parameters/read.yaml")
-	if err := yaml.Unmarshal([]byte(text), &generator); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, yaml.Unmarshal([]byte(text), &generator))
 	read := strings.TrimPrefix(generator.Spec.Path, "/")
 	for _, tt := range []struct {
 		request
@@ -303,9 +299,7 @@ func testOperator(t *testing.T, k *kubernetes) {
 		for count := range strings.FieldsSeq(k.reports("get events --field-selector reason=SecretSyncError" +
 			" --output 'jsonpath={.items[*].count}'")) {
 			i, err := strconv.Atoi(count)
-			if err != nil {
-				t.Fatal(err)
-			}
+			noError(t, err)
 			n += i
 		}
 		return n
@@ -423,16 +417,12 @@ webhooks:
 			Template map[string]any `json:"template"`
 		} `json:"spec"`
 	}
-	if err := json.Unmarshal([]byte(k.reports("get deployment reports --output json")), &deployment); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, json.Unmarshal([]byte(k.reports("get deployment reports --output json")), &deployment))
 	pod := deployment.Spec.Template
 	pod["apiVersion"], pod["kind"] = "v1", "Pod"
 	pod["metadata"].(map[string]any)["name"] = "reports"
 	text, err := json.Marshal(pod)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	k.write("pod.json", string(text))
 	type container struct {
 		Name string
@@ -447,18 +437,14 @@ webhooks:
 		if err != nil { // the API server does not reach the webhook yet
 			return false
 		}
-		if err := json.Unmarshal([]byte(out), &created); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, json.Unmarshal([]byte(out), &created))
 		return len(created.Spec.InitContainers) > 0
 	})
 	defer k.run("kubectl --namespace reports delete pod reports --now && kubectl delete -f webhook.yaml")
 
 	// Both Agents, with the paths of their container in the test's folder.
 	for _, folder := range []string{"home", "secrets", "account"} {
-		if err := os.MkdirAll(k.place(folder), 0o700); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.MkdirAll(k.place(folder), 0o700))
 	}
 	edit := strings.NewReplacer("/home/vault", k.place("home"), "/vault/secrets", k.place("secrets"),
 		"/var/run/secrets/vault.hashicorp.com/serviceaccount", k.place("account"))
@@ -471,9 +457,7 @@ webhooks:
 			for _, e := range c.Env {
 				if c.Name == wants[0] && e.Name == "VAULT_CONFIG" {
 					text, err := base64.StdEncoding.DecodeString(e.Value)
-					if err != nil {
-						t.Fatal(err)
-					}
+					noError(t, err)
 					k.write(file, edit.Replace(string(text)))
 				}
 			}

@@ -39,9 +39,7 @@ type issuer struct {
 func newIssuer(t *testing.T) *issuer {
 	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	s := &issuer{key: key}
 	mux := http.NewServeMux()
 	respond := func(path string, v func() any) {
@@ -79,15 +77,11 @@ func (s *issuer) sign(t *testing.T, base, claims map[string]any) string {
 	maps.Copy(all, base)
 	maps.Copy(all, claims)
 	body, err := json.Marshal(all)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	text := encode([]byte(`{"alg":"RS256","kid":"1","typ":"JWT"}`)) + "." + encode(body)
 	sum := sha256.Sum256([]byte(text))
 	signature, err := rsa.SignPKCS1v15(rand.Reader, s.key, crypto.SHA256, sum[:])
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return text + "." + encode(signature)
 }
 
@@ -117,9 +111,7 @@ func newPipeline(t *testing.T, name, provider string, claims map[string]any) *pi
 // parse reads a YAML file of the example.
 func (p *pipeline) parse(name string, into any) {
 	p.t.Helper()
-	if err := yaml.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, name))), into); err != nil {
-		p.t.Fatal(err)
-	}
+	noError(p.t, yaml.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, name))), into))
 }
 
 // refusals shows that each claim that the role names keeps another job out.
@@ -128,9 +120,7 @@ func (p *pipeline) refusals(login string, others map[string]any) {
 	var role struct {
 		Bound map[string]string `json:"bound_claims"`
 	}
-	if err := json.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, "role.json"))), &role); err != nil {
-		p.t.Fatal(err)
-	}
+	noError(p.t, json.Unmarshal([]byte(readFile(p.t, filepath.Join(p.files, "role.json"))), &role))
 	refused := func(why, jwt string) {
 		p.t.Helper()
 		a := p.m.as(p.t, "", "POST", login, map[string]any{"role": "ci", "jwt": jwt})

@@ -66,9 +66,7 @@ type terraform struct {
 func newTerraform(t *testing.T, v *vaultServer, sim *cabletest.Server, module, program string) *terraform {
 	t.Helper()
 	p := &terraform{shell: newShell(t, v, map[string]string{"terraform": program}), v: v, sim: sim}
-	if err := os.CopyFS(p.dir, os.DirFS(filepath.Join("../examples/terraform", module))); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.CopyFS(p.dir, os.DirFS(filepath.Join("../examples/terraform", module))))
 	settings := []string{"TF_IN_AUTOMATION=1", "TF_CLI_ARGS=-no-color", "CHECKPOINT_DISABLE=1"}
 	p.env = append(p.env, settings...)
 	p.run("terraform fmt -check -diff")
@@ -161,9 +159,7 @@ func (p *terraform) clean(when string) {
 		}
 		return nil
 	})
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	noError(p.t, err)
 	p.t.Logf("%s: no secret in %d state files and %d plan files", when, states, plans)
 	if states+plans == 0 {
 		p.t.Errorf("%s there is neither a state nor a plan", when)
@@ -182,9 +178,7 @@ func (p *terraform) minimal(name string) {
 			Auth    struct{ Policies []string }
 			Request struct{ Path, Operation string }
 		}
-		if err := json.Unmarshal([]byte(line), &entry); err != nil {
-			p.t.Fatal(err)
-		}
+		noError(p.t, json.Unmarshal([]byte(line), &entry))
 		if entry.Type == "response" && slices.Contains(entry.Auth.Policies, name) &&
 			!strings.Contains(entry.Error, "permission denied") {
 			used[entry.Request.Path+" "+entry.Request.Operation] = true
@@ -231,9 +225,7 @@ func TestExampleTerraformPlatform(t *testing.T) {
 	t.Parallel()
 	withTerraform(t, func(t *testing.T, program string) {
 		next, err := nextPlugin()
-		if err != nil {
-			t.Fatal(err)
-		}
+		noError(t, err)
 		// The plugin folder, as the runbook fills it; the last file is no plugin.
 		const broken = "v0.0.9-broken"
 		v := &vaultServer{plugins: t.TempDir()}
@@ -241,9 +233,7 @@ func TestExampleTerraformPlatform(t *testing.T) {
 		install := func(version string, data []byte) {
 			t.Helper()
 			file := filepath.Join(v.plugins, pluginName+"-"+version)
-			if err := os.WriteFile(file, data, 0o700); err != nil {
-				t.Fatal(err)
-			}
+			noError(t, os.WriteFile(file, data, 0o700))
 			if sums[version], err = (vaulttest.Plugin{File: file}).Sum(); err != nil {
 				t.Fatal(err)
 			}
@@ -251,9 +241,7 @@ func TestExampleTerraformPlatform(t *testing.T) {
 		install(pluginVersion, []byte(readFile(t, suite.plugin.File)))
 		install(next.Version, []byte(readFile(t, next.File)))
 		install(broken, []byte("#!/bin/sh\nexit 1\n"))
-		if err := v.start(t.TempDir(), nil); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, v.start(t.TempDir(), nil))
 		t.Cleanup(v.stop)
 		sim := cabletest.NewServer(t, nil)
 		p := newTerraform(t, v, sim, "platform", program)

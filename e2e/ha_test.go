@@ -75,9 +75,7 @@ func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
 	}
 
 	first := c.node(0)
-	if err := first.Init(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, first.Init(t.Context()))
 	c.key, c.root = first.Key, first.Root
 	for i := range c.nodes {
 		c.node(i).root, c.node(i).Root = c.root, c.root
@@ -92,12 +90,8 @@ func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
 		c.waitForState(t, i, 429)
 	}
 	c.waitForVoters(t)
-	if err := first.Register(t.Context(), suite.plugin); err != nil {
-		t.Fatal(err)
-	}
-	if err := first.EnableAudit(t.Context(), first.audit); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, first.Register(t.Context(), suite.plugin))
+	noError(t, first.EnableAudit(t.Context(), first.audit))
 	first.ok(t, "POST", "sys/mounts/"+c.path, map[string]any{"type": pluginName})
 	c.waitForAll(t, "knows the mount", func(v *vaultServer) bool {
 		return v.do(t, "GET", c.path+"/status", nil).status == 200
@@ -130,9 +124,7 @@ func (c *cluster) install(t *testing.T, name, binary string) {
 	t.Helper()
 	for i := range c.nodes {
 		folder := c.folder(i, "plugins")
-		if err := os.MkdirAll(folder, 0o700); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.MkdirAll(folder, 0o700))
 		if err := os.Link(binary, filepath.Join(folder, name)); err != nil && !os.IsExist(err) {
 			t.Fatal(err)
 		}
@@ -492,9 +484,7 @@ type change struct {
 func testChanges(t *testing.T, c *cluster, say narrator) {
 	const readers = 12
 	next, err := nextPlugin()
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	c.install(t, pluginName+"-next", next.File)
 	next.File = filepath.Join(c.folder(0, "plugins"), pluginName+"-next")
 	v := c.node(c.leader(t))

@@ -51,13 +51,8 @@ func newKubernetes(t *testing.T) *kubernetes {
 		"--listen-client-urls="+etcd, "--advertise-client-urls="+etcd,
 		fmt.Sprintf("--listen-peer-urls=http://127.0.0.1:%d", peer))
 	accounts, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write := func(name, text string) {
-		t.Helper()
-		writeFile(t, file(name), text)
-	}
+	noError(t, err)
+	write := func(name, text string) { writeFile(t, file(name), text) }
 	write("accounts.key", privateKey(t, accounts))
 	admin := rand.Text()
 	write("tokens.csv", admin+`,admin,admin,"system:masters"`+"\n")
@@ -83,54 +78,23 @@ users: [{name: admin, user: {token: %s}}]
 `, server, base64.StdEncoding.EncodeToString(ca), admin))
 
 	// Vault, with both plugins in its folder.
-	folder := pluginFolder(t)
-	plugin := vaulttest.Plugin{Name: "kubernetes", File: filepath.Join(folder, authPlugin)}
-	data, err := os.ReadFile(filepath.Join(bin, authPlugin))
-	if err == nil {
-		err = os.WriteFile(plugin.File, data, 0o700)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	v := &vaultServer{plugins: folder}
-	if err := v.startDev(t.TempDir()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(v.stop)
+	v := ownServer(t)
+	plugin := vaulttest.Plugin{Name: "kubernetes", File: filepath.Join(v.plugins, authPlugin)}
+	must(t, "install", "-m", "0700", filepath.Join(bin, authPlugin), plugin.File)
 	sum, err := plugin.Sum()
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	v.ok(t, "POST", "sys/plugins/catalog/auth/kubernetes", map[string]any{"sha256": sum, "command": authPlugin})
 	m := newMountOf(t, v)
 
 	k := &kubernetes{shell: newShell(t, v, map[string]string{"kubectl": filepath.Join(bin, "kubectl")}), m: m}
 	k.env = append(k.env, "KUBECONFIG="+file("kubeconfig"), "NO_PROXY=127.0.0.1")
-	copyExample(t, "kubernetes", k.dir, strings.NewReplacer("http://vault.vault.svc:8200", v.addr))
+	noError(t, os.CopyFS(k.dir, os.DirFS("../examples/kubernetes")))
+	k.run("address=http://vault.vault.svc:8200; sed -i \"s|$address|$VAULT_ADDR|\" $(grep -rl $address *)")
 	waitFor(t, time.Minute, "the API server is ready", func() bool {
 		_, err := k.try("kubectl get --raw /readyz")
 		return err == nil
 	})
 	return k
-}
-
-// copyExample copies the files of an example, edited.
-func copyExample(t *testing.T, name, to string, edit *strings.Replacer) {
-	t.Helper()
-	from := filepath.Join("..", "examples", name)
-	err := filepath.WalkDir(from, func(path string, d os.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		target := filepath.Join(to, strings.TrimPrefix(path, from))
-		if d.IsDir() {
-			return os.MkdirAll(target, 0o700)
-		}
-		return os.WriteFile(target, []byte(edit.Replace(readFile(t, path))), 0o600)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 // setUp follows the README of examples/kubernetes, which makes the cluster known to
@@ -191,9 +155,7 @@ func (k *kubernetes) secret(name string) map[string]string {
 func (k *kubernetes) applyCRDs(t *testing.T, module, path string) {
 	t.Helper()
 	dir, err := run("go", "-C", "../examples/tools/consumers", "list", "-m", "-f", "{{.Dir}}", module)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	// Some are too large for the annotation that a client-side apply adds.
 	k.run("kubectl apply --server-side -f '" + filepath.Join(strings.TrimSpace(dir), path) + "'")
 	k.run("kubectl wait --for=condition=Established crd --all")
@@ -212,8 +174,6 @@ func (k *kubernetes) consumer(t *testing.T, name string, args ...string) (stop f
 func privateKey(t *testing.T, key *ecdsa.PrivateKey) string {
 	t.Helper()
 	der, err := x509.MarshalECPrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}))
 }

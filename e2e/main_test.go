@@ -77,7 +77,8 @@ func runTests(m *testing.M) (status int) {
 	}
 	var server *vaultServer
 	suite.shared = sync.OnceValues(func() (*vaultServer, error) {
-		v, err := startDevServer(filepath.Join(dir, "shared"))
+		v := new(vaultServer)
+		err := v.startDev(filepath.Join(dir, "shared"))
 		if err == nil {
 			server = v
 		}
@@ -197,9 +198,7 @@ func needVault(t testing.TB) {
 	if err := findVault(); err != nil {
 		skipUnlessRequired(t, err)
 	}
-	if err := prepare(); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, prepare())
 }
 
 // lacks returns why the tests of a feature do not apply to the server, or "".
@@ -219,26 +218,28 @@ func sharedServer(t testing.TB) *vaultServer {
 	t.Helper()
 	needVault(t)
 	v, err := suite.shared()
+	noError(t, err)
+	return v
+}
+
+// noError ends the test if there is an error.
+func noError(t testing.TB, err error) {
+	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return v
 }
 
 func readFile(t testing.TB, path string) string {
 	t.Helper()
 	data, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return string(data)
 }
 
 func writeFile(t testing.TB, path, text string) {
 	t.Helper()
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.WriteFile(path, []byte(text), 0o600))
 }
 
 // waitFor polls until done returns true.

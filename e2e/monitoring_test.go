@@ -104,9 +104,7 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 	tokenFile := filepath.Join(dir, "token")
 	writeFile(t, tokenFile, token+"\n")
 	rules, err := filepath.Abs("../monitoring/alerts.yml")
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	config := readFile(t, "../monitoring/prometheus.yml")
 	for _, change := range [][2]string{
 		{"scrape_interval: 15s", "scrape_interval: 1s"},
@@ -156,9 +154,7 @@ func startPrometheus(t *testing.T, m *mount) *promServer {
 func (p *promServer) get(t *testing.T, path string, query url.Values, data any) {
 	t.Helper()
 	resp, err := http.Get(p.url + "/api/v1/" + path + "?" + query.Encode())
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	defer resp.Body.Close()
 	answer := struct {
 		Status, Error string
@@ -375,9 +371,7 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 			Targets []struct{ Expr string }
 		}
 	}
-	if err := json.Unmarshal([]byte(text), &d); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, json.Unmarshal([]byte(text), &d))
 	if got := d.Templating.List[1].Definition; got != "label_values(vault_cable_configured, mount)" {
 		t.Errorf("the variable mount is %q", got)
 	}

@@ -4,16 +4,13 @@
 package e2e
 
 import (
-	"crypto/x509"
-	"encoding/pem"
+	"crypto/ecdsa"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
@@ -37,18 +34,13 @@ func TestNginx(t *testing.T) {
 	url, ca := startNginx(t, nginx, strings.TrimSuffix(m.sim.URL, m.sim.Path()))
 	m.configure(t, map[string]any{"token_url": url + m.sim.Path(), "ca_cert": ca})
 
-	var wg sync.WaitGroup
-	for range readers {
-		wg.Go(func() {
-			for range reads / readers {
-				a, err := m.call(request{method: "GET", path: m.path + "/creds/app", token: m.root})
-				if err != nil || a.status != http.StatusOK {
-					t.Errorf("%v %v", a, err)
-				}
+	for range reads / readers {
+		for _, a := range m.readAll(t, readers) {
+			if a.status != 200 {
+				t.Error(a)
 			}
-		})
+		}
 	}
-	wg.Wait()
 	if s := m.sim.Stats(); s.Calls != reads || s.Minted != reads {
 		t.Errorf("Cable saw %d calls and issued %d tokens, want %d", s.Calls, s.Minted, reads)
 	}
@@ -62,16 +54,12 @@ func TestNginx(t *testing.T) {
 func startNginx(t *testing.T, nginx, upstream string) (url, ca string) {
 	t.Helper()
 	certificate, root := issue(t, "127.0.0.1")
-	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
 	dir := t.TempDir()
-	write := func(name string, text []byte) { writeFile(t, filepath.Join(dir, name), string(text)) }
-	write("tls.pem", root)
-	write("tls.key", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
+	writeFile(t, filepath.Join(dir, "tls.pem"), string(root))
+	writeFile(t, filepath.Join(dir, "tls.key"), privateKey(t, certificate.PrivateKey.(*ecdsa.PrivateKey)))
 	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	write("nginx.conf", fmt.Appendf(nil, `daemon off; master_process off; pid nginx.pid; error_log stderr warn;
+	writeFile(t, filepath.Join(dir, "nginx.conf"), fmt.Sprintf(`
+daemon off; master_process off; pid nginx.pid; error_log stderr warn;
 events { worker_connections 512; }
 http {
   access_log off;

@@ -98,23 +98,17 @@ func registry(t *testing.T, plugins ...vaulttest.Plugin) (host string) {
 	}
 	encode := func(v any) []byte {
 		data, err := json.Marshal(v)
-		if err != nil {
-			t.Fatal(err)
-		}
+		noError(t, err)
 		return data
 	}
 	for _, p := range plugins {
 		var layer bytes.Buffer
 		w, binary := tar.NewWriter(&layer), readFile(t, p.File)
-		if err := w.WriteHeader(&tar.Header{Name: pluginName, Mode: 0o755, Size: int64(len(binary))}); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, w.WriteHeader(&tar.Header{Name: pluginName, Mode: 0o755, Size: int64(len(binary))}))
 		if _, err := w.Write([]byte(binary)); err != nil {
 			t.Fatal(err)
 		}
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, w.Close())
 		tarred := descriptor("layer.v1.tar", layer.Bytes())
 		config := encode(map[string]any{
 			"os": "linux", "architecture": runtime.GOARCH,
@@ -156,11 +150,9 @@ func newOpenBao(t *testing.T) *openBao {
 	b.runbook = &runbook{cable: newStandInCable(t)}
 	b.v = &vaultServer{plugins: filepath.Join(b.folder, "plugins")}
 	for _, dir := range []string{b.v.plugins, filepath.Join(b.folder, "raft")} {
-		if err := os.Mkdir(dir, 0o700); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.Mkdir(dir, 0o700))
 	}
-	writeFile(t, filepath.Join(b.folder, "seal.key"), strings.Repeat("7", 32))
+	writeFile(t, filepath.Join(b.folder, "seal.key"), string(bytes.Repeat([]byte{7}, 32)))
 	b.shell = &shell{t: t}
 	t.Cleanup(b.stop)
 	return b
@@ -183,9 +175,7 @@ func (b *openBao) blocks(names ...string) (config string) {
 			plugin = mustNext(b.t)
 		}
 		sum, err := plugin.Sum()
-		if err != nil {
-			b.t.Fatal(err)
-		}
+		noError(b.t, err)
 		// The harness sets the plugin folder.
 		text := regexp.MustCompile(`(?m)^plugin_directory .*\n`).ReplaceAllString(texts[name], "")
 		config += strings.NewReplacer("registry.example.com", b.registry, "…\"", sum+"\"",
@@ -219,9 +209,7 @@ initialize "access" {
 	b.v.env = slices.Concat(b.cable.env, []string{"CABLE_REFRESH_KEY=" + key})
 	b.v.audit = filepath.Join(b.folder, "audit.log")
 	raft := &vaulttest.Raft{Dir: filepath.Join(b.folder, "raft"), Node: "one", Port: b.port, Root: "operator"}
-	if err := b.v.start(b.folder, raft); err != nil {
-		b.t.Fatal(err)
-	}
+	noError(b.t, b.v.start(b.folder, raft))
 	b.v.Root, b.v.root = "operator", "operator"
 	b.shell = newShell(b.t, b.v, map[string]string{"bao": suite.vault})
 	b.edit = strings.NewReplacer("v0.1.0", pluginVersion, "v0.2.0", nextVersion)
@@ -232,9 +220,7 @@ func (b *openBao) configure(change func(string) string) {
 	b.t.Helper()
 	file := filepath.Join(b.folder, "vault.hcl")
 	writeFile(b.t, file, change(readFile(b.t, file)))
-	if err := b.v.Process.Signal(syscall.SIGHUP); err != nil {
-		b.t.Fatal(err)
-	}
+	noError(b.t, b.v.Process.Signal(syscall.SIGHUP))
 }
 
 // lists waits until the catalog has a version of the plugin, or has it no longer.
@@ -288,16 +274,12 @@ func TestOpenBaoPage(t *testing.T) {
 	t.Run("a version that was registered over the API", func(t *testing.T) {
 		t.Parallel()
 		b := newOpenBao(t)
-		if err := os.Link(suite.plugin.File, b.installed(pluginVersion)); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.Link(suite.plugin.File, b.installed(pluginVersion)))
 		b.start("", "initialize \"none\" {\n}\n")
 		b.untilActive()
 		file := suite.plugin
 		file.File = b.installed(pluginVersion)
-		if err := b.v.Register(t.Context(), file); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, b.v.Register(t.Context(), file))
 		b.stop()
 		declared := "plugin_auto_register = true\n" + b.blocks("declare-file")
 		b.start("", declared)
@@ -358,7 +340,7 @@ func TestNamespaces(t *testing.T) {
 	if started() != before {
 		t.Error("a reload from the root namespace reloads a mount of another one")
 	}
-	r.env = append(r.env[:len(r.env):len(r.env)], "VAULT_NAMESPACE=team-a", "BAO_NAMESPACE=team-a")
+	r.env = slices.Concat(root, []string{"VAULT_NAMESPACE=team-a", "BAO_NAMESPACE=team-a"})
 	time.Sleep(time.Second) // since is in seconds
 	r.run("vault plugin reload -mounts=cable/")
 	if started() == before {

@@ -24,9 +24,7 @@ func ownServer(t *testing.T, env ...string) *vaultServer {
 	t.Helper()
 	needVault(t)
 	v := &vaultServer{plugins: pluginFolder(t), env: env}
-	if err := v.startDev(t.TempDir()); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, v.startDev(t.TempDir()))
 	t.Cleanup(v.stop)
 	return v
 }
@@ -38,13 +36,9 @@ func runUntilEnd(t *testing.T, dir string, env []string, name string, args ...st
 	cmd := exec.CommandContext(suite.ctx, name, args...)
 	cmd.Env, cmd.Dir = env, dir
 	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, cmd.Start())
 	stopped := false
 	stop = func() {
 		if stopped {
@@ -159,9 +153,7 @@ func (v *vaultServer) pluginProcesses(t *testing.T) (pids []int) {
 func (v *vaultServer) process(t *testing.T) int {
 	t.Helper()
 	file, err := filepath.EvalSymlinks(suite.vault)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	for _, pid := range processes(t, file) {
 		command, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		if err == nil && bytes.Contains(command, []byte("-config="+filepath.Join(filepath.Dir(v.log), "vault.hcl"))) {
@@ -179,17 +171,13 @@ func kill(t *testing.T, pid int) {
 	if err == nil {
 		err = p.Kill()
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 }
 
 // writeScript writes a shell script.
 func writeScript(t *testing.T, path, text string) {
 	t.Helper()
-	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o700))
 }
 
 // pluginFolder makes a plugin folder of the test's own, so that the processes of
@@ -197,12 +185,8 @@ func writeScript(t *testing.T, path, text string) {
 func pluginFolder(t *testing.T) (folder string) {
 	t.Helper()
 	folder, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Link(filepath.Join(suite.plugins, pluginName), filepath.Join(folder, pluginName)); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
+	noError(t, os.Link(filepath.Join(suite.plugins, pluginName), filepath.Join(folder, pluginName)))
 	return folder
 }
 
@@ -231,9 +215,7 @@ func TestVaultKilled(t *testing.T) {
 				writeScript(t, v.binary, "export VAULT="+suite.vault+`; [ "$1" = server ] || exec "$VAULT" "$@"
 exec unshare --pid --fork --mount-proc --kill-child sh -c '"$VAULT" "$@"; exec sleep 1000' init "$@"`)
 			}
-			if err := v.startDev(dir); err != nil {
-				t.Fatal(err)
-			}
+			noError(t, v.startDev(dir))
 			t.Cleanup(v.stop)
 			t.Cleanup(func() { _ = v.Process.Kill() }) // with it, its namespace
 			m := newMountOf(t, v)
@@ -272,9 +254,7 @@ func TestGroupSignal(t *testing.T) {
 			v := &vaultServer{plugins: pluginFolder(t), binary: filepath.Join(dir, "vault-script")}
 			writeScript(t, v.binary, "exec setsid "+suite.vault+` "$@"`) // a process group of its own
 			// NOTE: in dev mode SIGHUP makes Vault panic.
-			if err := v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "data")}, suite.plugin); err != nil {
-				t.Fatal(err)
-			}
+			noError(t, v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "data")}, suite.plugin))
 			t.Cleanup(v.stop)
 			m := newMountOf(t, v)
 			m.read(t)
@@ -340,9 +320,7 @@ func TestRestart(t *testing.T) {
 	dir := t.TempDir()
 	raft := &vaulttest.Raft{Dir: filepath.Join(dir, "raft")}
 	v := new(vaultServer)
-	if err := v.start(dir, raft, suite.plugin); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, v.start(dir, raft, suite.plugin))
 	t.Cleanup(func() { v.stop() })
 	m := newMount(t, v, nil)
 	m.configure(t)
@@ -351,9 +329,7 @@ func TestRestart(t *testing.T) {
 
 	v.stop()
 	raft.Key, raft.Root = v.Key, v.root
-	if err := v.start(dir, raft); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, v.start(dir, raft))
 	if got := m.ok(t, "GET", m.path+"/roles/app", nil); fmt.Sprint(got.Data) != fmt.Sprint(role.Data) {
 		t.Errorf("the role after the restart: %s, before: %s", got, role)
 	}

@@ -123,18 +123,14 @@ func TestBuild(t *testing.T) {
 		t.Fatalf("make build: %v\n%s", err, out)
 	}
 	bin, err := filepath.Abs("../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	if bin, err = filepath.EvalSymlinks(bin); err != nil {
 		t.Fatal(err)
 	}
 	v := serverByHand(t, "-dev-plugin-dir="+bin)
 	v.cli(t, "secrets", "enable", "-path=cable", pluginName)
 	text, err := run(filepath.Join(bin, pluginName), "-version")
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	version := v.ok(t, "GET", "cable/status", nil).Data["version"]
 	running := v.ok(t, "GET", "sys/mounts/cable", nil).Data["running_plugin_version"]
 	if want := fmt.Sprintf("%s %s, ", pluginName, version); running != version || !strings.HasPrefix(text, want) {
@@ -149,9 +145,7 @@ func TestPluginDirectoryBehindALink(t *testing.T) {
 	needVault(t)
 	links := t.TempDir()
 	for name, target := range map[string]string{"link": suite.plugins, "behind": filepath.Dir(suite.plugins)} {
-		if err := os.Symlink(target, filepath.Join(links, name)); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, os.Symlink(target, filepath.Join(links, name)))
 	}
 	for _, dir := range []string{"link", "behind/" + filepath.Base(suite.plugins)} {
 		config := filepath.Join(t.TempDir(), "vault.hcl")

@@ -59,12 +59,8 @@ func newRunbook(t *testing.T, config ...string) *runbook {
 	r := &runbook{cable: newStandInCable(t)}
 	dir := t.TempDir()
 	r.v = &vaultServer{plugins: filepath.Join(dir, "plugins"), env: r.cable.env, config: strings.Join(config, "\n")}
-	if err := os.Mkdir(r.v.plugins, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "raft")}); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, os.Mkdir(r.v.plugins, 0o700))
+	noError(t, r.v.start(dir, &vaulttest.Raft{Dir: filepath.Join(dir, "raft")}))
 	t.Cleanup(r.v.stop)
 	watch(t, r.v)
 	r.shell = newShell(t, r.v, map[string]string{"jq": jq, "curl": r.cable.curl(t)})
@@ -77,9 +73,7 @@ func newRunbook(t *testing.T, config ...string) *runbook {
 func (r *runbook) hasBinary(from vaulttest.Plugin) {
 	r.t.Helper()
 	_ = os.Remove(r.place(pluginName))
-	if err := os.Link(from.File, r.place(pluginName)); err != nil {
-		r.t.Fatal(err)
-	}
+	noError(r.t, os.Link(from.File, r.place(pluginName)))
 }
 
 // installs runs the named blocks up to a mount that is configured.
@@ -228,16 +222,12 @@ func (r *runbook) disabled(path string, want bool) {
 func (r *runbook) breakPlugin() (mend func()) {
 	r.t.Helper()
 	file, saved := r.installed(pluginVersion), r.place("saved")
-	if err := os.Rename(file, saved); err != nil {
-		r.t.Fatal(err)
-	}
+	noError(r.t, os.Rename(file, saved))
 	writeScript(r.t, file, "exit 3")
 	r.sealAndUnseal()
 	return func() {
 		r.t.Helper()
-		if err := os.Rename(saved, file); err != nil {
-			r.t.Fatal(err)
-		}
+		noError(r.t, os.Rename(saved, file))
 	}
 }
 
@@ -245,9 +235,7 @@ func (r *runbook) breakPlugin() (mend func()) {
 func (r *runbook) sealAndUnseal() {
 	r.t.Helper()
 	r.ok("PUT", "sys/seal", nil)
-	if err := r.v.Unseal(r.t.Context()); err != nil {
-		r.t.Fatal(err)
-	}
+	noError(r.t, r.v.Unseal(r.t.Context()))
 	r.untilActive()
 }
 
@@ -784,9 +772,7 @@ func contains(t *testing.T, text, part string) {
 func mustNext(t *testing.T) vaulttest.Plugin {
 	t.Helper()
 	next, err := nextPlugin()
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return next
 }
 

@@ -38,9 +38,7 @@ func declared(t *testing.T, ofTests bool) map[string]int {
 		}
 		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return found
 }
 
@@ -94,14 +92,9 @@ func TestSecurityPage(t *testing.T) {
 // lines in either log format.
 func TestLogSearches(t *testing.T) {
 	t.Parallel()
-	needVault(t)
 	search := named(t, "docs/security.md")["search-log"] + named(t, "docs/runbook.md")["refused"]
 	for _, format := range []string{"standard", "json"} {
-		v, err := startDevServer(t.TempDir(), "VAULT_LOG_FORMAT="+format, "BAO_LOG_FORMAT="+format)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(v.stop)
+		v := ownServer(t, "VAULT_LOG_FORMAT="+format, "BAO_LOG_FORMAT="+format)
 		m := newMount(t, v, nil)
 		m.configure(t)
 		for _, outcome := range []string{"key_rejected", "grant_mismatch"} {

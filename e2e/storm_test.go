@@ -158,9 +158,7 @@ func missing(a, b map[string]bool) (n int) {
 func openFiles(t *testing.T, pid int) int {
 	t.Helper()
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	return len(entries)
 }
 

@@ -24,18 +24,14 @@ func TestTutorial(t *testing.T) {
 	needVault(t)
 	printed := filepath.Join(t.TempDir(), "dev.out")
 	out, err := os.Create(printed)
-	if err != nil {
-		t.Fatal(err)
-	}
+	noError(t, err)
 	defer out.Close()
 	stackBuild.Lock()
 	started := sync.OnceFunc(stackBuild.Unlock)
 	defer started()
 	dev := exec.Command("../scripts/dev")
 	dev.Stdout, dev.Stderr = out, out
-	if err := dev.Start(); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, dev.Start())
 	t.Cleanup(func() {
 		_ = dev.Process.Signal(syscall.SIGTERM) // as Ctrl-C does
 		if err := dev.Wait(); err != nil {

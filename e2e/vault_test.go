@@ -44,14 +44,8 @@ type vaultServer struct {
 	binary  string   // default: that of all tests
 }
 
-// startDevServer starts a server in dev mode that keeps everything in memory,
-// with the plugin registered and the audit log on.
-func startDevServer(dir string, env ...string) (*vaultServer, error) {
-	v := &vaultServer{env: env}
-	return v, v.startDev(dir)
-}
-
-// startDev is startDevServer for a server with settings of its own.
+// startDev starts the server in dev mode, so that it keeps everything in memory, with the
+// plugin registered and the audit log on.
 func (v *vaultServer) startDev(dir string) error { return v.start(dir, nil, suite.plugin) }
 
 // start starts the server, with its files in dir. If that fails, no process is
@@ -75,9 +69,7 @@ func (v *vaultServer) stop() { v.Stop() }
 // kill ends the server as a crash would.
 func (v *vaultServer) kill(t testing.TB) {
 	t.Helper()
-	if err := v.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, v.Process.Kill())
 	<-v.Exited
 }
 

@@ -62,7 +62,7 @@ func ownProgram() ([]byte, error) {
 // path, because a link never replaces a file. A signal before that leaves nothing.
 func place(path string, program []byte) error {
 	if _, err := os.Lstat(path); err == nil {
-		return fs.ErrExist // the folder may be read-only by now
+		return fs.ErrExist // even if the disk is full, or read-only, by now
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()

@@ -56,6 +56,7 @@ func TestInstall(t *testing.T) {
 		return func(path string) error { return os.Symlink(to, path) }
 	}
 	const notRegular, otherContent = "is not a regular file", "other content, and is never replaced: its SHA-256 is "
+	const full = `trap "" XFSZ && ulimit -f 100 && exec "$0" "$@"`
 	tests := map[string]struct {
 		before func(path string) error // prepares the path of the new file
 		script string                  // runs the plugin, $0, by a shell
@@ -79,7 +80,8 @@ func TestInstall(t *testing.T) {
 			before: func(path string) error { return os.Remove(filepath.Dir(path)) },
 			error:  "no such file or directory",
 		},
-		"the disk is full": {script: `trap "" XFSZ && ulimit -f 100 && exec "$0" "$@"`, error: "file too large"},
+		"the disk is full":                {script: full, error: "file too large"},
+		"the same file, the disk is full": {before: write(program, 0o755), script: full},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
