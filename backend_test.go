@@ -576,10 +576,12 @@ func TestPanic(t *testing.T) {
 	t.Parallel()
 	m, other := newConfiguredMount(t), newConfiguredMount(t)
 	secret := m.sim.RefreshKey()
-	m.b.Route("creds/ci").Operations[opRead].(*framework.PathOperation).Callback = func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
+	read := m.b.Route("creds/ci").Operations[opRead].(*framework.PathOperation)
+	read.Callback = func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
 		panic(errors.New("value with " + secret))
 	}
-	m.b.Route("roles/ci").ExistenceCheck = func(context.Context, *logical.Request, *framework.FieldData) (bool, error) { panic(secret) }
+	exists := &m.b.Route("roles/ci").ExistenceCheck
+	*exists = func(context.Context, *logical.Request, *framework.FieldData) (bool, error) { panic(secret) }
 
 	m.refused(500, opRead, "creds/ci", nil, "req-1")
 	m.refused(500, opUpdate, "roles/ci", kv{"ttl": 600}, "req-1")

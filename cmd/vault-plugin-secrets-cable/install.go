@@ -20,11 +20,9 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/version"
 )
 
-// install copies this program to dir/vault-plugin-secrets-cable-VERSION, for images
-// that contain nothing else to copy it with, and prints the SHA-256 and path of that
-// file as sha256sum does. The file appears complete or not at all, and never replaces
-// another one. If it is there already, that is success. install returns the exit
-// status.
+// install copies this program to dir/vault-plugin-secrets-cable-VERSION, for images that contain nothing else to copy
+// it with, and prints the SHA-256 and path of that file as sha256sum does. The file appears complete or not at all, and
+// never replaces another one. If it is there already, that is success. install returns the exit status.
 func install(dir string, stdout, stderr io.Writer) int {
 	path := filepath.Join(dir, "vault-plugin-secrets-cable-"+version.String())
 	if runtime.GOOS == "windows" {

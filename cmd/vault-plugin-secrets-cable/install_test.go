@@ -27,8 +27,7 @@ func content(t *testing.T, path string) []byte {
 	return must(os.ReadFile(path))(t)
 }
 
-// onlyInstalled checks that a folder has a complete copy of the plugin, with its mode,
-// and nothing else.
+// onlyInstalled checks that a folder has a complete copy of the plugin, with its mode, and nothing else.
 func onlyInstalled(t *testing.T, dir string) {
 	t.Helper()
 	entries, err := os.ReadDir(dir)

@@ -1,9 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command vault-plugin-secrets-cable serves the Cable secrets engine to Vault, which
-// starts it. In a shell it prints its version and how to register it, and installs
-// itself.
+// Command vault-plugin-secrets-cable serves the Cable secrets engine to Vault, which starts it. In a shell it prints
+// its version and how to register it, and installs itself.
 package main
 
 import (
@@ -27,9 +26,8 @@ func main() {
 	os.Exit(byHand(args, os.Stdout, os.Stderr))
 }
 
-// byHand responds to a person. It returns the exit status: 0, or 1 if there are no
-// arguments or nothing was installed, or 2 if the arguments are wrong. Wrong
-// arguments are never printed, because they may contain anything.
+// byHand responds to a person. It returns the exit status: 0, or 1 if there are no arguments or nothing was installed,
+// or 2 if the arguments are wrong. Wrong arguments are never printed, because they may contain anything.
 func byHand(args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // where it would print wrong arguments

@@ -130,8 +130,7 @@ func run(cmd *exec.Cmd) (stdout, stderr string, status int) {
 	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
 }
 
-// underVault is the environment that Vault's go-plugin gives to a plugin, but for
-// the certificate.
+// underVault is the environment that Vault's go-plugin gives to a plugin, but for the certificate.
 func underVault(more ...string) []string {
 	cookie := plugin.HandshakeConfig.MagicCookieKey + "=" + plugin.HandshakeConfig.MagicCookieValue
 	return append(append(os.Environ(), cookie, "PLUGIN_PROTOCOL_VERSIONS=5"), more...)
@@ -206,8 +205,7 @@ func TestServe(t *testing.T) {
 	}
 }
 
-// logLines decodes the lines of the structured logger, and fails if there is any
-// other text.
+// logLines decodes the lines of the structured logger, and fails if there is any other text.
 func logLines(t *testing.T, text string) (lines []map[string]any) {
 	t.Helper()
 	for line := range strings.Lines(text) {
@@ -220,8 +218,7 @@ func logLines(t *testing.T, text string) (lines []map[string]any) {
 	return lines
 }
 
-// TestStdout checks that under Vault the plugin writes one line to standard output, the
-// handshake.
+// TestStdout checks that under Vault the plugin writes one line to standard output, the handshake.
 func TestStdout(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -239,8 +236,7 @@ func TestStdout(t *testing.T) {
 	}
 }
 
-// TestByHand pins the output in a shell. Wrong arguments are never repeated, because
-// they may contain anything.
+// TestByHand pins the output in a shell. Wrong arguments are never repeated, because they may contain anything.
 func TestByHand(t *testing.T) {
 	t.Parallel()
 	const (

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -58,8 +59,7 @@ func checkStart() (remedy string, err error) {
 		"a wrapper script must leave the environment as it is", err
 }
 
-// startLogger is the logger of go-plugin's server, which logs an error only if it
-// cannot start or continue.
+// startLogger is the logger of go-plugin's server, which logs an error only if it cannot start or continue.
 type startLogger struct {
 	hclog.Logger
 	failed bool // whether an error was logged
@@ -82,17 +82,19 @@ func (l *startLogger) Error(msg string, args ...any) {
 	l.fail(remedy, fmt.Errorf("%s: %w", msg, err))
 }
 
-// panicked logs a panic with its value, unless the server has logged the reason. Only
-// go-plugin panics there, before a server has connected and sent a secret.
-func (l *startLogger) panicked(value any, stack []byte) {
-	if !l.failed {
+// end logs a panic with its value, unless the server has logged the reason, and sets the exit status. Only go-plugin
+// panics in serve, before a server has connected and sent a secret.
+func (l *startLogger) end(status *int) {
+	if p := recover(); p != nil && !l.failed {
 		const remedy = "this is a defect of the plugin: report it with this line"
-		l.fail(remedy, fmt.Errorf("panic: %v", value), "stack", string(stack))
+		l.fail(remedy, fmt.Errorf("panic: %v", p), "stack", string(debug.Stack()))
+	}
+	if l.failed {
+		*status = 1
 	}
 }
 
-// fail logs the reason why the plugin cannot start, in one line with its remedy. Vault
-// itself only guesses at a wrong architecture.
+// fail logs why the plugin cannot run, in one line with its remedy. Vault itself only guesses at a wrong architecture.
 func (l *startLogger) fail(remedy string, err error, more ...any) {
 	l.failed = true
 	l.Logger.Error("plugin cannot run", append([]any{"error", err, "remedy", remedy}, more...)...)

@@ -119,9 +119,13 @@ func TestPanicAtStart(t *testing.T) {
 		if reported {
 			start.Error("failed to generate server certificate", "error", errors.New("no entropy"))
 		}
-		start.panicked(errors.New("no entropy"), []byte("stack"))
+		status := 0
+		func() {
+			defer start.end(&status)
+			panic(errors.New("no entropy"))
+		}()
 		lines := logLines(t, out.String())
-		if len(lines) != 1 || lines[0]["@level"] != "error" || lines[0]["remedy"] == "" ||
+		if status != 1 || len(lines) != 1 || lines[0]["@level"] != "error" || lines[0]["remedy"] == "" ||
 			!strings.Contains(lines[0]["error"].(string), "no entropy") || lines[0]["stack"] == nil != reported {
 			t.Errorf("reported before: %t, log: %q", reported, &out)
 		}

@@ -15,9 +15,8 @@ import (
 	"testing"
 )
 
-// TestStderr checks that standard error has the lines of the logger alone if the
-// environment tells Go's runtime and libraries to print more. The prints that need a
-// connection to Cable are in e2e, in TestOnlyStructuredLog.
+// TestStderr checks that standard error has the lines of the logger alone if the environment tells Go's runtime and
+// libraries to print more. The prints that need a connection to Cable are in e2e, in TestOnlyStructuredLog.
 func TestStderr(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command(build(t))
@@ -41,8 +40,7 @@ func TestStderr(t *testing.T) {
 	}
 }
 
-// TestCrash checks that the runtime's report of a crash reaches standard error, which
-// Vault logs.
+// TestCrash checks that the runtime's report of a crash reaches standard error, which Vault logs.
 func TestCrash(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {

@@ -17,10 +17,9 @@ func moveStderr(null *os.File) *os.File {
 	return os.Stderr
 }
 
-// newParent returns a function that reports whether the parent process has ended. An
-// error means that it may run. On Windows the stored id of the parent never changes, and
-// another process may have it already, which is why the function counts only while no
-// connection is open.
+// newParent returns a function that reports whether the parent process has ended. An error means that it may run. On
+// Windows the stored id of the parent never changes, and another process may have it already, which is why the function
+// counts only while no connection is open.
 //
 // NOTE: under a wrapper script the parent is the script's interpreter, which may wait
 // for the plugin. Then the plugin ends after a minute without a connection.

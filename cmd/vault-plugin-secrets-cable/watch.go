@@ -19,35 +19,23 @@ import (
 // The server connects as soon as the plugin has started, and stays connected until
 // it ends the plugin. If the server is killed, the system closes the connection. So:
 //
-//   - While a connection is open the plugin runs, and SIGINT, SIGTERM and SIGHUP are
-//     ignored. A terminal, a container's init and systemd send them to the whole
-//     process group, and the server needs the plugin for the requests under way.
-//   - While none is open, such a signal ends the plugin at once. A container runtime
-//     stops it that way.
-//   - While none is open, the plugin ends if its parent is gone too, as newParent
-//     sees it. Either sign alone can deceive, because under a wrapper script
-//     the parent may end, or the pipes be closed, while the server runs.
-//   - If another process keeps the pipes open (a script with a pipeline, a container
-//     runtime), that sign never comes, and the plugin ends after a minute.
+//   - While a connection is open the plugin runs, and SIGINT, SIGTERM and SIGHUP are ignored. A terminal, a
+//     container's init and systemd send them to the process group, and the server needs the plugin for its requests.
+//   - While none is open, such a signal ends the plugin at once. A container runtime stops it that way.
+//   - While none is open, the plugin ends if its parent is gone too, as newParent sees it. Either sign alone can
+//     deceive, because under a wrapper script the parent may end, or the pipes be closed, while the server runs.
+//   - If another process keeps the pipes open (a script with a pipeline, a container runtime), that sign never comes,
+//     and the plugin ends after a minute.
 
 const (
-	// lookEvery is the time between two looks at the connections and the parent.
-	lookEvery = time.Second
-	// connectWithin is how long the plugin outlives its parent if no server has
-	// connected yet. There are no secrets in memory until then.
-	connectWithin = 4 * time.Second
-	// countWithin is how long a connection may be open at the server's end before it
-	// is counted here. A signal in between must not end the plugin.
-	countWithin = 200 * time.Millisecond
-	// alone is how long the plugin runs without a connection if its parent is there.
-	// go-plugin's client waits as long for a plugin to start.
-	alone = time.Minute
-	// stopWithin is how long the gRPC server may take to stop.
-	stopWithin = time.Second
+	lookEvery     = time.Second            // between two looks at the connections and the parent
+	connectWithin = 4 * time.Second        // without a parent, if no server has connected and sent a secret
+	countWithin   = 200 * time.Millisecond // until a connection is counted; a signal must not end the plugin before
+	alone         = time.Minute            // without a connection; go-plugin's client waits as long for the first one
+	stopWithin    = time.Second            // for the gRPC server
 )
 
-// watch knows whether the server is connected. It is a stats.Handler of the gRPC
-// server.
+// watch knows whether the server is connected. It is a stats.Handler of the gRPC server.
 type watch struct {
 	gone      func() bool    // reports whether the parent is gone, by the system's account
 	signals   chan os.Signal // receives the signals that end the plugin if no connection is open
@@ -97,9 +85,8 @@ func (w *watch) wait() {
 	}
 }
 
-// stopWhenGone ends the process when wait returns, without a log line, because no
-// server is there to read it. Stopping the gRPC server removes its socket from the
-// disk.
+// stopWhenGone ends the process when wait returns, without a log line, because no server is there to read it. Stopping
+// the gRPC server removes its socket from the disk.
 func (w *watch) stopWhenGone(server *grpc.Server) {
 	w.wait()
 	time.AfterFunc(stopWithin, func() { os.Exit(1) })

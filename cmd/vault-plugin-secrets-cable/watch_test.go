@@ -121,8 +121,7 @@ const (
 	namespace   = `exec unshare --pid --fork --mount-proc "$0" "$@"`
 )
 
-// TestServerKilled checks that a plugin ends if its server was killed, however the
-// plugin was started.
+// TestServerKilled checks that a plugin ends if its server was killed, however the plugin was started.
 func TestServerKilled(t *testing.T) {
 	t.Parallel()
 	plugin := build(t)
@@ -246,8 +245,7 @@ func TestServerRuns(t *testing.T) {
 	}
 }
 
-// TestSignal checks that a plugin without a connection ends at once on a signal, and
-// leaves no socket behind.
+// TestSignal checks that a plugin without a connection ends at once on a signal, and leaves no socket behind.
 func TestSignal(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
@@ -281,8 +279,7 @@ func TestSignal(t *testing.T) {
 	}
 }
 
-// TestParent checks that a broken pipe is a sign, and that a file, an error or nothing
-// is none.
+// TestParent checks that a broken pipe is a sign, and that a file, an error or nothing is none.
 func TestParent(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
@@ -296,8 +293,7 @@ func TestParent(t *testing.T) {
 	}
 	_ = r.Close()
 	if runtime.GOOS != "windows" {
-		// Another test may be about to start a process, which has the read end as well
-		// until it runs.
+		// Another test may be about to start a process, which has the read end as well until it runs.
 		waitFor(t, "the pipe to be broken", gone)
 	}
 	if newParent(file)() || newParent()() || newParent(r)() {

@@ -80,21 +80,20 @@ func (r *request) run(ctx context.Context) (*Token, error) {
 // call makes one API call. If it returns an error, wait is the least time until the call may be retried, or noRetry.
 func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, err error) {
 	c := r.client
-	endTurn, err := c.turn(ctx)
-	if err != nil {
+	if err = c.turn(ctx); err != nil {
 		return nil, noRetry, r.failure(ctx, progress{stage: atTurn}, err)
 	}
-	defer endTurn()
-	if err := r.Allow(); err != nil {
+	defer func() { <-c.turns }()
+	if err = r.Allow(); err != nil {
 		return nil, noRetry, err
 	}
 	callCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	x := newExchange(r.Allow, r.body, c.proxied)
+	x := &exchange{request: r, progress: progress{stage: atTurn}}
 	r.calls++
 	sentAt := time.Now()
 	// Redirects are not followed, because RoundTrip follows none. So the refresh key is sent to one host.
-	resp, err := c.transport.RoundTrip(r.httpRequest(callCtx, x))
+	resp, err := c.transport.RoundTrip(x.httpRequest(callCtx))
 	if err == nil {
 		defer func() { _ = resp.Body.Close() }()
 	}
@@ -106,7 +105,9 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	if err != nil {
 		c.observe(call)
 		e := r.failure(ctx, p, err)
-		if e.MaybeIssued || ctx.Err() != nil || e.Certificate || isPermanent(err) {
+		var known *knownError
+		isPermanent := e.Certificate || errors.As(err, &known) && known.permanent
+		if e.MaybeIssued || ctx.Err() != nil || isPermanent {
 			return nil, noRetry, e
 		}
 		return nil, 0, e
@@ -125,8 +126,7 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 	}
 	c.observe(call)
 	if resp.StatusCode != http.StatusOK {
-		raw, whole := readErrorBody(resp, cancel)
-		return nil, wait, r.failed(resp.StatusCode, p.sent, raw, whole)
+		return nil, wait, r.failed(resp, p.sent, cancel)
 	}
 	var raw []byte
 	if err = checkCoding(c.redactor, resp.Header); err == nil {
@@ -152,51 +152,33 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 }
 
 // turn waits until an API call may be made. After a pause it waits for its share of the spread, and while maxConns
-// calls are under way, for one of them to end. The caller ends the turn.
-func (c *Client) turn(ctx context.Context) (end func(), err error) {
+// calls are under way, for one of them to end. The caller ends the turn by a receive from c.turns.
+func (c *Client) turn(ctx context.Context) error {
 	mayCall := func() error { return cmp.Or(ctx.Err(), c.pause.check()) }
-	if err = mayCall(); err == nil {
+	err := mayCall()
+	if err == nil {
 		err = c.pause.spread(ctx)
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	select {
 	case c.turns <- struct{}{}:
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return ctx.Err()
 	}
-	end = func() { <-c.turns }
-	if err := mayCall(); err != nil { // another call may have begun a pause
-		end()
-		return nil, err
+	if err = mayCall(); err != nil { // another call may have begun a pause
+		<-c.turns
 	}
-	return end, nil
+	return err
 }
 
-// httpRequest is the request of one API call, whose body x guards.
-func (r *request) httpRequest(ctx context.Context, x *exchange) *http.Request {
-	req := &http.Request{
-		Method: http.MethodPost,
-		URL:    r.client.url,
-		Host:   r.client.url.Host,
-		Header: http.Header{
-			"Authorization":   {r.client.auth.Reveal()},
-			"Content-Type":    {"application/json"},
-			"Accept":          {"application/json"},
-			"Accept-Encoding": {"identity"}, // responses are small, and a bomb is never unpacked
-			"Cache-Control":   {"no-store"},
-			"User-Agent":      {r.client.userAgent},
-		},
-		Body:          io.NopCloser(x.body),
-		ContentLength: int64(len(r.body)),
-	}
-	return req.WithContext(x.trace(ctx))
-}
-
-// failed returns the error for a response other than 200.
-func (r *request) failed(status int, sent bool, raw []byte, whole bool) *Error {
+// failed returns the error for a response other than 200, whose body it reads if that arrives whole within
+// errorBodyTimeout, because the status is worth more than Cable's words. The call's context ends with cancel.
+func (r *request) failed(resp *http.Response, sent bool, cancel context.CancelFunc) *Error {
+	status := resp.StatusCode
 	if status < 400 {
+		// NOTE: the body of a 101 is the bare connection, and a read of it would not end with the context.
 		detail := fmt.Sprintf("its status is %d instead of 200", status)
 		if status >= 300 {
 			detail += ", and redirects are not followed: check token_url"
@@ -205,7 +187,8 @@ func (r *request) failed(status int, sent bool, raw []byte, whole bool) *Error {
 	}
 	refused := status < 500 && status != http.StatusRequestTimeout
 	e := &Error{Kind: Responded, StatusCode: status, MaybeIssued: sent && !refused, Attempts: r.calls}
-	if whole {
+	defer time.AfterFunc(errorBodyTimeout, cancel).Stop()
+	if raw, err := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody+1)); err == nil {
 		e.Detail = r.client.errorDetail(raw)
 	}
 	if status == http.StatusTooManyRequests {

@@ -28,12 +28,10 @@ import (
 
 // Bounds and defaults of Cable's token API and of this client.
 const (
-	// DefaultTokenURL is the current endpoint (v2.0 request-token reference).
-	DefaultTokenURL = "https://api.cable.tech/v2/auth/token"
+	DefaultTokenURL = "https://api.cable.tech/v2/auth/token" // the current endpoint (v2.0 request-token reference)
 
-	MinLifetime = 5 * time.Minute // the least expiry_seconds, 300 (request-token reference)
-	MaxLifetime = 24 * time.Hour  // the greatest expiry_seconds, 86400 (request-token reference)
-
+	MinLifetime    = 5 * time.Minute  // the least expiry_seconds, 300 (request-token reference)
+	MaxLifetime    = 24 * time.Hour   // the greatest expiry_seconds, 86400 (request-token reference)
 	DefaultTimeout = 20 * time.Second // the budget of one RequestToken, retries included
 )
 

@@ -21,6 +21,7 @@ import (
 // Kind is the way in which a token request failed, each of which a caller treats differently.
 type Kind int
 
+// Kinds of failure.
 const (
 	Responded       Kind = iota + 1 // Cable responded with an error status, in StatusCode
 	Paused                          // no API call was made, because of an earlier 429
@@ -90,12 +91,6 @@ type knownError struct {
 // Error implements error.
 func (e *knownError) Error() string { return e.text }
 
-// isPermanent reports whether err is a permanent knownError.
-func isPermanent(err error) bool {
-	var known *knownError
-	return errors.As(err, &known) && known.permanent
-}
-
 // describe says in words of this package why a call failed that came as far as p, and whether because of a certificate.
 //
 // NOTE: the texts of net/http are not used, because they can contain a proxy's password or the first line of the
@@ -112,11 +107,9 @@ func describe(err error, p progress) (text string, certificate bool) {
 	if errors.As(err, &known) {
 		return known.text, false
 	}
-	isOp, isErrno := errors.As(err, &op), errors.As(err, &errno)
-	if p.stage == atTLS {
-		text = describeCertificate(err, p.asked)
-		certificate = text != ""
-	}
+	isOp := errors.As(err, &op)
+	text = describeCertificate(err, p.asked)
+	certificate = p.stage == atTLS && text != ""
 	switch {
 	case certificate:
 	case errors.As(err, &dns) && dns.IsNotFound:
@@ -135,7 +128,7 @@ func describe(err error, p progress) (text string, certificate bool) {
 		text += strings.TrimPrefix(op.Err.Error(), "tls: ")
 	case says(err, "server response headers exceeded"):
 		text = fmt.Sprintf("the head of its response is larger than %d bytes", maxHeader)
-	case isErrno && networkErrors[errno] != "":
+	case errors.As(err, &errno) && networkErrors[errno] != "":
 		text = networkErrors[errno]
 	case errors.As(err, &slow) && slow.Timeout():
 		text = timedOut

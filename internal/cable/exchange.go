@@ -7,8 +7,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"errors"
+	"io"
 	"net"
+	"net/http"
 	"net/http/httptrace"
 	"sync"
 	"sync/atomic"
@@ -24,17 +25,14 @@ import (
 // NOTE: the body is a bytes.Reader, which open fills, and no reader of this package's own, because net/http sends the
 // head, and so the refresh key, before it reads a body of a type that it does not know.
 type exchange struct {
-	allow   func() error
-	content []byte
-	proxied bool
-
+	*request
 	mu sync.Mutex // guards the next fields
 	progress
-	body     *bytes.Reader
+	gate     bytes.Reader
 	refusal  error // of allow
 	panicked any   // by allow, on a goroutine of net/http's, where it would end the process
-	opened   bool  // body has the content
-	ended    bool  // body does not get the content any more
+	opened   bool  // gate has the body
+	ended    bool  // gate does not get the body any more
 	conn     *countingConn
 	before   int64 // bytes that conn had written when the call began
 }
@@ -57,12 +55,6 @@ const (
 	atResponse = "waiting for the response"
 )
 
-func newExchange(allow func() error, content []byte, proxied bool) *exchange {
-	x := &exchange{allow: allow, content: content, proxied: proxied, body: bytes.NewReader(nil)}
-	x.stage = atTurn
-	return x
-}
-
 // open opens the gate, if Allow does not refuse. net/http calls it between head and body.
 func (x *exchange) open() {
 	x.mu.Lock()
@@ -70,15 +62,11 @@ func (x *exchange) open() {
 	if x.ended {
 		return
 	}
-	x.refusal = errors.New("it panicked")
-	defer func() {
-		x.panicked = recover()
-		if x.refusal == nil {
-			x.body.Reset(x.content)
-			x.opened = true
-		}
-	}()
-	x.refusal = x.allow()
+	defer func() { x.panicked = recover() }()
+	if x.refusal = x.Allow(); x.refusal == nil {
+		x.gate.Reset(x.body)
+		x.opened = true
+	}
 }
 
 // maxAlert exceeds the bytes of the alert with which crypto/tls ends a connection, and is less than any call has.
@@ -103,7 +91,7 @@ func (x *exchange) end(failed bool) (progress, error) {
 func (x *exchange) reached(stage string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.proxied && stage != atTLS {
+	if x.client.proxied && stage != atTLS {
 		stage = atProxy
 	}
 	if x.stage != atResponse {
@@ -128,22 +116,39 @@ func (x *exchange) set(field *bool, to bool) {
 	*field = to
 }
 
-// trace returns ctx with the hooks of the call. All but WroteHeaders and GotConn serve the words of an error alone.
-func (x *exchange) trace(ctx context.Context) context.Context {
-	ctx = context.WithValue(ctx, exchangeKey{}, x)
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+// httpRequest returns the request of the call. The hooks in its context serve the words of an error alone, but for
+// WroteHeaders and GotConn.
+func (x *exchange) httpRequest(ctx context.Context) *http.Request {
+	req := &http.Request{
+		Method: http.MethodPost,
+		URL:    x.client.url,
+		Host:   x.client.url.Host,
+		Header: http.Header{
+			"Authorization":   {x.client.auth.Reveal()},
+			"Content-Type":    {"application/json"},
+			"Accept":          {"application/json"},
+			"Accept-Encoding": {"identity"}, // responses are small, and a bomb is never unpacked
+			"Cache-Control":   {"no-store"},
+			"User-Agent":      {x.client.userAgent},
+		},
+		Body:          io.NopCloser(&x.gate),
+		ContentLength: int64(len(x.body)),
+	}
+	hooks := &httptrace.ClientTrace{
 		WroteHeaders:      x.open,
 		DNSStart:          func(httptrace.DNSStartInfo) { x.reached(atLookup) },
 		ConnectStart:      func(string, string) { x.reached(atConnect) },
 		TLSHandshakeStart: func() { x.reached(atTLS) },
 		TLSHandshakeDone: func(_ tls.ConnectionState, err error) {
-			if x.proxied && err == nil {
+			if x.client.proxied && err == nil {
 				x.reached(atProxy) // which may have been the other side of that handshake
 			}
 		},
 		GotConn:              x.connected,
 		GotFirstResponseByte: func() { x.set(&x.early, false) },
-	})
+	}
+	ctx = context.WithValue(ctx, exchangeKey{}, x)
+	return req.WithContext(httptrace.WithClientTrace(ctx, hooks))
 }
 
 // exchangeKey is the key of an exchange in the context of its call.
@@ -173,12 +178,9 @@ func (c *countingConn) Write(p []byte) (int, error) {
 
 // innermost returns the connection below all layers of TLS, or nil.
 func innermost(conn net.Conn) *countingConn {
-	for {
-		layer, ok := conn.(interface{ NetConn() net.Conn })
-		if !ok {
-			c, _ := conn.(*countingConn)
-			return c
-		}
-		conn = layer.NetConn()
+	if layer, ok := conn.(interface{ NetConn() net.Conn }); ok {
+		return innermost(layer.NetConn())
 	}
+	c, _ := conn.(*countingConn)
+	return c
 }

@@ -189,7 +189,8 @@ func TestEarlyResponse(t *testing.T) {
 func TestEnd(t *testing.T) {
 	t.Parallel()
 	for _, failed := range []bool{false, true} {
-		x := newExchange(func() error { return nil }, []byte("{}"), false)
+		tr := TokenRequest{Allow: func() error { return nil }}
+		x := &exchange{request: &request{TokenRequest: tr, body: []byte("{}")}}
 		x.conn = new(countingConn) // to which nothing was written yet
 		if p, _ := x.end(failed); p.sent {
 			t.Errorf("failed %t: sent before the gate opened", failed)
@@ -247,8 +248,8 @@ func TestNothingWritten(t *testing.T) {
 	}
 }
 
-// TestClosedAtTheGate pins that nothing was sent if the server closes the connection, kept or new, before the first byte
-// of the call. The alert with which crypto/tls closes its side is not a part of the call, which is retried.
+// TestClosedAtTheGate pins that nothing was sent if the server closes the connection, kept or new, before the call's
+// first byte. The alert with which crypto/tls closes its side is not a part of the call, which is retried.
 func TestClosedAtTheGate(t *testing.T) {
 	t.Parallel()
 	for n := range 4 {

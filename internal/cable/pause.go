@@ -11,10 +11,7 @@ import (
 )
 
 const (
-	// maxPause bounds a pause that Cable asks for at five minutes, because a wrong Retry-After must not stop a mount
-	// for a day.
-	maxPause = 5 * time.Minute
-
+	maxPause     = 5 * time.Minute // however long Cable asks for; a wrong Retry-After must not stop a mount for a day
 	defaultPause = 5 * time.Second // after a 429 that names no time; Cable publishes no limits
 	pauseSpread  = 2 * time.Second // over which waiting calls are spread then; together they would cause the next 429
 )

@@ -6,11 +6,9 @@ package cable
 import (
 	"bytes"
 	"cmp"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
 	"net/http"
 	"slices"
@@ -20,39 +18,27 @@ import (
 )
 
 const (
-	maxBody      = 1 << 20  // bytes of a 200; a token and its scopes have a few KiB
-	maxErrorBody = 64 << 10 // bytes of an error
-	maxToken     = 16 << 10 // bytes of a token, because it has to fit a header, and Vault stores it with each lease
-	maxCoding    = 40       // bytes of a Content-Encoding that an error repeats
-	maxNumber    = 400      // bytes of a number whose value is computed
-	maxDigits    = 19       // bytes of a number that an error repeats, those of an int64
+	maxBody      = 1 << 20      // bytes of a 200; a token and its scopes have a few KiB
+	maxErrorBody = 64 << 10     // bytes of an error
+	maxToken     = 16 << 10     // 16 KiB, because a token has to fit a header, and Vault stores it with each lease
+	maxCoding    = 40           // bytes of a Content-Encoding that an error repeats
+	maxNumber    = 400          // bytes of a number whose value is computed
+	maxDigits    = 19           // bytes of a number that an error repeats, those of an int64
+	minToken     = 16           // bytes of a token that must stand once; a shorter one could match by chance
+	maxExpiry    = 253402300799 // the end of the year 9999, the last that RFC 3339 can express; milliseconds exceed it
 
+	ageSlack         = 5 * time.Second        // by which Age may exceed the call, because each cache rounds it up
 	errorBodyTimeout = 500 * time.Millisecond // bounds the wait for the body of an error
-
-	// maxExpiry is the end of the year 9999, the last time that RFC 3339 can express. A later expiry is not in seconds;
-	// today's milliseconds are later.
-	maxExpiry = 253402300799
-
-	// ageSlack is by how much Age may exceed the duration of the call, because each cache on the way rounds it up (RFC
-	// 9111, 4.2.3).
-	ageSlack = 5 * time.Second
-
-	// minToken is the length from which the rest of a response is searched for its token. A shorter one could match by
-	// chance, and is no secret.
-	minToken = 16
 )
 
 // byteOrderMark begins the JSON of some servers, and is ignored.
 var byteOrderMark = []byte("\xef\xbb\xbf")
 
-// The JSON of request and response, by the request-token reference.
-type (
-	scopesBody struct {
-		OrganizationID string   `json:"organization_id"`
-		Scopes         []string `json:"scopes"`
-	}
-	fieldError struct{ Field, Message string } // in the names of Go, because any case is read
-)
+// scopesBody is the JSON of the scopes in request and response, by the request-token reference.
+type scopesBody struct {
+	OrganizationID string   `json:"organization_id"`
+	Scopes         []string `json:"scopes"`
+}
 
 // documented are the members of a response that count, by their paths.
 var documented = []string{
@@ -201,39 +187,23 @@ func (c *Client) checkEcho(t *Token, organizationName string, tr TokenRequest) e
 // notCables is the description of an error response that is not in Cable's format.
 const notCables = "not in Cable's error format: a gateway, proxy or firewall may have responded"
 
-// readErrorBody reads the body of an error response as far as it arrives within errorBodyTimeout, because the status is
-// worth more than Cable's words, and returns whether it arrived whole. The call's context ends with cancel.
-func readErrorBody(resp *http.Response, cancel context.CancelFunc) (raw []byte, whole bool) {
-	if resp.StatusCode < 400 {
-		// NOTE: the body of a 101 is the bare connection, and a read of it would not end with the context.
-		return nil, false
-	}
-	defer time.AfterFunc(errorBodyTimeout, cancel).Stop()
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody+1))
-	return raw, err == nil
-}
-
 // errorDetail describes the body of an error response, made safe to show.
 func (c *Client) errorDetail(raw []byte) string {
 	message, cables := c.envelope(raw)
-	switch {
-	case cables:
-		return message
-	case message == "":
-		return notCables
-	default:
-		return message + " (" + notCables + ")"
+	if message != "" && !cables {
+		message += " (" + notCables + ")"
 	}
+	return cmp.Or(message, notCables)
 }
 
 // envelope returns the message of Cable's error envelope, made safe to show, or "", and whether raw is an envelope, an
 // object with a code and a message. A member of another type does not spoil the others.
 func (c *Client) envelope(raw []byte) (message string, cables bool) {
-	var body struct{ Code, Message, Errors json.RawMessage }
+	var body struct{ Code, Message, Errors json.RawMessage } // in the names of Go, because any case is read
 	if len(raw) > maxErrorBody || json.Unmarshal(bytes.TrimPrefix(raw, byteOrderMark), &body) != nil {
 		return "", false
 	}
-	var fields []fieldError
+	var fields []struct{ Field, Message string }
 	_ = json.Unmarshal(body.Message, &message)
 	cables = message != "" && len(body.Code) > 0
 	if json.Unmarshal(body.Errors, &fields) == nil && len(fields) > 0 {

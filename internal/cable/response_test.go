@@ -4,9 +4,11 @@
 package cable
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"regexp"
 	"strings"
@@ -382,7 +384,8 @@ func FuzzErrorResponse(f *testing.F) {
 	f.Add(302, []byte("{}"))
 	c := newClientAt(f, Config{})
 	f.Fuzz(func(t *testing.T, status int, raw []byte) {
-		e := (&request{client: c}).failed(status, true, raw, true)
+		resp := &http.Response{StatusCode: status, Body: io.NopCloser(bytes.NewReader(raw))}
+		e := (&request{client: c}).failed(resp, true, func() {})
 		if len(e.Detail) > maxText+len(notCables)+3 || !utf8.ValidString(e.Error()) ||
 			strings.ContainsFunc(e.Error(), notPrinted) || c.redactor.contains(e.Error()) {
 			t.Errorf("%q", e)

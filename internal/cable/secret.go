@@ -18,8 +18,14 @@ import (
 	"unicode/utf8"
 )
 
-// redacted is printed in place of a secret.
-const redacted = "[redacted]"
+const (
+	redacted = "[redacted]" // is printed in place of a secret
+	maxText  = 512          // bytes of Cable's message that an error repeats
+
+	// redactWindow is the length of the shortest part of a secret that is recognised in a text, long enough that words
+	// do not match by chance, short enough that a shorter part of the key is of no use.
+	redactWindow = 12
+)
 
 // Secret is a refresh key or an access token that no formatting verb and no encoder prints; only [Secret.Reveal]
 // returns it. The zero value is the empty secret.
@@ -55,15 +61,6 @@ func (s Secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
 
 // MarshalText implements [encoding.TextMarshaler], which encoders other than JSON's use.
 func (s Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
-
-const (
-	// maxText bounds the part of Cable's message that an error repeats, in bytes.
-	maxText = 512
-
-	// redactWindow is the length of the shortest part of a secret that is recognised in a text, long enough that words
-	// do not match by chance, short enough that a shorter part of the key is of no use.
-	redactWindow = 12
-)
 
 // redactor finds a secret, or a part of one, in text that another party wrote.
 //

@@ -38,7 +38,7 @@ func newShown(secret string) shown {
 			continue // a map of all windows contains these, too
 		}
 		raw := []byte(piece)
-		decimal := strings.Trim(fmt.Sprint(raw), "[]")
+		decimal := strings.Trim(fmt.Sprintf("%d", raw), "[]")
 		listed := strings.TrimSuffix(strings.TrimPrefix(fmt.Sprintf("%#v", raw), "[]byte{"), "}")
 		s.texts = append(s.texts, piece, decimal, listed, base64.StdEncoding.EncodeToString(raw[:9]))
 		s.hexes = append(s.hexes, hex.EncodeToString(raw))
@@ -321,13 +321,14 @@ func decoded(text string) []string {
 // TestEchoInAnError pins that an error contains no form of the key, wherever it was in the envelope.
 func TestEchoInAnError(t *testing.T) {
 	t.Parallel()
+	type texts map[string]string
 	for keyName, key := range echoKeys() {
 		c := newClientAt(t, Config{RefreshKey: NewSecret(key)})
 		for name, echo := range echoes(key) {
 			for place, body := range map[string]map[string]any{
 				"message":     {"message": echo},
-				"field":       {"errors": []fieldError{{Field: echo, Message: "bad"}}},
-				"its message": {"errors": []fieldError{{Field: "a", Message: "b"}, {Field: "c", Message: echo}}},
+				"field":       {"errors": []texts{{"field": echo, "message": "bad"}}},
+				"its message": {"errors": []texts{{"field": "a", "message": "b"}, {"field": "c", "message": echo}}},
 			} {
 				raw, _ := json.Marshal(body)
 				text, _ := c.envelope(raw)

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"slices"
@@ -134,11 +135,7 @@ func counted(dial dialFunc) dialFunc {
 // onlyLoopback checks the address that the host of a plain-http URL, which must be loopback, resolved to, before it is
 // dialled.
 func onlyLoopback(_, address string, _ syscall.RawConn) error {
-	host, _, err := net.SplitHostPort(address)
-	if err != nil {
-		return err
-	}
-	if !isLoopback(host) {
+	if addr, err := netip.ParseAddrPort(address); err != nil || !addr.Addr().Unmap().IsLoopback() {
 		return &knownError{"plain http is for loopback addresses only, and the host resolves to another", true}
 	}
 	return nil

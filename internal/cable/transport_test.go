@@ -25,6 +25,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -201,7 +202,7 @@ func nameServer(t *testing.T, code byte, addr netip.Addr) *net.Resolver {
 			question := buf[12:]
 			end := strings.IndexByte(string(question), 0) + 5
 			head := []byte{buf[0], buf[1], 0x81, 0x80 | code, 0, 1, 0, 0, 0, 0, 0, 0}
-			reply := append(head, question[:min(end, n-12)]...)
+			reply := slices.Concat(head, question[:min(end, n-12)])
 			if isA := binary.BigEndian.Uint16(question[end-4:]) == 1; code == 0 && isA {
 				reply[7] = 1
 				reply = append(reply, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4)

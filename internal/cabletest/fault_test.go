@@ -171,9 +171,10 @@ func TestConnectionFaults(t *testing.T) {
 					for srv.CallCount() == 0 { // a call is counted on arrival
 						runtime.Gosched()
 					}
-					if name == "delay" {
+					switch name {
+					case "delay":
 						srv.Close()
-					} else if name == "caller left" {
+					case "caller left":
 						leave()
 					}
 				}()

@@ -219,8 +219,10 @@ func TestLeaseProperties(t *testing.T) {
 		granted := rapid.OneOf(
 			rapid.Just(requested), rapid.Int64Range(-100, 100000), rapid.Just(int64(1<<37))).Draw(rt, "granted")
 		before, after := nanoseconds("before", 400*time.Second), nanoseconds("after", 400*time.Second)
-		const decade = 10 * 365 * 86400
-		skew := rapid.SampledFrom([]time.Duration{0, 1, -1, 3600, -3600, decade, -decade}).Draw(rt, "skew") * time.Second
+		const decade = 10 * 365 * 24 * time.Hour
+		skew := rapid.SampledFrom([]time.Duration{
+			0, time.Second, -time.Second, time.Hour, -time.Hour, decade, -decade,
+		}).Draw(rt, "skew")
 		hasDate := rapid.Bool().Draw(rt, "hasDate")
 
 		token := &cable.Token{Expiry: clock.Unix() + granted, SentAt: clock.Add(skew - before)}
@@ -258,7 +260,8 @@ func TestLeaseAbsurd(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		anyTime := func(name string) time.Time {
-			return time.Unix(rapid.Int64Range(-1<<40, 1<<40).Draw(rt, name), rapid.Int64Range(0, 1e9-1).Draw(rt, "nanos"))
+			seconds := rapid.Int64Range(-1<<40, 1<<40).Draw(rt, name)
+			return time.Unix(seconds, rapid.Int64Range(0, 1e9-1).Draw(rt, "nanos"))
 		}
 		token := &cable.Token{Expiry: rapid.Int64().Draw(rt, "expiry"), SentAt: anyTime("sent")}
 		if rapid.Bool().Draw(rt, "hasDate") {

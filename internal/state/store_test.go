@@ -134,7 +134,7 @@ func (s *testStore) write(ctx context.Context, key string, next entry) (err erro
 	}
 	defer e.Unlock()
 	defer func() {
-		if p, ok := recover().(*mount.Panic); ok && p.Value == errPanic {
+		if p, ok := recover().(*mount.Panic); ok && p.Value == any(errPanic) {
 			err = errPanic
 		}
 	}()

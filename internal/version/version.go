@@ -19,10 +19,9 @@ const (
 // -ldflags "-X …/vault-plugin-secrets-cable/internal/version.stamped=v1.2.3 -X ….commit=…".
 var stamped, commit string
 
-// String returns the engine's version, a canonical semantic version with a leading v,
-// as Vault requires it for a plugin's registration. It is a tag, or a pseudo-version
-// with the commit (v0.1.1-0.20261125031400-54458d99f6f7), or either with "dirty" for
-// a changed work tree.
+// String returns the engine's version, a canonical semantic version with a leading v, as Vault requires it for a
+// plugin's registration. It is a tag, or a pseudo-version with the commit (v0.1.1-0.20261125031400-54458d99f6f7), or
+// either with "dirty" for a changed work tree.
 func String() string {
 	info, _ := debug.ReadBuildInfo()
 	return version(stamped, info)
