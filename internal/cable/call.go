@@ -112,8 +112,7 @@ func (r *request) call(ctx context.Context) (token *Token, wait time.Duration, e
 		}
 		return nil, 0, e
 	}
-	call.StatusCode = resp.StatusCode
-	wait = noRetry
+	call.StatusCode, p.stage, wait = resp.StatusCode, atResponse, noRetry // the head of the response is complete
 	if resp.StatusCode == http.StatusTooManyRequests {
 		r.rateLimited = true
 		pause, ok := retryAfter(resp.Header)

@@ -122,7 +122,7 @@ func describe(err error, p progress) (text string, certificate bool) {
 		text = "it does not speak TLS"
 	case isOp && (op.Op == "remote error" || op.Op == "local error"): // how crypto/tls wraps its alerts
 		text = "the TLS handshake failed: "
-		if p.stage == atResponse {
+		if p.stage == atResponse || p.stage == atHead {
 			text = "the TLS connection failed: "
 		}
 		text += strings.TrimPrefix(op.Err.Error(), "tls: ")

@@ -53,6 +53,7 @@ const (
 	atProxy    = "at the proxy"
 	atTLS      = "in the TLS handshake"
 	atResponse = "waiting for the response"
+	atHead     = "waiting for the rest of the response, which never comes if the server speaks only HTTP/2"
 )
 
 // open opens the gate, if Allow does not refuse. net/http calls it between head and body.
@@ -94,7 +95,7 @@ func (x *exchange) reached(stage string) {
 	if x.client.proxied && stage != atTLS {
 		stage = atProxy
 	}
-	if x.stage != atResponse {
+	if x.stage != atResponse && x.stage != atHead {
 		x.stage = stage
 	}
 }
@@ -107,6 +108,13 @@ func (x *exchange) connected(info httptrace.GotConnInfo) {
 	if x.conn = innermost(info.Conn); x.conn != nil {
 		x.before = x.conn.written.Load()
 	}
+}
+
+// responded records the first byte of a response.
+func (x *exchange) responded() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.stage, x.early = atHead, false
 }
 
 // set sets one of the fields that x.mu guards.
@@ -145,7 +153,7 @@ func (x *exchange) httpRequest(ctx context.Context) *http.Request {
 			}
 		},
 		GotConn:              x.connected,
-		GotFirstResponseByte: func() { x.set(&x.early, false) },
+		GotFirstResponseByte: x.responded,
 	}
 	ctx = context.WithValue(ctx, exchangeKey{}, x)
 	return req.WithContext(httptrace.WithClientTrace(ctx, hooks))

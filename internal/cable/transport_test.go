@@ -462,6 +462,10 @@ func TestAlerts(t *testing.T) {
 func TestStages(t *testing.T) {
 	t.Parallel()
 	silent, _ := rawServer(t, hang)
+	http2, _ := rawServer(t, func(c net.Conn) {
+		_, _ = io.WriteString(c, "\x00\x00\x00\x04\x00\x00\x00\x00\x00") // settings
+		hang(c)
+	})
 	gone, _ := rawServer(t, func(c net.Conn) { _, _ = io.ReadFull(c, make([]byte, 5)) })
 	blocked := func(ctx context.Context) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
 	overTLS := func(url string) string { return strings.Replace(url, "http:", "https:", 1) }
@@ -482,6 +486,9 @@ func TestStages(t *testing.T) {
 	}{
 		"in the TLS handshake":     {overTLS(silent), nil, unsent(TimedOut, "", 1)},
 		"waiting for the response": {silent, nil, sent(TimedOut, "")},
+		"waiting for the rest of the response, which never comes if the server speaks only HTTP/2": {
+			http2, nil, sent(TimedOut, ""),
+		},
 		"looking up the host": {
 			"https://cable.example/", (&net.Dialer{Resolver: resolver}).DialContext, unsent(TimedOut, "", 1),
 		},
