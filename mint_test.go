@@ -114,6 +114,18 @@ func TestDisabledMeanwhile(t *testing.T) {
 			m.wantRefusedToken("invalid_request")
 		})
 	}
+	t.Run("verify_role, after it has read config", func(t *testing.T) {
+		t.Parallel()
+		m := newConfiguredMount(t)
+		gate := newGate(m.storage, "config", false)
+		done := m.start(gate, opUpdate, "config", kv{"verify_role": "ci", "request_timeout": 10})
+		<-gate.reached
+		m.write("config", kv{"disabled": true})
+		close(gate.proceed)
+		if err := <-done; err == nil || m.sim.CallCount() != 0 {
+			t.Errorf("%v, Cable was called %d times", err, m.sim.CallCount())
+		}
+	})
 	t.Run("narrowed, before the call", func(t *testing.T) {
 		t.Parallel()
 		m := newConfiguredMount(t)

@@ -290,7 +290,10 @@ func checkRefreshKey(key string) error {
 // verify mints a token of the shortest lifetime with settings that are not stored yet, and drops it. If it fails, the
 // write stores nothing. Otherwise it returns a warning about the token, and the bytes that were stored before.
 func (b *backend) verify(ctx context.Context, r *request) (warning string, stored []byte, err error) {
-	stored, err = state.Read(ctx, r.Storage, state.ConfigKey)
+	since, err := b.state.ConfigVersion() // before config is read, so that a later write stops the API call
+	if err == nil {
+		stored, err = state.Read(ctx, r.Storage, state.ConfigKey)
+	}
 	if err != nil {
 		return "", nil, err
 	}
@@ -306,7 +309,7 @@ func (b *backend) verify(ctx context.Context, r *request) (warning string, store
 	readCtx, cancel := state.WithBudget(ctx, r.received, next.RequestTimeout)
 	defer cancel()
 	a := attempt{kind: report.Trial, role: trial.role}
-	if a.set, err = b.state.RoleSettings(readCtx, r.Storage, a.role); err != nil {
+	if a.set, err = b.state.RoleSettings(readCtx, r.Storage, a.role, since); err != nil {
 		return "", nil, err
 	}
 	if a.set.Role == nil {

@@ -101,6 +101,9 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 		_ = errors.As(err, &wrong)
 		return nil, fmt.Errorf("its field %q is not of the documented type", wrong.Field)
 	}
+	if slices.Contains(body.Scopes.Scopes, "") { // or null, and neither is a grant of something else
+		return nil, errors.New("its field \"scopes.scopes\" contains an empty scope")
+	}
 	token, name := body.Token, body.OrganizationName
 	if token == "" {
 		if message, _ := c.envelope(raw); message != "" {

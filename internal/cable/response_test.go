@@ -67,6 +67,10 @@ func TestDecode(t *testing.T) {
 		wrongType("scopes"):          {with(`"scopes":["a:b"]`), with(`"scopes":"a:b"`)},
 		wrongType("scopes.scopes"):   {with(`"scopes":{"scopes":[7]}`)},
 
+		`its field "scopes.scopes" contains an empty scope`: {
+			with(`"scopes":{"scopes":[null]}`), with(`"scopes":{"scopes":[""]}`),
+		},
+
 		"it contains no expiry": {`{"token":"a"}`, expiry("null")},
 		whole: {
 			expiry(`"1711929600"`), expiry("1711929600.5"), expiry("17958228071e-1"), expiry("true"), expiry("[1]"),

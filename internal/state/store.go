@@ -170,15 +170,20 @@ func (s *Store) Settings(
 	return set, err
 }
 
-// RoleSettings returns the settings without the configuration, to try another one.
-func (s *Store) RoleSettings(ctx context.Context, storage logical.Storage, role string) (Settings, error) {
+// ConfigVersion returns the version of the configuration, or an error if its token requests fail.
+func (s *Store) ConfigVersion() (Version, error) {
 	s.mu.Lock()
-	set := Settings{key: RoleKey(role), Version: Version{config: s.config.number}}
-	err := s.narrowedLocked(ConfigKey)
-	s.mu.Unlock()
-	if err == nil {
-		set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, set.key)
-	}
+	defer s.mu.Unlock()
+	return Version{config: s.config.number}, s.narrowedLocked(ConfigKey)
+}
+
+// RoleSettings returns the settings without the configuration, to try another one, which was derived from bytes that
+// were read since the configuration had that version.
+func (s *Store) RoleSettings(
+	ctx context.Context, storage logical.Storage, role string, since Version,
+) (set Settings, err error) {
+	set = Settings{key: RoleKey(role), Version: since}
+	set.Role, set.Version.role, err = loadAs[*Role](ctx, s, storage, set.key)
 	return set, err
 }
 
@@ -383,15 +388,21 @@ func describe(key string) string {
 	return key
 }
 
-// Uncertain returns the storage keys of the entries whose last write failed, as far as they are known, sorted. The
-// names of roles are redacted if needed.
+// Uncertain returns the storage keys of the entries whose last write failed, sorted; "roles/*" if these were too many to
+// know each. The names of roles are redacted if needed.
 func (s *Store) Uncertain() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	keys := slices.AppendSeq([]string{}, maps.Keys(s.uncertain)) // a list, even if it is empty
 	keys = slices.AppendSeq(keys, maps.Keys(s.narrowed))
+	if s.uncertain == nil {
+		keys = append(keys, RoleKey("*"))
+	}
+	if !s.config.certain {
+		keys = append(keys, ConfigKey)
+	}
 	for i, key := range keys {
-		if name, ok := RoleName(key); ok {
+		if name, ok := RoleName(key); ok && name != "*" {
 			keys[i] = RoleKey(fields.RoleName.Redact(name))
 		}
 	}
