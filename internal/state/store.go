@@ -388,8 +388,8 @@ func describe(key string) string {
 	return key
 }
 
-// Uncertain returns the storage keys of the entries whose last write failed, sorted; "roles/*" if these were too many to
-// know each. The names of roles are redacted if needed.
+// Uncertain returns the storage keys of the entries whose last write failed, sorted, and "roles/*" if these were too
+// many to know each. The names of roles are redacted if needed.
 func (s *Store) Uncertain() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
