@@ -20,8 +20,7 @@ import (
 	"github.com/hashicorp/vault/sdk/helper/pluginutil"
 )
 
-// setcap gives a file the capability to lock memory.
-const setcap = "setcap cap_ipc_lock=+ep"
+const setcap = "setcap cap_ipc_lock=+ep" // gives a file the capability to lock memory
 
 // checkStart tries, ahead of go-plugin's server, the steps that can fail and that the
 // server would report without a remedy, or not at all.

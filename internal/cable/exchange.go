@@ -159,8 +159,7 @@ func (x *exchange) httpRequest(ctx context.Context) *http.Request {
 	return req.WithContext(httptrace.WithClientTrace(ctx, hooks))
 }
 
-// exchangeKey is the key of an exchange in the context of its call.
-type exchangeKey struct{}
+type exchangeKey struct{} // of an exchange in the context of its call
 
 // noCertificate responds to a server that requests a client certificate.
 func noCertificate(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {

@@ -29,10 +29,11 @@ const (
 
 	ageSlack         = 5 * time.Second        // by which Age may exceed the call, because each cache rounds it up
 	errorBodyTimeout = 500 * time.Millisecond // bounds the wait for the body of an error
+
+	notCables = "not in Cable's error format: a gateway, proxy or firewall may have responded"
 )
 
-// byteOrderMark begins the JSON of some servers, and is ignored.
-var byteOrderMark = []byte("\xef\xbb\xbf")
+var byteOrderMark = []byte("\xef\xbb\xbf") // begins the JSON of some servers, and is ignored
 
 // scopesBody is the JSON of the scopes in request and response, by the request-token reference.
 type scopesBody struct {
@@ -184,9 +185,6 @@ func (c *Client) checkEcho(t *Token, organizationName string, tr TokenRequest) e
 	return nil
 }
 
-// notCables is the description of an error response that is not in Cable's format.
-const notCables = "not in Cable's error format: a gateway, proxy or firewall may have responded"
-
 // errorDetail describes the body of an error response, made safe to show.
 func (c *Client) errorDetail(raw []byte) string {
 	message, cables := c.envelope(raw)
@@ -228,7 +226,7 @@ func checkCoding(r redactor, header http.Header) error {
 // cableClock returns Cable's clock when it sent the response to a call of the given duration: Date plus Age, or the
 // zero time without a usable Date. An Age beyond the call means that a cache responded, from which a token cannot be
 // taken, because it is older than its lease would be. An Age counts a second more than it says, because it is cut off
-// at whole seconds.
+// at whole seconds (RFC 9111, 4.2.3).
 func cableClock(header http.Header, duration time.Duration) (time.Time, error) {
 	var age time.Duration
 	if values := header.Values("Age"); len(values) > 0 {

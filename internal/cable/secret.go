@@ -100,8 +100,7 @@ func newRedactor(secret Secret) redactor {
 	return redactor{func() *spellings { return k }}
 }
 
-// percents matches a byte in URL encoding, which some servers write in lower case.
-var percents = regexp.MustCompile(`%[0-9A-F]{2}`)
+var percents = regexp.MustCompile(`%[0-9A-F]{2}`) // bytes in URL encoding, which some servers write in lower case
 
 // base64Runs returns the part of a text's base64 that depends on the key alone, for each offset at which the key can
 // begin, because three bytes make four characters.

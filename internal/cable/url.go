@@ -94,8 +94,7 @@ func HostForDisplay(u *url.URL) string {
 	return u.Host
 }
 
-// hostname matches names that cannot be a secret.
-var hostname = regexp.MustCompile(`^([a-z0-9-]{1,40}\.)+[a-z]{1,40}$`)
+var hostname = regexp.MustCompile(`^([a-z0-9-]{1,40}\.)+[a-z]{1,40}$`) // names that cannot be a secret
 
 // displayHost returns host if its shape cannot be that of a secret, because it is a name in lower case with a dot,
 // localhost, or an address without a zone. Otherwise it describes host by its length.
