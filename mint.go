@@ -135,12 +135,11 @@ func (b *backend) mintOne(
 func (b *backend) share(ctx context.Context, r *request, a *attempt) (ok bool, err error) {
 	source, call := r.source(), *a
 	call.kind = report.SharedCall
-	readerCtx, cancel := state.WithBudget(ctx, r.received, a.set.Config.RequestTimeout)
-	defer cancel()
-	a.shared, ok, err = b.shared.Read(readerCtx, share.Reader{
+	a.shared, ok, err = b.shared.Read(ctx, share.Reader{
 		Role:     a.role,
 		Settings: a.set,
 		Lifetime: a.requested.Lifetime,
+		Deadline: r.received.Add(a.set.Config.RequestTimeout),
 		Check:    func() error { return b.recheck(ctx, r, a) },
 		Call: func(started time.Time) (*outcome.Token, error) {
 			return b.sharedCall(source, started, call)

@@ -144,8 +144,6 @@ func (x *exchange) httpRequest(ctx context.Context) *http.Request {
 	}
 	hooks := &httptrace.ClientTrace{
 		WroteHeaders:      x.open,
-		DNSStart:          func(httptrace.DNSStartInfo) { x.reached(atLookup) },
-		ConnectStart:      func(string, string) { x.reached(atConnect) },
 		TLSHandshakeStart: func() { x.reached(atTLS) },
 		TLSHandshakeDone: func(_ tls.ConnectionState, err error) {
 			if x.client.proxied && err == nil {

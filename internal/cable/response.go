@@ -41,35 +41,52 @@ type scopesBody struct {
 	Scopes         []string `json:"scopes"`
 }
 
-// documented are the members of a response that count, by their paths.
-var documented = []string{
-	"token", "expiry", "organization_id", "organization_name", "scopes", "scopes.organization_id", "scopes.scopes",
+// documented has the names of the documented members of a response, and of those of its member "scopes".
+var documented = [][]string{
+	{"token", "expiry", "organization_id", "organization_name", "scopes"}, {"organization_id", "scopes"},
 }
 
-// checkNames refuses a JSON object at path in which a documented name stands twice, or in another case, because two
-// readers of the response could read two tokens. Other members are not judged.
-func checkNames(raw []byte, path string) error {
-	d := json.NewDecoder(bytes.NewReader(raw))
-	if t, _ := d.Token(); t != json.Delim('{') {
-		return nil // its type is refused elsewhere
-	}
-	seen := map[string]bool{}
-	for d.More() {
-		key, err := d.Token()
-		var value json.RawMessage
-		if err = cmp.Or(err, d.Decode(&value)); err != nil {
-			return err
-		}
-		got := path + fmt.Sprint(key)
-		for _, name := range documented {
-			if strings.EqualFold(got, name) && (got != name || seen[name]) {
-				return fmt.Errorf("its field %q stands twice, or in another case", name)
+// checkNames refuses a response, a valid JSON object, in which a documented name stands twice, or in another case,
+// because two readers of the response could read two tokens. Other members are not judged. It looks at each byte once,
+// because every mint waits for it.
+func checkNames(raw []byte) error {
+	var seen [2][5]bool
+	var isObject [2]bool // whether the value at depth 1, or at depth 2 in "scopes", is an object
+	depth, isKey, isScopes := 0, false, false
+	for i := 0; i < len(raw); i++ {
+		switch raw[i] {
+		case '{', '[':
+			if isKey = raw[i] == '{'; depth < 2 {
+				isObject[depth] = isKey && (depth == 0 || isScopes)
 			}
-		}
-		seen[got] = true
-		if got == "scopes" {
-			if err := checkNames(value, "scopes."); err != nil {
-				return err
+			depth++
+		case '}', ']':
+			depth--
+			isKey = false
+		case ',':
+			isKey = true
+		case ':':
+			isKey = false
+		case '"':
+			begin := i
+			for i++; raw[i] != '"'; i++ {
+				if raw[i] == '\\' {
+					i++
+				}
+			}
+			if !isKey || depth > 2 || !isObject[depth-1] {
+				continue
+			}
+			key := string(raw[begin+1 : i])
+			if strings.Contains(key, `\`) {
+				_ = json.Unmarshal(raw[begin:i+1], &key) // it is valid
+			}
+			isScopes = depth == 1 && key == "scopes"
+			for n, name := range documented[depth-1] {
+				if strings.EqualFold(key, name) && (key != name || seen[depth-1][n]) {
+					return fmt.Errorf("its field %q stands twice, or in another case", strings.Repeat("scopes.", depth-1)+name)
+				}
+				seen[depth-1][n] = seen[depth-1][n] || key == name
 			}
 		}
 	}
@@ -86,7 +103,7 @@ func (c *Client) decode(raw []byte, tr TokenRequest) (*Token, error) {
 	if !json.Valid(raw) || raw[0] != '{' {
 		return nil, errors.New("it is not a JSON object of the documented shape")
 	}
-	if err := checkNames(raw, ""); err != nil {
+	if err := checkNames(raw); err != nil {
 		return nil, err
 	}
 	var body struct {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"net/url"
 	"os"
@@ -121,9 +122,16 @@ const notAProxy = "the environment variable %s does not name a proxy: " +
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
-// counted returns a dial whose connections count the bytes that are written to them.
+// counted returns a dial that tells the call how far it has come, and whose connections count the bytes that are written
+// to them.
 func counted(dial dialFunc) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		if x, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
+			ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+				DNSStart:     func(httptrace.DNSStartInfo) { x.reached(atLookup) },
+				ConnectStart: func(string, string) { x.reached(atConnect) },
+			})
+		}
 		conn, err := dial(ctx, network, address)
 		if err != nil {
 			return nil, err

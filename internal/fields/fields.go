@@ -342,12 +342,17 @@ func CheckRoleName(name string) error {
 
 // RefuseBlanks refuses a field that is present without a value.
 func (in Input) RefuseBlanks() error {
-	for _, name := range slices.Sorted(maps.Keys(in)) {
-		if isBlank(in[name]) {
-			return outcome.Refuse("%s %s", name, blankError(in[name]))
+	var blanks []string
+	for name, value := range in {
+		if isBlank(value) {
+			blanks = append(blanks, name)
 		}
 	}
-	return nil
+	if len(blanks) == 0 {
+		return nil
+	}
+	first := slices.Min(blanks)
+	return outcome.Refuse("%s %s", first, blankError(in[first]))
 }
 
 // Changes returns the fields that change the stored entry, which is given as a read returns it. Fields equal to the

@@ -100,6 +100,9 @@ type Reader struct {
 	// Lifetime is the lifetime that the reader would request now.
 	Lifetime time.Duration
 
+	// Deadline ends the reader's wait; none if zero.
+	Deadline time.Time
+
 	// Check returns an error if the reader may not get a token any more.
 	Check func() error
 
@@ -121,7 +124,7 @@ type Result struct {
 	CallFailed bool            // the shared call failed; it has its own report
 }
 
-// Read returns the role's shared token to a reader, minting one if needed. ctx ends with the reader or with its budget.
+// Read returns the role's shared token to a reader, minting one if needed. ctx ends with the reader.
 // The error is outcome.ErrChanged if the reader's settings are outdated. ok is false if too many roles share.
 func (rs *Roles) Read(ctx context.Context, r Reader) (result Result, ok bool, err error) {
 	s, err := rs.get(r.Role, r.Settings)
@@ -243,6 +246,11 @@ func (s *role) wait(
 	ctx context.Context, t *token, r Reader, outOfPatience <-chan time.Time,
 ) (result Result, err error, again bool) {
 	var f *outcome.Failure
+	if !r.Deadline.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadlineCause(ctx, r.Deadline, outcome.ErrBudget)
+		defer cancel()
+	}
 	select {
 	case <-t.done:
 		f = outcome.Classify(t.err)
