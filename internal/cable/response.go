@@ -41,32 +41,24 @@ type scopesBody struct {
 	Scopes         []string `json:"scopes"`
 }
 
-// documented has the names of the documented members of a response, and of those of its member "scopes".
-var documented = [][]string{
-	{"token", "expiry", "organization_id", "organization_name", "scopes"}, {"organization_id", "scopes"},
-}
-
 // checkNames refuses a response, a valid JSON object, in which a documented name stands twice, or in another case,
 // because two readers of the response could read two tokens. Other members are not judged. It looks at each byte once,
 // because every mint waits for it.
 func checkNames(raw []byte) error {
-	var seen [2][5]bool
-	var isObject [2]bool // whether the value at depth 1, or at depth 2 in "scopes", is an object
-	depth, isKey, isScopes := 0, false, false
+	top := names{"token": 0, "expiry": 0, "organization_id": 0, "organization_name": 0, "scopes": 0}
+	inScopes := names{"organization_id": 0, "scopes": 0}
+	depth, isKey, isScopes := 0, false, false // isScopes: inside the object "scopes", or before its value
 	for i := 0; i < len(raw); i++ {
 		switch raw[i] {
 		case '{', '[':
-			if isKey = raw[i] == '{'; depth < 2 {
-				isObject[depth] = isKey && (depth == 0 || isScopes)
-			}
 			depth++
+			isKey = raw[i] == '{'
+			isScopes = isScopes && (isKey || depth > 2)
 		case '}', ']':
 			depth--
 			isKey = false
-		case ',':
-			isKey = true
-		case ':':
-			isKey = false
+		case ',', ':':
+			isKey = raw[i] == ','
 		case '"':
 			begin := i
 			for i++; raw[i] != '"'; i++ {
@@ -74,23 +66,39 @@ func checkNames(raw []byte) error {
 					i++
 				}
 			}
-			if !isKey || depth > 2 || !isObject[depth-1] {
-				continue
+			var key string
+			var err error
+			if isKey && depth == 1 {
+				key, err = top.add(raw[begin:i+1], "")
+				isScopes = key == "scopes"
+			} else if isKey && depth == 2 && isScopes {
+				_, err = inScopes.add(raw[begin:i+1], "scopes.")
 			}
-			key := string(raw[begin+1 : i])
-			if strings.Contains(key, `\`) {
-				_ = json.Unmarshal(raw[begin:i+1], &key) // it is valid
-			}
-			isScopes = depth == 1 && key == "scopes"
-			for n, name := range documented[depth-1] {
-				if strings.EqualFold(key, name) && (key != name || seen[depth-1][n]) {
-					return fmt.Errorf("its field %q stands twice, or in another case", strings.Repeat("scopes.", depth-1)+name)
-				}
-				seen[depth-1][n] = seen[depth-1][n] || key == name
+			if err != nil {
+				return err
 			}
 		}
 	}
 	return nil
+}
+
+// names counts the documented members of an object.
+type names map[string]int
+
+// add counts a member by its key, which it returns without quotes.
+func (n names) add(quoted []byte, path string) (key string, err error) {
+	key = string(quoted[1 : len(quoted)-1])
+	if strings.Contains(key, `\`) {
+		_ = json.Unmarshal(quoted, &key) // it is valid
+	}
+	for name, count := range n {
+		if strings.EqualFold(key, name) && (key != name || count > 0) {
+			return key, fmt.Errorf("its field %q stands twice, or in another case", path+name)
+		} else if key == name {
+			n[name]++
+		}
+	}
+	return key, nil
 }
 
 // decode reads the body of a 200. Its errors contain nothing of the body but the message of an error envelope and the

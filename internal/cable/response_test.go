@@ -17,6 +17,8 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"pgregory.net/rapid"
+
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
@@ -96,7 +98,10 @@ func TestDecode(t *testing.T) {
 		twice("organization_name"):      {with(`"organization_name":"a","ORGANIZATION_NAME":"b"`)},
 		twice("scopes"):                 {with(`"scopes":null,"scopes":{}`), with(`"\u017fcopes":{}`)},
 		twice("scopes.organization_id"): {with(`"scopes":{"Organization_ID":""}`)},
-		twice("scopes.scopes"):          {with(`"scopes":{"scopes":[],"scopes":["a:b"]}`)},
+		twice("scopes.scopes"): {
+			with(`"scopes":{"scopes":[],"scopes":["a:b"]}`), with(`"sc\u006fpes":{"x":{"y":[{}]},"scopes":[],"SCOPES":1}`),
+			with(`"x":[{"scopes":1},"scopes"],"scopes" : { "scopes":[ "scopes", "a:b" ], "Scopes":[] }`),
+		},
 
 		// The grant is shown in errors and in the log, so that the token must not be part of it.
 		inTwo: {
@@ -324,6 +329,68 @@ var responseErrors = regexp.MustCompile(`^(` + strings.Join([]string{
 	`it repeats the refresh key: check that token_url is Cable's`,
 	`it contains its token in more than one field`,
 }, "|") + `)$`)
+
+// TestCheckNames compares the scan of names with a decoder's, for objects whose members are documented or nearly so.
+func TestCheckNames(t *testing.T) {
+	t.Parallel()
+	var ambiguous func(d *json.Decoder, path string) bool
+	ambiguous = func(d *json.Decoder, path string) bool {
+		if open, _ := d.Token(); open != json.Delim('{') {
+			return false
+		}
+		seen := map[string]bool{}
+		for d.More() {
+			key, _ := d.Token()
+			var value json.RawMessage
+			_ = d.Decode(&value)
+			documented := []string{"token", "expiry", "organization_id", "organization_name", "scopes"}
+			if path != "" {
+				documented = []string{"organization_id", "scopes"}
+			}
+			for _, name := range documented {
+				if strings.EqualFold(key.(string), name) && (key != name || seen[name]) {
+					return true
+				}
+			}
+			seen[key.(string)] = true
+			if path+key.(string) == "scopes" && ambiguous(json.NewDecoder(bytes.NewReader(value)), "scopes.") {
+				return true
+			}
+		}
+		return false
+	}
+	keys := rapid.SampledFrom([]string{
+		`"token"`, `"Token"`, `"scopes"`, `"sc\u006fpes"`, `"SCOPES"`, `"organization_id"`, `"scopes.scopes"`, `"x\""`, `"{"`,
+	})
+	rapid.Check(t, func(rt *rapid.T) {
+		var value func(depth int) string
+		value = func(depth int) string {
+			scalar := rapid.SampledFrom([]string{`1`, `null`, `"scopes"`, `"a\\"`, `"]}"`, `[]`, `{}`, `["x" , "Scopes","scopes"]`})
+			kind := rapid.IntRange(0, 3).Draw(rt, "kind")
+			if depth > 0 && (depth == 4 || kind == 0) {
+				return scalar.Draw(rt, "scalar")
+			}
+			var parts []string
+			isArray := depth > 0 && kind == 1
+			for range rapid.IntRange(0, 3).Draw(rt, "members") {
+				part := value(depth + 1)
+				if !isArray {
+					part = keys.Draw(rt, "key") + " :" + part
+				}
+				parts = append(parts, part)
+			}
+			if isArray {
+				return "[" + strings.Join(parts, ",") + "]"
+			}
+			return "{" + strings.Join(parts, " , ") + "}"
+		}
+		raw := value(0)
+		want := ambiguous(json.NewDecoder(strings.NewReader(raw)), "")
+		if err := checkNames([]byte(raw)); (err != nil) != want {
+			rt.Fatalf("%s: %v, want ambiguous %t", raw, err, want)
+		}
+	})
+}
 
 // FuzzResponse pins that for any body of a 200, decoding does not panic; that an accepted token can be sent, has a
 // possible expiry and contains no part of the refresh key; and that an error contains no part of the key, and nothing

@@ -122,8 +122,8 @@ const notAProxy = "the environment variable %s does not name a proxy: " +
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
-// counted returns a dial that tells the call how far it has come, and whose connections count the bytes that are written
-// to them.
+// counted returns a dial that tells the call how far it has come, and whose connections count the bytes written to
+// them.
 func counted(dial dialFunc) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		if x, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
