@@ -66,7 +66,7 @@ func TestDecode(t *testing.T) {
 
 		wrongType("token"):           {token(`["a"]`)},
 		wrongType("organization_id"): {with(`"organization_id":7`)},
-		wrongType("scopes"):          {with(`"scopes":["a:b"]`), with(`"scopes":"a:b"`)},
+		wrongType("scopes"):          {with(`"scopes":["x","Scopes","scopes"]`), with(`"scopes":"a:b"`)},
 		wrongType("scopes.scopes"):   {with(`"scopes":{"scopes":[7]}`)},
 
 		`its field "scopes.scopes" contains an empty scope`: {
@@ -99,7 +99,8 @@ func TestDecode(t *testing.T) {
 		twice("scopes"):                 {with(`"scopes":null,"scopes":{}`), with(`"\u017fcopes":{}`)},
 		twice("scopes.organization_id"): {with(`"scopes":{"Organization_ID":""}`)},
 		twice("scopes.scopes"): {
-			with(`"scopes":{"scopes":[],"scopes":["a:b"]}`), with(`"sc\u006fpes":{"x":{"y":[{}]},"scopes":[],"SCOPES":1}`),
+			with(`"scopes":{"scopes":[],"scopes":["a:b"]}`),
+			with(`"sc\u006fpes":{"x":{"y":[{}]},"scopes":[],"SCOPES":1}`),
 			with(`"x":[{"scopes":1},"scopes"],"scopes" : { "scopes":[ "scopes", "a:b" ], "Scopes":[] }`),
 		},
 
@@ -360,12 +361,14 @@ func TestCheckNames(t *testing.T) {
 		return false
 	}
 	keys := rapid.SampledFrom([]string{
-		`"token"`, `"Token"`, `"scopes"`, `"sc\u006fpes"`, `"SCOPES"`, `"organization_id"`, `"scopes.scopes"`, `"x\""`, `"{"`,
+		`"token"`, `"Token"`, `"scopes"`, `"sc\u006fpes"`, `"SCOPES"`, `"organization_id"`, `"scopes.scopes"`, `"x\""`,
 	})
 	rapid.Check(t, func(rt *rapid.T) {
 		var value func(depth int) string
 		value = func(depth int) string {
-			scalar := rapid.SampledFrom([]string{`1`, `null`, `"scopes"`, `"a\\"`, `"]}"`, `[]`, `{}`, `["x" , "Scopes","scopes"]`})
+			scalar := rapid.SampledFrom([]string{
+				`1`, `null`, `"scopes"`, `"a\\"`, `"]}"`, `[]`, `{}`, `["x" , "Scopes","scopes"]`,
+			})
 			kind := rapid.IntRange(0, 3).Draw(rt, "kind")
 			if depth > 0 && (depth == 4 || kind == 0) {
 				return scalar.Draw(rt, "scalar")
