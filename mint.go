@@ -44,8 +44,8 @@ type attempt struct {
 	shared    share.Result
 }
 
-// mint handles a caller's token request. An attempt whose settings change before an API call is repeated, and decides
-// everything anew.
+// mint handles a caller's token request. If the settings change before an attempt's API call, another attempt decides
+// everything again.
 func (b *backend) mint(ctx context.Context, r *request) (*outcome.Token, error) {
 	a := attempt{role: r.role}
 	p, err := parseParams(r)
@@ -313,7 +313,7 @@ func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token,
 	return token, nil
 }
 
-// recheck refuses a token that the present settings do not allow, such as that of a disabled role, or if they cannot be
+// recheck refuses a token that the present settings do not allow, such as a disabled role's, or if they cannot be
 // read. If they have changed, it reads them until they are still current at the end of the reading. So no token is
 // returned whose last check did not begin after a write that disables, deletes or narrows had returned.
 //

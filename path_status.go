@@ -126,8 +126,8 @@ func configStatus(live *state.Live, now time.Time) map[string]any {
 	}
 }
 
-// disabledRoles returns the names of the disabled roles, sorted. With an error it returns those that it found, or nil
-// if no role could be read. It reads the roles that are not in memory yet.
+// disabledRoles returns the names of the disabled roles, sorted. With an error it returns the ones that it found, or
+// nil if no role could be read. It reads the roles that are not in memory yet.
 func (b *backend) disabledRoles(ctx context.Context, s logical.Storage) (disabled []string, err error) {
 	names, err := state.RoleNames(ctx, s)
 	if err != nil {

@@ -37,7 +37,7 @@ func serve(args []string) (status int) {
 	logFile := claimStderr()
 	// NOTE: Vault filters the lines by its own level, which it does not tell a plugin. To write each token request's
 	// debug line, send it, and have Vault drop it would cost a tenth of the request. So the level is info unless the
-	// environment names another one: the server's, which plugins inherit, or that of -env at registration.
+	// environment names another one, either the server's, which plugins inherit, or one set with -env at registration.
 	level := hclog.LevelFromString(os.Getenv("VAULT_LOG_LEVEL"))
 	logger := hclog.New(&hclog.LoggerOptions{Level: level, Output: logFile, JSONFormat: true})
 	hclog.SetDefault(logger)

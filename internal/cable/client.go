@@ -43,7 +43,7 @@ type Config struct {
 	CACert     string        // certificates to trust in addition to the system's, see CheckCACert; default none
 	Timeout    time.Duration // the whole budget of one RequestToken; default DefaultTimeout
 	UserAgent  string        // sent as it is; default none
-	Pause      *Pause        // that of an earlier Client of the same key and URL; default a new one
+	Pause      *Pause        // an earlier Client's, for the same key and URL; default a new one
 
 	// Observe is called after each API call, before RequestToken returns; default none. It must be quick and safe for
 	// concurrent use.

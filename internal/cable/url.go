@@ -96,7 +96,7 @@ func HostForDisplay(u *url.URL) string {
 
 var hostname = regexp.MustCompile(`^([a-z0-9-]{1,40}\.)+[a-z]{1,40}$`) // names that cannot be a secret
 
-// displayHost returns host if its shape cannot be that of a secret, because it is a name in lower case with a dot,
+// displayHost returns host if no secret has such a shape, because it is a name in lower case with a dot,
 // localhost, or an address without a zone. Otherwise it describes host by its length.
 func displayHost(host string) string {
 	addr, err := netip.ParseAddr(host)

@@ -299,8 +299,8 @@ func (p *Reporter) Panicked(s Source, value any, stack []byte) {
 		"operation", s.Operation, "path", s.Path, "panic_type", fmt.Sprintf("%T", value), "stack", string(stack))
 }
 
-// LeaseEnded reports the end of a lease, revoked or expired. expiry is that of the token in Unix seconds, and 0 if it
-// is not known.
+// LeaseEnded reports the end of a lease, revoked or expired. expiry is when the token expires, in Unix seconds, and 0
+// if that is not known.
 func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64, expired bool) {
 	log := p.log(s).With("role", role, "organization", fields.Organization.Redact(organization))
 	p.metrics.leasesEnded.Inc()

@@ -42,8 +42,9 @@ const (
 	// except the first after a success.
 	patience = time.Second
 
-	// leaseMargin is how much sooner the lease of a reused token ends than that of the read that minted. That one may
-	// have lost a second by rounding, and Vault starts to count when it stores a lease, a little later than the engine.
+	// leaseMargin is how much sooner the lease of a reused token ends than the lease of the read that minted. The first
+	// lease may have lost a second by rounding, and Vault starts to count when it stores a lease, a little later than
+	// the engine.
 	leaseMargin = 2 * time.Second
 )
 
