@@ -538,8 +538,7 @@ func TestTypesOfFields(t *testing.T) {
 	m.write("roles/ci", kv{"ttl": 600, "max_ttl": 1200, "reuse_for": 300, "organization_id": "org"})
 	const (
 		text, boolean, duration = "a string", "true or false", "a duration in whole seconds"
-
-		list = "a comma-separated list or an array of strings"
+		list                    = "a comma-separated list or an array of strings"
 	)
 	for path, types := range map[string]map[string]string{
 		"config": {

@@ -6,7 +6,6 @@ package cablesecrets
 import (
 	"fmt"
 	"math"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -15,7 +14,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/hashicorp/vault/sdk/logical"
-	"pgregory.net/rapid"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/fields"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/lifetime"
@@ -231,31 +229,6 @@ func TestRoleExistence(t *testing.T) {
 			t.Errorf("%s: %v %v %v", path, found, exists, err)
 		}
 	}
-}
-
-// TestParseScopes checks the form of scopes in which a role and a request are compared.
-func TestParseScopes(t *testing.T) {
-	t.Parallel()
-	rapid.Check(t, func(rt *rapid.T) {
-		in := rapid.SliceOf(rapid.OneOf(rapid.StringMatching(`[a-z]{1,4}:[a-z]{1,4}`), rapid.String())).Draw(rt, "in")
-		got, err := fields.ParseScopes(in)
-		if err != nil {
-			return
-		}
-		if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) || len(got) > 64 {
-			rt.Fatalf("not normal: %q", got)
-		}
-		for _, s := range got {
-			isElement := func(x string) bool { return strings.TrimSpace(x) == s }
-			if s != strings.TrimSpace(s) || !slices.ContainsFunc(in, isElement) {
-				rt.Fatalf("%q is not of %q", s, in)
-			}
-		}
-		again, err := fields.ParseScopes(got)
-		if diff := cmp.Diff(got, again); diff != "" || err != nil {
-			rt.Fatalf("not stable: %s %v", diff, err)
-		}
-	})
 }
 
 // FuzzRoleEntry checks roles on their way through storage. An accepted write is read as it was written, and an entry of
