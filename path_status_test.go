@@ -78,7 +78,7 @@ func TestStatus(t *testing.T) {
 }
 
 // TestWithoutStorage checks that status and metrics respond within two seconds if storage fails, hangs or contains
-// garbage, with the figures in memory and without those that are not known.
+// garbage, with the figures in memory and without the unknown ones.
 func TestWithoutStorage(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {

@@ -69,7 +69,7 @@ func csiRequest(t *testing.T, file string) (r request) {
 }
 
 // TestExampleKubernetesCalls replays requests of the consumers. Each policy of
-// examples/kubernetes permits those that its page names, and nothing else.
+// examples/kubernetes permits the requests that its page names, and no other.
 func TestExampleKubernetesCalls(t *testing.T) {
 	t.Parallel()
 	_, m := newApplication(t)

@@ -393,8 +393,8 @@ func checkDashboard(t *testing.T, p *promServer, m *mount, text string) {
 	}
 }
 
-// checkAlerts makes sure that all rules can be evaluated, and that those that fire
-// at once have fired.
+// checkAlerts makes sure that all rules can be evaluated, and that the alerts that
+// fire at once have fired.
 func checkAlerts(t *testing.T, p *promServer, m *mount) {
 	var rules struct {
 		Groups []struct {

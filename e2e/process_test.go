@@ -116,7 +116,7 @@ func TestPluginProcess(t *testing.T) {
 
 	t.Log(v.cli(t, "plugin", "reload", "-plugin="+pluginName))
 	readsAgain("the reload")
-	// NOTE: not by CLI: that of Vault 1.21 sends -mounts to a path that there is not.
+	// NOTE: not by CLI, because Vault 1.21's sends -mounts to a path that does not exist.
 	v.ok(t, "PUT", "sys/plugins/reload/backend", map[string]any{"mounts": []string{mounts[0].path + "/"}})
 	for _, m := range mounts {
 		m.read(t)

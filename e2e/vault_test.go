@@ -26,8 +26,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// vaultServer is a server process. Its log at trace level, with that of the
-// plugin, and its audit log are files.
+// vaultServer is a server process. Its log at trace level, with the plugin's
+// lines, and its audit log are files.
 type vaultServer struct {
 	*vaulttest.Server // as it runs now
 
@@ -39,9 +39,9 @@ type vaultServer struct {
 	env     []string // for the server, and so for the plugin
 	mlock   bool     // lock memory
 	level   string   // of the log; default trace
-	plugins string   // the plugin folder; default: that of all tests
+	plugins string   // the plugin folder; default: one for all tests
 	config  string   // more of the configuration file
-	binary  string   // default: that of all tests
+	binary  string   // default: one for all tests
 }
 
 // startDev starts the server in dev mode, so that it keeps everything in memory, with the

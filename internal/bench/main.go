@@ -7,7 +7,7 @@
 // role with reuse_for. It prints Markdown, or with -page replaces the tables of
 // docs/performance.md. Run it by make bench.
 //
-// The last two are one plugin process, whose peak memory is that of both, unless
+// The last two share one plugin process, so its peak memory is for both, unless
 // -targets leaves one of them out.
 //
 // It needs Linux for the processes' CPU time and memory (/proc). Requests go to

@@ -44,7 +44,7 @@ const (
 	testKey = "sk/REFRESHKEYCANARY+0123456789abcdef=="
 	org     = cabletest.DefaultOrganizationID
 
-	// budget is that of tests in which a call must run into its end; slack is the time that a busy machine may add.
+	// budget is for tests in which a call must run into its end; slack is the time that a busy machine may add.
 	// Other tests have a minute.
 	budget = time.Second
 	slack  = 15 * time.Second

@@ -557,7 +557,7 @@ func pemOf(der []byte) string {
 // proxyPassword is part of the proxy's URL, and must be nowhere else.
 const proxyPassword = "PROXYPASSWORDCANARY"
 
-// proxyVariables are those that a client may read, or must not.
+// proxyVariables are the variables that a client may read, and the ones that it must not.
 var proxyVariables = []string{
 	"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy",
 }

@@ -44,7 +44,7 @@ const (
 	// MaxExpirySeconds is the highest one.
 	MaxExpirySeconds = 86400
 
-	// DefaultOrganizationID is that of Cable's own sample (v1.0 reference).
+	// DefaultOrganizationID is the id in Cable's own sample (v1.0 reference).
 	DefaultOrganizationID = "org_9f8b7c6d5e4a3b2c1d0e"
 	// DefaultOrganizationName is the same organization's name.
 	DefaultOrganizationName = "Cable Financial Services"
@@ -90,8 +90,8 @@ type envelope struct {
 	Errors  []FieldError `json:"errors,omitempty"`
 }
 
-// response is the JSON of a success. All but scopes are in the schema's list of required fields; those that are
-// optional here are for Grant.
+// response is the JSON of a success. All but scopes are in the schema's list of required fields; the ones that
+// are optional here are for Grant.
 type response struct {
 	Token            *string         `json:"token,omitempty"`
 	Expiry           json.RawMessage `json:"expiry,omitempty"` // Unix seconds

@@ -47,7 +47,7 @@ type fleet struct {
 
 // fleetResult has the counts of a simulation.
 type fleetResult struct {
-	calls, failedCalls   int // to Cable; those that Cable did not grant
+	calls, failedCalls   int // to Cable; calls that Cable did not grant
 	reads, failedReads   int // of creds/NAME
 	peakCalls, peakReads int // in a second
 	tokens, readers      int // minted; reads that returned a shared one
@@ -56,7 +56,7 @@ type fleetResult struct {
 
 // agent is a Vault Agent with one template that reads the role.
 type agent struct {
-	next     int32 // in the list of those that read at the same tick
+	next     int32 // in the list of Agents that read at the same tick
 	leaseEnd int32 // tick; 0 before the first lease
 	failures int32 // in a row
 }

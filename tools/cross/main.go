@@ -52,7 +52,7 @@ func check(dir, target string) (n int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	seen := map[string]bool{} // a file is in its package and in that of its tests
+	seen := map[string]bool{} // a file is in its package and in its tests' package
 	packages.Visit(roots, nil, func(p *packages.Package) {
 		for _, e := range p.Errors {
 			if text := e.Error(); !seen[text] {

@@ -28,7 +28,7 @@ var allowed = []string{"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT
 
 // A linked is one license file that covers linked code. Most modules have one.
 type linked struct {
-	path, version string // the module's path, or that of the folder with the file
+	path, version string // the module's path, or the path of the folder with the file
 	ids           []string
 	text          string // the file, and the NOTICE beside it
 }

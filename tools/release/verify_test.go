@@ -28,7 +28,7 @@ func blocks(t *testing.T, page string) []block {
 }
 
 // TestVerify runs the commands of docs/verify.md on this release, with a throw-away key
-// and a registry on loopback, but for those that need a network. Then each must refuse
+// and a registry on loopback, except the commands that need a network. Then each must refuse
 // each of the files that it reads with one byte changed. It does so in bash, and in
 // Alpine's shell with Alpine's tools.
 func TestVerify(t *testing.T) {

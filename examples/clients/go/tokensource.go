@@ -23,7 +23,7 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// After a failed read, the wait is that of the response's Retry-After, up to
+// After a failed read, the wait is as long as the response's Retry-After, up to
 // longestWait; else retryWait, or refusedWait if a retry cannot help, such as after
 // a 403.
 const (

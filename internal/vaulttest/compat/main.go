@@ -77,7 +77,7 @@ func run(ctx context.Context, binary string) (ok bool, err error) {
 	return len(r.failed) == 0, os.WriteFile(filepath.FromSlash(page), []byte(setRow(string(text), row)), 0o644)
 }
 
-// result has the ends of the tests that have no subtests, and of those that failed.
+// result has the ends of the tests that have no subtests, and of the tests that failed.
 type result struct {
 	passed  int
 	failed  []string            // names

@@ -39,7 +39,7 @@ func main() {
 	os.Exit(status)
 }
 
-// run returns the exit status, that of the command if it was started. A signal
+// run returns the exit status, the command's own if it was started. A signal
 // ends the command, then the rest, and is no failure.
 func run(command []string) (status int, err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
