@@ -116,6 +116,9 @@ func TestUncertainWrites(t *testing.T) {
 		"take a scope away":      {opUpdate, "roles/ci", kv{"scopes": "person:read"}, true, ""},
 		"shorten lifetimes":      {opUpdate, "roles/ci", kv{"max_ttl": 600}, true, ""},
 		"another organization":   {opUpdate, "roles/ci", kv{"organization_id": "org_2"}, true, "organization"},
+		"remove an organization": {opUpdate, "roles/ci", kv{"organization_ids": "org_3"}, true, ""},
+		"add an organization":    {opUpdate, "roles/ci", kv{"organization_ids": "org_2,org_3"}, false, ""},
+		"no leases":              {opUpdate, "roles/ci", kv{"lease": false}, false, ""},
 		"add a scope":            {opUpdate, "roles/ci", kv{"scopes": "person:read,transactions:read,a:b"}, false, ""},
 		"disable the mount":      {opUpdate, "config", kv{"disabled": true}, true, "the mount is disabled"},
 		"delete the config":      {opDelete, "config", nil, true, "not configured"},
@@ -125,6 +128,7 @@ func TestUncertainWrites(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
+			m.write("roles/ci", kv{"organization_ids": "org_2"})
 			m.read("creds/ci") // both are in memory
 			late := &lateStorage{Storage: m.storage}
 			if status, err := m.on(late, tt.op, tt.path, tt.data); status != 500 {
@@ -268,18 +272,18 @@ func TestDisablingDoesNotWait(t *testing.T) {
 func TestUnknownFieldsAreKept(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	const newer = `{"lease":false,"newer":{"of":["a newer version"]},`
+	const newer = `{"later":false,"newer":{"of":["a newer version"]},`
 	for path, change := range map[string]kv{"config": {"organization_id": nil}, "roles/ci": {"organization_id": nil}} {
 		m.put(path, []byte(newer+m.stored(path)[1:]), nil)
 		m.b.InvalidateKey(t.Context(), path)
 		m.ok(opPatch, path, change)
 		m.write(path, kv{"disabled": false})
-		for _, kept := range []string{`"lease":false`, `"newer":{"of":["a newer version"]}`} {
+		for _, kept := range []string{`"later":false`, `"newer":{"of":["a newer version"]}`} {
 			if got := m.stored(path); strings.Count(got, kept) != 1 {
 				t.Errorf("%s lacks %s", path, kept)
 			}
 		}
-		if got := fmt.Sprint(m.read(path)); strings.Contains(got, "lease") || strings.Contains(got, "newer") {
+		if got := fmt.Sprint(m.read(path)); strings.Contains(got, "later") || strings.Contains(got, "newer") {
 			t.Errorf("%s reads as %s", path, got)
 		}
 	}

@@ -112,7 +112,7 @@ func checkSameJSON(t *testing.T, want string, e entry) {
 // rewritten, also when a known field is set or unset.
 func TestUnknownFields(t *testing.T) {
 	t.Parallel()
-	const newer = `,"lease":false,"organization_ids":["org_1"],"n":12345678901234567890,"o":{"a":null},"null":null`
+	const newer = `,"later":false,"more_ids":["org_1"],"n":12345678901234567890,"o":{"a":null},"null":null`
 	check := func(stored string, decode func([]byte) (entry, error), edits map[string]func(entry)) {
 		for name, edit := range edits {
 			e, err := decode([]byte(stored))
@@ -140,7 +140,7 @@ func TestUnknownFields(t *testing.T) {
 		func(raw []byte) (entry, error) { return DecodeRole("r", raw) },
 		map[string]func(entry){
 			"nothing":     func(entry) {},
-			"set":         role(func(r *Role) { r.TTL, r.OrganizationID = time.Hour, "org_2" }),
+			"set":         role(func(r *Role) { r.TTL, r.OrganizationID, r.NoLease = time.Hour, "org_2", true }),
 			"unset":       role(func(r *Role) { r.MaxTTL, r.Disabled = 0, false }),
 			"other names": role(func(r *Role) { r.Scopes = []string{"x:y", "z:z"} }),
 		})
