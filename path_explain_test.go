@@ -81,14 +81,14 @@ func (m *testMount) wantExplained(t rapid.TB, explained *logical.Response, creds
 // then does with a Cable that grants, and that explain changes nothing.
 func TestExplain(t *testing.T) {
 	t.Parallel()
-	organizations := rapid.SampledFrom([]string{"", "org_a", "org_b"})
+	organizations := rapid.SampledFrom([]string{"", "org_a", "org_a", "org_b"})
 	lists := rapid.SampledFrom([][]string{nil, {"org_a"}, {"org_b", "org_a"}})
-	seconds := rapid.Map(rapid.SampledFrom([]int64{0, 60, 300, 1200, 3600, 100_000}),
+	seconds := rapid.Map(rapid.SampledFrom([]int64{0, 0, 0, 0, 60, 300, 1200, 3600, 100_000}),
 		func(n int64) time.Duration { return time.Duration(n) * time.Second })
-	named := rapid.SampledFrom([]string{"", "org_a", "org_b", "org_c", "o'"})
-	subsets := rapid.SampledFrom([]string{"", "a:b", "a:b,c:d", "x:y"})
+	named := rapid.SampledFrom([]string{"", "", "", "", "org_a", "org_b", "org_c", "o'"})
+	subsets := rapid.SampledFrom([]string{"", "", "", "", "a:b", "a:b,c:d", "x:y"})
 	pause := Fault{Status: 429, Header: map[string]string{"Retry-After": "60"}}
-	faults := []Fault{{}, {Status: 500}, pause, {Status: 401}, tooMuch}
+	faults := []Fault{{}, {}, {}, {Status: 500}, pause, {Status: 401}, tooMuch}
 	rapid.Check(t, func(rt *rapid.T) {
 		m := newMount(t)
 		if rapid.IntRange(0, 9).Draw(rt, "configured") > 0 {
@@ -101,10 +101,10 @@ func TestExplain(t *testing.T) {
 		role := &state.Role{
 			OrganizationID:  organizations.Draw(rt, "organization"),
 			OrganizationIDs: lists.Draw(rt, "organizations"),
-			Scopes:          rapid.SampledFrom([][]string{{"a:b"}, {"a:b", "c:d"}, nil}).Draw(rt, "scopes"),
+			Scopes:          rapid.SampledFrom([][]string{{"a:b"}, {"a:b", "c:d"}, {"a:b"}, {"a:b", "c:d"}, nil}).Draw(rt, "scopes"),
 			TTL:             seconds.Draw(rt, "ttl"),
 			MaxTTL:          seconds.Draw(rt, "max_ttl"),
-			ReuseFor:        rapid.SampledFrom([]time.Duration{0, time.Minute}).Draw(rt, "reuse_for"),
+			ReuseFor:        rapid.SampledFrom([]time.Duration{0, time.Minute, time.Minute}).Draw(rt, "reuse_for"),
 			NoLease:         rapid.Bool().Draw(rt, "no lease"),
 			Disabled:        rapid.IntRange(0, 9).Draw(rt, "disabled") == 0,
 		}
@@ -127,7 +127,7 @@ func TestExplain(t *testing.T) {
 		if scopes := subsets.Draw(rt, "requested scopes"); scopes != "" {
 			parameters["scopes"] = scopes
 		}
-		name := rapid.SampledFrom([]string{"ci", "ci", "ci", "missing", "a..b"}).Draw(rt, "name")
+		name := rapid.SampledFrom([]string{"ci", "ci", "ci", "ci", "ci", "ci", "missing", "a..b"}).Draw(rt, "name")
 		op := rapid.SampledFrom([]logical.Operation{opRead, opUpdate}).Draw(rt, "operation")
 
 		before, calls := m.present(), m.sim.CallCount()
