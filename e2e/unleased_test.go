@@ -131,18 +131,24 @@ func TestReturnWithoutLease(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			config := "vault {\n  address = \"" + m.addr + "\"\n}\n"
+			config := fmt.Sprintf("vault {\n  address = %q\n}\n", m.addr)
 			if name == "agent" {
-				config += "auto_auth {\n  method \"token_file\" {\n    config = { token_file_path = \"token\" }\n  }\n}\n"
+				config += `auto_auth {
+  method "token_file" {
+    config = { token_file_path = "token" }
+  }
+}
+`
 			} else {
 				tool := filepath.Join(needTool(t, "consumers/consul-template"), name)
 				noError(t, os.Symlink(tool, s.place(".bin/"+name)))
 			}
+			role := map[string]any{"scopes": "person:read", "ttl": "5m", "lease": false}
 			for i := range readers {
-				role := fmt.Sprintf("%s-%d", name, i)
-				m.ok(t, "POST", "cable/roles/"+role, map[string]any{"scopes": "person:read", "ttl": "5m", "lease": false})
-				config += fmt.Sprintf("template {\n  destination = %q\n  contents    = %q\n}\n", role,
-					`{{ with secret "cable/creds/`+role+`" }}{{ .Data.token }}{{ end }}`)
+				reader := fmt.Sprintf("%s-%d", name, i)
+				m.ok(t, "POST", "cable/roles/"+reader, role)
+				config += fmt.Sprintf("template {\n  destination = %q\n  contents    = %q\n}\n", reader,
+					`{{ with secret "cable/creds/`+reader+`" }}{{ .Data.token }}{{ end }}`)
 			}
 			s.write(name+".hcl", config)
 			stop := s.start(t, program[0], program[1:]...)
