@@ -14,7 +14,8 @@ import (
 
 func (b *backend) pathCreds() *framework.Path {
 	mints := func(summary, suffix string) *framework.PathOperation {
-		p := b.reads(b.pathCredsRead, summary, "The access token, as a leased secret", credsResponseFields())
+		const response = "The access token, with a lease unless the role has lease=false"
+		p := b.reads(b.pathCredsRead, summary, response, credsResponseFields())
 		p.DisplayAttrs = &framework.DisplayAttributes{
 			OperationPrefix: operationPrefix, OperationVerb: "generate", OperationSuffix: suffix,
 		}
@@ -61,7 +62,7 @@ func credsResponseFields() map[string]*framework.FieldSchema {
 		"scope":             always(field(framework.TypeString, "The scopes that Cable granted, separated by spaces.")),
 		"scopes":            always(field(framework.TypeCommaStringSlice, "The same as a list.")),
 		"ttl": field(framework.TypeInt64,
-			"Without a lease: the seconds after which to read again, other ones for each read."),
+			"Without a lease: the seconds after which to read again, drawn for each read."),
 		"rotation_period": field(framework.TypeInt64,
 			"Without a lease: the same, by which Vault Agent and consul-template know that ttl is meant for them."),
 	}

@@ -16,7 +16,7 @@ import (
 
 func (b *backend) pathExplain() *framework.Path {
 	explains := func(summary, suffix string) *framework.PathOperation {
-		p := b.reads(b.pathExplainRead, summary, "The decision", explainResponseFields())
+		p := b.reads(b.pathExplainRead, summary, "What a token request would do", explainResponseFields())
 		p.DisplayAttrs = &framework.DisplayAttributes{
 			OperationPrefix: operationPrefix, OperationVerb: "explain", OperationSuffix: suffix,
 		}
@@ -38,16 +38,16 @@ func (b *backend) pathExplain() *framework.Path {
 
 // explainResponseFields describes what a token request would do.
 func explainResponseFields() map[string]*framework.FieldSchema {
+	text := func(description string) *framework.FieldSchema { return field(framework.TypeString, description) }
 	return map[string]*framework.FieldSchema{
-		"allowed": always(field(framework.TypeBool, "Whether the request would get a token, if Cable grants it.")),
-		"reason":  field(framework.TypeString, "If not allowed: the error that the request would get."),
-		"outcome": field(framework.TypeString, "If not allowed: the outcome of the request."),
-		"organization_id": field(framework.TypeString,
-			"The organization that would be requested."),
-		"scopes":       field(framework.TypeCommaStringSlice, "The scopes that would be requested."),
-		"ttl":          field(framework.TypeInt64, "The lifetime that would be requested, in seconds."),
-		"max_ttl":      field(framework.TypeInt64, "The longest lifetime that could be requested, in seconds."),
-		"max_ttl_from": field(framework.TypeString, "The setting that max_ttl comes from."),
+		"allowed":         always(field(framework.TypeBool, "Whether a token would be returned if Cable grants it.")),
+		"reason":          text("If not allowed: the error that the request would get."),
+		"outcome":         text("If not allowed: the outcome of the request."),
+		"organization_id": text("The organization that would be requested."),
+		"scopes":          field(framework.TypeCommaStringSlice, "The scopes that would be requested."),
+		"ttl":             field(framework.TypeInt64, "The lifetime that would be requested, in seconds."),
+		"max_ttl":         field(framework.TypeInt64, "The longest lifetime that could be requested, in seconds."),
+		"max_ttl_from":    text("The setting that max_ttl comes from."),
 		"reuse": always(field(framework.TypeBool,
 			"Whether the request would get the role's shared token, without an API call.")),
 	}

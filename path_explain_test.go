@@ -87,6 +87,7 @@ func TestExplain(t *testing.T) {
 		func(n int64) time.Duration { return time.Duration(n) * time.Second })
 	named := rapid.SampledFrom([]string{"", "", "", "", "org_a", "org_b", "org_c", "o'"})
 	subsets := rapid.SampledFrom([]string{"", "", "", "", "a:b", "a:b,c:d", "x:y"})
+	scopes := rapid.SampledFrom([][]string{{"a:b"}, {"a:b", "c:d"}, {"a:b"}, {"a:b", "c:d"}, nil})
 	pause := Fault{Status: 429, Header: map[string]string{"Retry-After": "60"}}
 	faults := []Fault{{}, {}, {}, {Status: 500}, pause, {Status: 401}, tooMuch}
 	rapid.Check(t, func(rt *rapid.T) {
@@ -101,7 +102,7 @@ func TestExplain(t *testing.T) {
 		role := &state.Role{
 			OrganizationID:  organizations.Draw(rt, "organization"),
 			OrganizationIDs: lists.Draw(rt, "organizations"),
-			Scopes:          rapid.SampledFrom([][]string{{"a:b"}, {"a:b", "c:d"}, {"a:b"}, {"a:b", "c:d"}, nil}).Draw(rt, "scopes"),
+			Scopes:          scopes.Draw(rt, "scopes"),
 			TTL:             seconds.Draw(rt, "ttl"),
 			MaxTTL:          seconds.Draw(rt, "max_ttl"),
 			ReuseFor:        rapid.SampledFrom([]time.Duration{0, time.Minute, time.Minute}).Draw(rt, "reuse_for"),
