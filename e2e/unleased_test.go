@@ -16,10 +16,10 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestWithoutLease compares a role that has lease=false with one that has leases: Vault lists no lease, the end of the
+// TestVaultWithoutLease compares a role that has lease=false with one that has leases: Vault lists no lease, the end of the
 // reader's Vault token ends nothing, and a read on the command line or through a wrapping token shows ttl and
 // rotation_period.
-func TestWithoutLease(t *testing.T) {
+func TestVaultWithoutLease(t *testing.T) {
 	t.Parallel()
 	m := newMount(t, sharedServer(t), nil)
 	m.configure(t)
