@@ -16,8 +16,8 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
 
-// TestVaultWithoutLease compares a role that has lease=false with one that has leases: Vault lists no lease, the end of the
-// reader's Vault token ends nothing, and a read on the command line or through a wrapping token shows ttl and
+// TestVaultWithoutLease compares a role that has lease=false with one that has leases: Vault lists no lease, the end of
+// the reader's Vault token ends nothing, and a read on the command line or through a wrapping token shows ttl and
 // rotation_period.
 func TestVaultWithoutLease(t *testing.T) {
 	t.Parallel()
