@@ -162,9 +162,11 @@ const TunePath = "sys/mounts/tune"
 // Check returns the promises that the history breaks, in words.
 func (h *History) Check() (broken []string) {
 	add := func(format string, args ...any) { broken = append(broken, fmt.Sprintf(format, args...)) }
-	h.checkWrites(add)
 	h.checkReuse(add)
-	h.checkUndelivered(add)
+	if h.IsExact { // otherwise the storage of the mount cannot be seen, and a counter ends with its node
+		h.checkWrites(add)
+		h.checkUndelivered(add)
+	}
 	roles := make(map[string]bool)
 	for _, r := range h.Reads {
 		roles[r.Role] = true
@@ -300,7 +302,7 @@ func (h *History) checkReuse(add report) {
 	}
 	for _, first := range h.Calls {
 		for _, second := range h.Calls {
-			overlap := first != second && first.isShared() && second.isShared() && first.Node == second.Node &&
+			overlap := h.IsExact && first != second && first.isShared() && second.isShared() && first.Node == second.Node &&
 				first.Role == second.Role && first.Gate <= second.Gate && second.Gate < first.Ended
 			if overlap && !h.changedBetween(first, second) {
 				add("two shared calls with the same settings: %s and %s", first, second)
