@@ -270,6 +270,10 @@ func (s *scenario) read(random *rand.Rand) {
 		r.Scopes = r.Role + ":a"
 		data["scopes"] = r.Scopes
 	}
+	if random.IntN(8) == 0 {
+		r.Organization = choose(random.IntN(3), "org_1", "org_2", "org_3")
+		data["organization_id"] = r.Organization
+	}
 	ctx, leave := caller(random, r)
 	defer leave()
 	resp, _, status, err := n.send(ctx, opRead, "creds/"+r.Role, data)
@@ -283,6 +287,7 @@ func (s *scenario) read(random *rand.Rand) {
 		r.Err = err.Error()
 	} else {
 		r.Call = s.tokens[resp.Data["token"].(string)]
+		r.NoLease = resp.Secret == nil
 		r.Fallback = strings.Contains(strings.Join(resp.Warnings, " "), "Cable is down")
 	}
 	s.history.Reads = append(s.history.Reads, r)
@@ -327,6 +332,8 @@ func (s *scenario) change(random *rand.Rand) {
 		path = "roles/" + name
 		sometimes(4, "disabled", random.IntN(3) == 0)
 		sometimes(5, "organization_id", organization)
+		sometimes(5, "organization_ids", choose(random.IntN(3), "org_1,org_2", "org_2,org_3", "org_3"))
+		sometimes(5, "lease", random.IntN(3) > 0)
 		sometimes(2, "scopes", strings.ReplaceAll(choose(random.IntN(4), "N:a", "N:b", "N:a,N:b", "N:a,N:b,N:c"), "N", name))
 		if random.IntN(3) == 0 {
 			lifetimes := choose(random.IntN(6),

@@ -96,16 +96,18 @@ type Call struct {
 
 // Read is a token request.
 type Read struct {
-	Node       *Node
-	Role       string
-	TTL        int    // parameter, or 0
-	Scopes     string // parameter, or ""
-	Start, End time.Duration
-	Status     int
-	Err        string
-	StorageErr bool // storage failed during it
-	Call       *Call
-	Fallback   bool
+	Node         *Node
+	Role         string
+	TTL          int // of the parameters, or 0
+	Scopes       string
+	Organization string
+	NoLease      bool // of the response
+	Start, End   time.Duration
+	Status       int
+	Err          string
+	StorageErr   bool // storage failed during it
+	Call         *Call
+	Fallback     bool
 }
 
 // isShared reports whether the call was made for all readers of its role.

@@ -25,10 +25,11 @@ type Config struct {
 	Organization, Key, URL string
 }
 
-// Role is the role of the model. Scopes are sorted and separated by commas, lifetimes in seconds.
+// Role is the role of the model. Scopes are sorted and, like Organizations, separated by commas, lifetimes in seconds.
 type Role struct {
-	Exists, Disabled      bool
-	Organization, Scopes  string
+	Exists, Disabled, NoLease           bool
+	Organization, Organizations, Scopes string
+
 	TTL, MaxTTL, ReuseFor int
 }
 
@@ -76,6 +77,10 @@ func (c *Change) step(s Settings) (Settings, bool) {
 			} else {
 				s.Config.Disabled = v == true
 			}
+		case "organization_ids":
+			s.Role.Organizations = text(v)
+		case "lease":
+			s.Role.NoLease = v == false
 		case "scopes":
 			s.Role.Scopes = text(v)
 		case "ttl":
@@ -104,6 +109,8 @@ func (s Settings) refuses(why string, r *Read) bool {
 		return s.Config.Disabled
 	case roleDisabled:
 		return s.Role.Disabled
+	case noOrganization:
+		return !s.allows(r.Organization, r.Organization)
 	}
 	return !within(r.Scopes, s.Role.Scopes)
 }
@@ -115,11 +122,13 @@ const (
 	mountDisabled = "the mount is disabled"
 	roleDisabled  = "is disabled: write disabled=false to roles"
 	noScope       = "scopes outside role"
+
+	noOrganization = "is not one of the"
 )
 
 // refusalIn returns the refusal that an error is, or "".
 func refusalIn(err string) string {
-	for _, why := range []string{noRole, noConfig, mountDisabled, roleDisabled, noScope} {
+	for _, why := range []string{noRole, noConfig, mountDisabled, roleDisabled, noScope, noOrganization} {
 		if strings.Contains(err, why) {
 			return why
 		}
@@ -139,7 +148,13 @@ func within(some, others string) bool {
 
 // permits reports whether a call may be sent, or its token returned. It is narrower than the settings, or as wide.
 func (s Settings) permits(c *Call) bool {
-	return s.isEnabled() && c.Organization == s.organization() && within(c.Scopes, s.Role.Scopes) &&
+	named := ""
+	if c.Read != nil {
+		named = c.Read.Organization
+	} else if c.Tries != nil && cmp.Or(s.Role.Organization, s.Config.Organization) == "" {
+		named, _, _ = strings.Cut(s.Role.Organizations, ",") // a trial is for the first if there is no other
+	}
+	return s.isEnabled() && s.allows(named, c.Organization) && within(c.Scopes, s.Role.Scopes) &&
 		(s.Role.MaxTTL == 0 || c.Lifetime <= s.Role.MaxTTL) && c.URL == s.Config.URL
 }
 
@@ -147,7 +162,11 @@ func (s Settings) isEnabled() bool {
 	return s.Config.Exists && !s.Config.Disabled && s.Role.Exists && !s.Role.Disabled
 }
 
-func (s Settings) organization() string { return cmp.Or(s.Role.Organization, s.Config.Organization) }
+// allows reports whether a read that names an organization, or none, gets a token for an organization.
+func (s Settings) allows(named, got string) bool {
+	own := cmp.Or(s.Role.Organization, s.Config.Organization)
+	return got == cmp.Or(named, own) && (got == own || within(got, s.Role.Organizations))
+}
 
 // lifetime is the lifetime that is requested from Cable.
 func (s Settings) lifetime(ttl int) int {
@@ -176,12 +195,12 @@ type minted struct{ *Read }
 
 func (e minted) step(s Settings) (Settings, bool) {
 	c := e.Call
-	ok := s.isEnabled() && c.Organization == s.organization() && c.Scopes == cmp.Or(e.Scopes, s.Role.Scopes) &&
-		within(c.Scopes, s.Role.Scopes) && c.Key == s.Config.Key && c.URL == s.Config.URL
+	ok := s.isEnabled() && s.allows(e.Organization, c.Organization) && c.Scopes == cmp.Or(e.Scopes, s.Role.Scopes) &&
+		within(c.Scopes, s.Role.Scopes) && c.Key == s.Config.Key && c.URL == s.Config.URL && e.NoLease == s.Role.NoLease
 	if !c.isShared() {
 		return s, ok && c.Lifetime == s.lifetime(e.TTL)
 	}
-	ok = ok && e.TTL == 0 && e.Scopes == "" && s.Role.ReuseFor > 0 && c.Lifetime <= s.lifetime(0)
+	ok = ok && e.TTL == 0 && e.Scopes == "" && e.Organization == "" && s.Role.ReuseFor > 0 && c.Lifetime <= s.lifetime(0)
 	if e.isReused() && !e.Fallback {
 		ok = ok && e.Start-c.Started <= time.Duration(s.Role.ReuseFor)*time.Second
 	}
