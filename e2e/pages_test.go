@@ -31,6 +31,7 @@ var pageTests = map[string]string{
 	"examples/vault-agent/README.md":     "TestExampleVaultAgent",
 	"examples/vault-proxy/README.md":     "TestExampleVaultProxy",
 	"docs/openbao.md":                    "TestOpenBaoPage",
+	"docs/recipes.md":                    "TestRecipes",
 	"docs/runbook.md":                    "TestRunbook",
 	"docs/security.md":                   "TestSecurityPage",
 	"docs/tutorial.md":                   "TestTutorial",
@@ -223,7 +224,7 @@ func (s *shell) exists(name string) bool {
 // fails, and returns their output.
 func (s *shell) try(commands string) (string, error) {
 	const vars = `touch .vars; . ./.vars
-		trap 'for v in version previous sha256 lease hash mine; do declare -p $v || true; done > .vars 2>/dev/null' EXIT
+		trap 'for v in version previous sha256 lease mine sponsor; do declare -p $v || true; done > .vars 2>/dev/null' EXIT
 	`
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()
