@@ -224,7 +224,8 @@ func (s *shell) exists(name string) bool {
 // fails, and returns their output.
 func (s *shell) try(commands string) (string, error) {
 	const vars = `touch .vars; . ./.vars
-		trap 'for v in version previous sha256 lease mine sponsor; do declare -p $v || true; done > .vars 2>/dev/null' EXIT
+		trap 'for v in version previous sha256 lease mine sponsor
+			do declare -p $v || true; done > .vars 2>/dev/null' EXIT
 	`
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()
