@@ -119,8 +119,8 @@ func TestKubernetesValues(t *testing.T) {
 	into := t.TempDir()
 	out, err := run(suite.plugin.File, install.Args[0], into)
 	noError(t, err)
-	file := pluginName + "-" + pluginVersion
-	equal("installed file", strings.TrimSpace(out), suite.sha256+"  "+path.Join(into, file))
+	installed := path.Join(into, pluginName+"-"+pluginVersion)
+	equal("installed file", strings.TrimSpace(out), suite.sha256+"  "+installed)
 
 	// The same file from an image volume, under the same name.
 	image := chartValues(t, "image-volume").Server
@@ -129,7 +129,7 @@ func TestKubernetesValues(t *testing.T) {
 	equal("image", image.Volumes[0].Image.Reference, install.Image)
 	equal("file in the image", mounted.SubPath, pluginName)
 	version := regexp.MustCompile(`:(v[\d.]+)@sha256:`).FindStringSubmatch(install.Image)[1]
-	equal("mounted file", mounted.MountPath, pluginDirectory["vault"]+"/"+strings.ReplaceAll(file, pluginVersion, version))
+	equal("mounted file", mounted.MountPath, path.Join(pluginDirectory["vault"], pluginName+"-"+version))
 
 	// OpenBao: the stanzas of docs/openbao.md.
 	bao := named(t, "docs/openbao.md")
