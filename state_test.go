@@ -5,9 +5,11 @@ package cablesecrets
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -265,6 +267,44 @@ func TestDisablingDoesNotWait(t *testing.T) {
 		t.Error(err)
 	}
 	m.write("roles/ci", kv{"disabled": true})
+}
+
+// TestFirstVersion checks that the engine works with what v0.1.0 stored, and that it ends a lease of v0.1.0.
+func TestFirstVersion(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	golden := func(name string) []byte {
+		raw, err := os.ReadFile("internal/state/testdata/v0.1.0/" + name + ".json")
+		must(t, err)
+		return raw
+	}
+	m.put("roles/whole", golden("role"), nil)
+	m.put("roles/least", golden("role-least"), nil)
+	m.put("config", golden("config"), nil)
+	m.write("config", kv{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "ca_cert": "", "disabled": false})
+	m.ok(opPatch, "config", kv{"organization_id": "org_a", "auth_scheme": "raw"})
+	if m.ok(opRead, "creds/least", nil).Secret == nil {
+		t.Error("no lease")
+	}
+	m.refused(400, opRead, "creds/whole", nil, "is disabled")
+	m.ok(opPatch, "roles/whole", kv{"disabled": false, "organization_id": nil, "organization_ids": "org_b"})
+	if m.ok(opRead, "creds/whole", kv{"organization_id": "org_b"}).Secret != nil {
+		t.Error("a lease")
+	}
+	for _, kept := range []string{`"lease":false`, `"earlier_until":1800000000`, `"reuse_for":300`} {
+		if got := m.stored("roles/whole"); !strings.Contains(got, kept) {
+			t.Errorf("%s lacks %s", got, kept)
+		}
+	}
+	revoke := m.newRequest(m.storage, opRevoke, "", nil)
+	revoke.Secret = new(logical.Secret)
+	must(t, json.Unmarshal(golden("lease"), &revoke.Secret.InternalData))
+	_, err := m.b.HandleRequest(t.Context(), revoke)
+	must(t, err)
+	line := m.logLine("lease ended before its token")
+	if line["role"] != "reports" || line["expires_at"] != "2100-01-01T00:00:00Z" || line["token_sha256"] == "" {
+		t.Errorf("%v", line)
+	}
 }
 
 // TestUnknownFieldsAreKept checks that a write keeps the stored fields of a newer version, and that no response and no
