@@ -30,6 +30,7 @@ var pageTests = map[string]string{
 	"examples/consul-template/README.md": "TestExampleConsulTemplate",
 	"examples/vault-agent/README.md":     "TestExampleVaultAgent",
 	"examples/vault-proxy/README.md":     "TestExampleVaultProxy",
+	"docs/kubernetes.md":                 "TestKubernetesValues",
 	"docs/openbao.md":                    "TestOpenBaoPage",
 	"docs/recipes.md":                    "TestRecipes",
 	"docs/runbook.md":                    "TestRunbook",
@@ -60,6 +61,8 @@ var notRun = map[string]string{
 	"examples/vault-proxy/README.md#Run/1":           "runs until it is ended: TestExampleVaultProxy starts it",
 	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
 	"README.md#Try it/1":                             "TestDemo runs make demo; make test runs all tests",
+	"docs/kubernetes.md#log":                         "needs pods, which no test has",
+	"docs/kubernetes.md#restart":                     "needs pods, which no test has",
 	"docs/openbao.md#active-node":                    "needs a cluster: TestHA runs it",
 	"docs/openbao.md#node-version":                   "needs a cluster: TestHA runs it",
 	"docs/runbook.md#setcap":                         "needs root: TestLockedMemory runs it",
@@ -81,7 +84,7 @@ var notRun = map[string]string{
 	"examples/kubernetes/csi/README.md#Run it/2": "needs the driver: TestExampleKubernetesCalls replays the requests",
 }
 
-// block is a fenced block of a page with commands, a transcript, or HCL.
+// block is a fenced block of a page with commands, a transcript, HCL or YAML.
 type block struct {
 	// id is the page with the block's name, such as "docs/runbook.md#rotate" for
 	// "```sh name=rotate"; without a name, with heading and number, such as
@@ -91,7 +94,7 @@ type block struct {
 }
 
 // fence finds a block with its language and name, and the indent of a list around it.
-var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl)(?: name=([\\w-]+)| \\w+)?\n(.*?)^ *```")
+var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl|yaml)(?: name=([\\w-]+)| \\w+)?\n(.*?)^ *```")
 
 // blocksOf returns the blocks of a page that a reader may type or copy.
 func blocksOf(t *testing.T, page string) (found []block) {
