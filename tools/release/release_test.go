@@ -476,6 +476,39 @@ func untar(t *testing.T, from io.ReadCloser) map[string]string {
 	}
 }
 
+// TestReleaseStarts starts this release in a real server. Neither an archive nor an image
+// that contains another binary than the published sum's is started.
+func TestReleaseStarts(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		t.Skip("the image is for Linux")
+	}
+	const changeImage = `mkdir layout layer && tar -xf *_oci.tar -C layout
+for blob in layout/blobs/sha256/*; do
+  if tar -xzf $blob -C layer 2>/dev/null; then echo >>layer/` + project + `; tar -czf $blob -C layer .; fi
+done
+tar -cf *_oci.tar -C layout .`
+	for _, tt := range []struct{ change, started string }{
+		{"", "Both binaries of " + testTag + " mint."},
+		{"sed -i 's/^......../00000000/' *_PLUGIN_SHA256SUMS", "== from-archive"},
+		{changeImage, "== " + project + "-" + testTag},
+	} {
+		dir := t.TempDir()
+		copyFiles(t, filepath.Dir(dist(t, "")), dir)
+		must(output(dir, nil, "bash", "-euc", tt.change))(t)
+		out, err := output(dir, nil, filepath.Join(root, "scripts/release-start"), dir)
+		last := out[strings.LastIndex("\n"+out, "\n== "):]
+		if tt.change == "" {
+			check(t, err)
+		} else if err == nil || !strings.Contains(err.Error(), "checksum") {
+			t.Errorf("after %s: %v", tt.change, err)
+		}
+		if !strings.Contains(last, tt.started) {
+			t.Errorf("after %s: the last binary was %s, want %s", tt.change, last, tt.started)
+		}
+	}
+}
+
 // TestSnapshotVersion checks that snapshots of different commits differ in their versions.
 func TestSnapshotVersion(t *testing.T) {
 	dir := t.TempDir()
