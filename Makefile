@@ -114,6 +114,11 @@ release: export GOTOOLCHAIN = $(RELEASE_GO)
 release: ## Build the release of HEAD's tag, or a snapshot, into dist/
 	$(call with,release) go -C tools/release run . build $(if $(PLATFORMS),-platforms $(PLATFORMS))
 
+.PHONY: vex
+vex: export GOTOOLCHAIN = $(RELEASE_GO)
+vex: ## Write the OpenVEX document of the release in dist/, from govulncheck
+	$(call with,ci release) go -C tools/release run . vex
+
 .PHONY: release-verify
 release-verify: ## Build VERSION again and compare with the files in FROM
 	@scripts/release-verify '$(VERSION)' '$(FROM)'
@@ -121,7 +126,7 @@ release-verify: ## Build VERSION again and compare with the files in FROM
 .PHONY: release-test
 release-test: ## Test the release tools; RELEASE_TEST=all for all platforms
 	$(call with,lint) cd tools/release; golangci-lint run ./...
-	$(call with,release cosign) go -C tools/release test -count=1 -timeout 60m ./...
+	$(call with,ci release cosign) go -C tools/release test -count=1 -timeout 60m ./...
 
 .PHONY: actionlint
 actionlint: ## Check the workflows

@@ -47,7 +47,7 @@ var everything = os.Getenv("RELEASE_TEST") == "all"
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
 
 func runTests(m *testing.M) int {
-	for _, tool := range []string{"goreleaser", "cyclonedx-gomod", "cosign", "crane"} {
+	for _, tool := range []string{"goreleaser", "cyclonedx-gomod", "cosign", "crane", "govulncheck"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			fmt.Fprintln(os.Stderr, tool, "is not on PATH: run `make release-test`")
 			return 1
@@ -506,6 +506,51 @@ tar -cf *_oci.tar -C layout .`
 		if !strings.Contains(last, tt.started) {
 			t.Errorf("after %s: the last binary was %s, want %s", tt.change, last, tt.started)
 		}
+	}
+}
+
+// TestVEX writes the OpenVEX document of this release with a database of two made-up
+// vulnerabilities that no code of the plugin reaches.
+func TestVEX(t *testing.T) {
+	t.Parallel()
+	dir, database := filepath.Join(t.TempDir(), "clone"), t.TempDir()
+	must(output("", nil, "git", "clone", "-q", must(built())(t), dir))(t)
+	copyFiles(t, filepath.Dir(dist(t, "")), filepath.Join(dir, "dist"))
+	document := filepath.Join(dir, "dist", project+"_"+testVersion+".openvex.json")
+	const hclog = "github.com/hashicorp/go-hclog"
+	add := func(id, module, pkg, symbol string) string {
+		write(t, filepath.Join(database, "ID", id+".json"), fmt.Sprintf(`{"id": %q, "modified": %q, "affected": [{
+			"package": {"name": %q, "ecosystem": "Go"},
+			"ranges": [{"type": "SEMVER", "events": [{"introduced": "0"}]}],
+			"ecosystem_specific": {"imports": [{"path": %q, "symbols": [%q]}]}}]}`,
+			id, testCommit, module, pkg, symbol), 0o600)
+		return fmt.Sprintf(`{"path": %q, "vulns": [{"id": %q, "modified": %q}]}`, module, id, testCommit)
+	}
+	modules := add("GO-2026-9001", hclog, hclog+"/none", "New") + "," +
+		add("GO-2026-9002", "stdlib", "net/http", "ServeFileFS")
+	write(t, filepath.Join(database, "index/db.json"), fmt.Sprintf(`{"modified": %q}`, testCommit), 0o600)
+	write(t, filepath.Join(database, "index/modules.json"), "["+modules+"]", 0o600)
+	must(output(dir, nil, filepath.Join(testDir, "release"), "vex", "file://"+database))(t)
+	text := read(t, document)
+	product := "pkg:golang/" + module
+	for part, count := range map[string]int{
+		`"status": "not_affected"`:                                      2,
+		`"justification": "vulnerable_code_not_present"`:                1,
+		`"justification": "vulnerable_code_not_in_execute_path"`:        1,
+		`"@id": "` + product + `"`:                                      2,
+		`"@id": "` + product + "@" + testTag + `"`:                      2,
+		`"@id": "pkg:golang/` + hclog + "@v":                            2,
+		`"@id": "pkg:golang/std@go1.`:                                   2,
+		`/releases/download/` + testTag + "/" + filepath.Base(document): 1,
+		"Unknown": 0,
+	} {
+		if got := strings.Count(text, part); got != count {
+			t.Errorf("the document has %d times %s, want %d:\n%s", got, part, count, text)
+		}
+	}
+	reached := strings.Replace(text, "not_affected", "affected", 1)
+	if _, err := completeVEX([]byte(reached), testTag, ""); err == nil {
+		t.Error("a vulnerability that code reaches is accepted")
 	}
 }
 
