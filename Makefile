@@ -34,8 +34,9 @@ fips: build ## Build the plugin with Go's FIPS 140-3 module v1.0.0
 .PHONY: fips-test
 fips-test: export GOFIPS140 = v1.0.0
 fips-test: export GODEBUG = fips140=only
-fips-test: ## Test the process and Cable's client with that module alone
+fips-test: ## Test the process and Cable's client with that module alone, and mint in a real server
 	go test -count=1 ./cmd/vault-plugin-secrets-cable ./internal/cable
+	GODEBUG= E2E=require go test -count=1 -run '^TestFIPS$$' ./e2e
 
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
@@ -131,6 +132,10 @@ release-test: ## Test the release tools; RELEASE_TEST=all for all platforms
 .PHONY: actionlint
 actionlint: ## Check the workflows
 	$(call with,ci) actionlint
+
+.PHONY: cable-schema
+cable-schema: ## Compare the OpenAPI document that Cable publishes with what the engine assumes
+	go run ./internal/cabletest/schema $(OPENAPI)
 
 .PHONY: vulncheck
 vulncheck: ## Look for known vulnerabilities in what is linked
