@@ -37,13 +37,13 @@ func TestCompatibilityPage(t *testing.T) {
 		}
 	}
 	var pinned []string
-	for _, name := range list("../scripts/servers.sha256", `^[0-9a-f]{64}  (?:open)?(bao_|vault_)([\d.]+)_`) {
+	for _, name := range list("../internal/vaulttest/servers.sha256", `^[0-9a-f]{64}  (?:open)?(bao_|vault_)([\d.]+)_`) {
 		pinned = append(pinned, strings.NewReplacer("bao_", "openbao-", "vault_", "vault-").Replace(name))
 	}
 	pinned = append(pinned, "vault-newest", "openbao-newest")
 	matrix := list("../.github/workflows/compat.yml", `^ +- ((?:vault|openbao)-\S+)$`)
 	if diff := cmp.Diff(pinned, matrix); diff != "" || len(built) < 5 || len(pinned) < 8 {
-		t.Errorf("%d built, servers (-scripts/servers.sha256 +compat.yml):\n%s", len(built), diff)
+		t.Errorf("%d built, servers (-internal/vaulttest/servers.sha256 +compat.yml):\n%s", len(built), diff)
 	}
 	checked := list("../tools/vault/go.mod", `^require github.com/hashicorp/vault v(.*)$`)
 	contains(t, readFile(t, "../docs/compatibility.md"), "Vault "+strings.Join(checked, "")+".")

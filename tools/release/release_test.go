@@ -220,6 +220,20 @@ func TestReproducible(t *testing.T) {
 		}
 	}
 	t.Logf("%d files are the same", len(files))
+	// So are the builds of a clone, with Go's FIPS 140-3 module, too.
+	builds := map[string]bool{}
+	for _, target := range []string{"build", "fips"} {
+		var sums [2]string
+		for i, dir := range []string{first, second} {
+			must(output(dir, []string{"GOCACHE=" + cache}, "make", "-s", target))(t)
+			sums[i] = must(sha256File(filepath.Join(dir, "bin", project)))(t)
+			builds[sums[i]] = true
+		}
+		t.Log("make", target, sums)
+	}
+	if len(builds) != 2 {
+		t.Errorf("two builds, and two with FIPS, are %d different ones", len(builds))
+	}
 }
 
 // TestFiles reads the files that a release has for download, each archive, its binary, its
