@@ -37,7 +37,8 @@ func TestCompatibilityPage(t *testing.T) {
 		}
 	}
 	var pinned []string
-	for _, name := range list("../internal/vaulttest/servers.sha256", `^[0-9a-f]{64}  (?:open)?(bao_|vault_)([\d.]+)_`) {
+	const archive = `^[0-9a-f]{64}  (?:open)?(bao_|vault_)([\d.]+)_`
+	for _, name := range list("../internal/vaulttest/servers.sha256", archive) {
 		pinned = append(pinned, strings.NewReplacer("bao_", "openbao-", "vault_", "vault-").Replace(name))
 	}
 	pinned = append(pinned, "vault-newest", "openbao-newest")
@@ -60,12 +61,13 @@ func TestServerDownload(t *testing.T) {
 	}
 	dir := t.TempDir()
 	const build = `
-key() { gpg --batch --quiet --homedir "$PWD/$1" --passphrase '' --quick-generate-key "$1@example.com" ed25519 sign never; }
-sign() { gpg --batch --quiet --homedir "$PWD/$1" --yes --detach-sign -o "files/checksums.txt.gpgsig" files/checksums.txt; }
+as() { gpg --batch --quiet --yes --homedir "$PWD/$1" "${@:2}"; }
+key() { as "$1" --passphrase '' --quick-generate-key "$1@example.com" ed25519 sign never; }
+sign() { as "$1" --detach-sign -o files/checksums.txt.gpgsig files/checksums.txt; }
 mkdir -m 0700 vendor other
 mkdir -p files openbao/openbao
 key vendor && key other
-gpg --batch --homedir "$PWD/vendor" --armor --export >files/openbao-gpg-pub-20240618.asc
+as vendor --armor --export >files/openbao-gpg-pub-20240618.asc
 printf '#!/bin/sh\necho a server\n' >bao && chmod +x bao
 for version in 2.9.9 2.10.0 2.11.0; do tar -czf "files/openbao_${version}_linux_amd64.tar.gz" bao; done
 (cd files && sha256sum openbao_2.9.9_* openbao_2.10.0_*) >files/checksums.txt
@@ -115,7 +117,7 @@ gpg --homedir ../../vendor --with-colons --list-keys | awk -F: '$1 == "fpr" {pri
 			writeFile(t, filepath.Join(dir, "pins"), pins)
 		}
 		cache := t.TempDir()
-		sign := build[strings.Index(build, "sign()"):strings.Index(build, "mkdir")]
+		sign := build[strings.Index(build, "as()"):strings.Index(build, "mkdir")]
 		out, err := bash(append(env, "SERVER_CACHE="+cache, "ARGS="+tt.args), sign+tt.change+"\n"+run)
 		t.Logf("%s: %s", tt.args, strings.TrimSpace(out))
 		if good := tt.want == "a server"; !strings.Contains(out, tt.want) || (err == nil) != good {

@@ -55,7 +55,8 @@ func TestFIPS(t *testing.T) {
 	plain.read(t)
 	fips := v.mountAt(t, "fips", plugin, sim)
 	fips.configure(t, unapproved)
-	if a := fips.do(t, "GET", "fips/creds/app", nil); a.status != 502 || !strings.Contains(a.text, "handshake failure") {
+	a := fips.do(t, "GET", "fips/creds/app", nil)
+	if a.status != 502 || !strings.Contains(a.text, "handshake failure") {
 		t.Errorf("from a server without a cipher of FIPS mode: %s", a)
 	}
 	fips.configure(t, approved)

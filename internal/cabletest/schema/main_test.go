@@ -30,9 +30,9 @@ func TestSchema(t *testing.T) {
 		{`, "message": {"type": "string"},`, ",", none + `"401.message"; the engine assumes "string, required".` +
 			"\n" + none + `"429.message"` + "\n" + none + `"500.message"`},
 		{`_name"]`, `_name", "scopes"]`, `"200.scopes" is "object, required"; the engine assumes "object".`},
-		{"transactions:", "a:", `"200.scopes.scopes" is "array, required, a:write"` + "\n" + `"request.scopes.scopes" is "`},
+		{"transactions:", "a:", `"200.scopes.scopes" is "array, required, a:w` + "\n" + `"request.scopes.scopes" is "`},
 		{`"200": {`, `"202": {}, "200": {`, added + `"202 content": "".`},
-		{"api.cable", "eu.cable", none + `"server https://api.cable.tech"` + "\n" + added + `"server https://eu.cable.tech"`},
+		{"//api", "//eu", none + `"server https://api.cable.tech"` + "\n" + added + `"server https://eu.cable.tech"`},
 		{`"Authorization"`, `"X-Key"`, none + `"header Authorization"` + "\n" + added + `"header X-Key"`},
 		{"/v2/auth", "/v3/auth", "the document has no POST /v2/auth/token"},
 		{"{", "<", "the document is not JSON"},

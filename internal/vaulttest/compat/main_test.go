@@ -87,7 +87,8 @@ func TestRunBy(t *testing.T) {
 	}
 	env["GITHUB_RUN_ID"], env["GITHUB_WORKFLOW"] = "42", "compat"
 	env["GITHUB_SERVER_URL"], env["GITHUB_REPOSITORY"] = "https://forge.example.com", "a/b"
-	if got, want := runBy(t.Context(), get), "[workflow compat](https://forge.example.com/a/b/actions/runs/42)"; got != want {
+	const want = "[workflow compat](https://forge.example.com/a/b/actions/runs/42)"
+	if got := runBy(t.Context(), get); got != want {
 		t.Errorf("in a workflow: %q, want %q", got, want)
 	}
 	if env["COMPAT_BY"] = "Ada"; runBy(t.Context(), get) != "Ada" {
