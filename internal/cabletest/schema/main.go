@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Command schema reads Cable's OpenAPI document from standard input, and compares its
-// token endpoint with what the engine assumes, which is in testdata/assumed.txt. It
-// prints a sentence for each difference, and exits with 1 if there is one.
+// token endpoint with the one that the engine assumes, in assumed.json. It prints a
+// sentence for each difference, and exits with 1 if there is one.
 package main
 
 import (
@@ -20,16 +20,14 @@ import (
 
 const (
 	endpoint = "/v2/auth/token"
-	maxDepth = 10 // of schemas in schemas, because a schema may refer to itself
+	maxDepth = 20 // of a value, because a schema may refer to itself
 )
 
-// assumed has a line for each fact, "NAME: FACT".
-//
-//go:embed testdata/assumed.txt
+//go:embed assumed.json
 var assumed string
 
 func main() {
-	differences, err := run(os.Stdin)
+	differences, err := compare(os.Stdin)
 	for _, d := range differences {
 		fmt.Println(d)
 	}
@@ -41,126 +39,99 @@ func main() {
 	}
 }
 
-// run returns the differences, in the order of the names.
-func run(in io.Reader) (differences []string, err error) {
-	r := reader{facts: map[string]string{}}
-	if err := json.NewDecoder(in).Decode(&r.document); err != nil {
-		return nil, fmt.Errorf("the document is not JSON: %w", err)
-	}
-	if err := r.read(); err != nil {
+// compare returns the differences of a document, in the order of the names.
+func compare(in io.Reader) (differences []string, err error) {
+	now, err := read(in)
+	if err != nil {
 		return nil, err
 	}
-	before := map[string]string{}
-	for line := range strings.Lines(assumed) {
-		if name, fact, ok := strings.Cut(strings.TrimSpace(line), ": "); ok && !strings.HasPrefix(name, "#") {
-			before[name] = fact
-		}
+	before, err := read(strings.NewReader(assumed))
+	if err != nil {
+		return nil, fmt.Errorf("assumed.json: %w", err)
 	}
-	all := maps.Clone(before)
-	maps.Copy(all, r.facts)
 	say := func(format string, a ...any) { differences = append(differences, fmt.Sprintf(format, a...)) }
+	all := maps.Clone(before)
+	maps.Copy(all, now)
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		was, known := before[name]
-		is, found := r.facts[name]
+		is, found := now[name]
 		switch {
 		case !found:
-			say("Cable's document has no %q; the engine assumes %q.", name, was)
+			say("Cable's document has no %s any more: the engine assumes %q.", name, was)
 		case !known:
-			say("Cable's document has a new %q: %q.", name, is)
+			say("Cable's document has %s, which is new to the engine: %q.", name, is)
 		case was != is:
-			say("%q is %q; the engine assumes %q.", name, is, was)
+			say("%s is %q: the engine assumes %q.", name, is, was)
 		}
 	}
 	return differences, nil
 }
 
-// A reader collects the facts of a document by name.
-type reader struct {
+// read returns the servers of a document, and all that it says of the endpoint, by name.
+func read(in io.Reader) (map[string]string, error) {
+	var document map[string]any
+	if err := json.NewDecoder(in).Decode(&document); err != nil {
+		return nil, fmt.Errorf("the document is not JSON: %w", err)
+	}
+	paths, _ := document["paths"].(map[string]any)
+	path, _ := paths[endpoint].(map[string]any)
+	post, ok := path["post"].(map[string]any)
+	if !ok {
+		return nil, fmt.Errorf("the document has no POST %s", endpoint)
+	}
+	f := facts{document, map[string]string{}}
+	f.add("servers", document["servers"], 0)
+	for _, part := range []string{"parameters", "requestBody", "responses"} {
+		f.add(part, post[part], 0)
+	}
+	return f.found, nil
+}
+
+// facts are the values of a document by name, such as "responses.200.content".
+type facts struct {
 	document any
-	facts    map[string]string
+	found    map[string]string
 }
 
-// read collects the servers, and the endpoint's header, request and responses.
-func (r *reader) read() error {
-	post := object(r.at(r.document, "paths", endpoint, "post"))
-	if post == nil {
-		return fmt.Errorf("the document has no POST %s", endpoint)
-	}
-	for _, server := range list(object(r.document)["servers"]) {
-		r.facts[fmt.Sprint("server ", object(server)["url"])] = "listed"
-	}
-	for _, parameter := range list(post["parameters"]) {
-		p := object(r.at(parameter))
-		r.schema(fmt.Sprint(p["in"], " ", p["name"]), p["schema"], p["required"] == true, 0)
-	}
-	r.content("request", post["requestBody"])
-	for status, response := range object(post["responses"]) {
-		r.content(status, response)
-	}
-	return nil
-}
+// described finds the lifetimes and scopes in a description, whose other text is ignored.
+var described = regexp.MustCompile(`\b\d{3,}\b|\b[a-z_]+:[a-z_]+\b`)
 
-// content collects the body of the request or of a response.
-func (r *reader) content(name string, body any) {
-	content := object(r.at(body, "content"))
-	r.facts[name+" content"] = strings.Join(slices.Sorted(maps.Keys(content)), ", ")
-	for _, media := range content {
-		r.schema(name, object(media)["schema"], false, 0)
-	}
-}
-
-var (
-	// described finds lifetimes and scopes, which Cable's document names in descriptions.
-	described = regexp.MustCompile(`\b\d{3,}\b|\b[a-z_]+:[a-z_]+\b`)
-	// structure has the members of a schema that are no constraint on its value.
-	structure = strings.Fields("type title description example examples default required properties items")
-)
-
-// schema collects the type of a field, its constraints, and the fields in it.
-func (r *reader) schema(name string, schema any, required bool, depth int) {
-	s := object(r.at(schema))
-	words := []string{fmt.Sprint(s["type"])}
-	if required {
-		words = append(words, "required")
-	}
-	for _, key := range slices.Sorted(maps.Keys(s)) {
-		if !slices.Contains(structure, key) {
-			words = append(words, fmt.Sprint(key, " ", s[key]))
-		}
-	}
-	if d, _ := s["description"].(string); s["properties"] == nil {
-		words = append(words, described.FindAllString(d, -1)...)
-	}
-	r.facts[name] = strings.Join(words, ", ")
-	if depth == maxDepth {
-		return
-	}
-	for field, value := range object(s["properties"]) {
-		r.schema(name+"."+field, value, slices.Contains(list(s["required"]), any(field)), depth+1)
-	}
-	if s["items"] != nil {
-		r.schema(name+"[]", s["items"], false, depth+1)
-	}
-}
-
-// at returns the part of a value below the keys, after references.
-func (r *reader) at(value any, keys ...string) any {
-	for range maxDepth {
-		ref, ok := object(value)["$ref"].(string)
-		if !ok {
-			break
-		}
-		value = r.document
+// add adds a value, with those in it, after references.
+func (f facts) add(name string, value any, depth int) {
+	object, _ := value.(map[string]any)
+	if ref, ok := object["$ref"].(string); ok {
+		value = f.document
 		for key := range strings.SplitSeq(strings.TrimPrefix(ref, "#/"), "/") {
-			value = object(value)[key]
+			object, _ = value.(map[string]any)
+			value = object[strings.ReplaceAll(key, "~1", "/")]
 		}
+		object, _ = value.(map[string]any)
 	}
-	if len(keys) == 0 {
-		return value
+	list, _ := value.([]any)
+	switch {
+	case depth == maxDepth:
+	case object != nil:
+		f.found[name] = "an object"
+		for key, v := range object {
+			switch key {
+			case "title", "summary", "example", "examples": // for people
+			case "description":
+				if words := described.FindAllString(fmt.Sprint(v), -1); len(words) > 0 {
+					f.found[name+".description"] = strings.Join(words, ", ")
+				}
+			default:
+				f.add(name+"."+key, v, depth+1)
+			}
+		}
+	case slices.ContainsFunc(list, func(v any) bool { _, ok := v.(map[string]any); return ok }):
+		for i, v := range list {
+			f.add(fmt.Sprint(name, "[", i, "]"), v, depth+1)
+		}
+	case list != nil: // such as the required fields, in any order
+		words := strings.Fields(strings.Trim(fmt.Sprint(list), "[]"))
+		slices.Sort(words)
+		f.found[name] = strings.Join(words, ", ")
+	default:
+		f.found[name] = fmt.Sprint(value)
 	}
-	return r.at(object(value)[keys[0]], keys[1:]...)
 }
-
-func object(v any) map[string]any { m, _ := v.(map[string]any); return m }
-
-func list(v any) []any { l, _ := v.([]any); return l }
