@@ -50,7 +50,7 @@ func TestCompatibilityPage(t *testing.T) {
 	contains(t, readFile(t, "../docs/compatibility.md"), "Vault "+strings.Join(checked, "")+".")
 }
 
-// TestServerDownload runs scripts/server with a vendor on loopback, who has a key and
+// TestServerDownload runs scripts/server against a vendor on loopback, with a key and
 // repositories of its own.
 func TestServerDownload(t *testing.T) {
 	t.Parallel()

@@ -20,8 +20,11 @@ import (
 // The document is no part of the sums, because the database grows after the release.
 func writeVEX(ctx context.Context, database string) error {
 	sums, err := filepath.Glob("dist/" + project + "_*_PLUGIN_SHA256SUMS")
-	if err != nil || len(sums) != 1 {
-		return fmt.Errorf("dist/ has %d releases (%w), build one first", len(sums), err)
+	if err != nil {
+		return err
+	}
+	if len(sums) != 1 {
+		return fmt.Errorf("dist/ has %d releases: build one first", len(sums))
 	}
 	stem := strings.TrimSuffix(sums[0], "_PLUGIN_SHA256SUMS")
 	version := "v" + strings.TrimPrefix(filepath.Base(stem), project+"_")
