@@ -73,9 +73,11 @@ var notRun = map[string]string{
 	"docs/tutorial.md#forget":                        "needs the alias of a terminal: TestTutorial runs it with one",
 	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
 	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
+	"docs/cable-api.md#Top/1":                        "reads Cable's own document, over a network",
 	"docs/compatibility.md#compat-openbao":           "runs all end-to-end tests, on an OpenBao server",
+	"docs/compatibility.md#compat-download":          "needs a network: TestServerDownload runs the script on loopback",
 	"docs/compatibility.md#Repeat the tests/1":       "runs all end-to-end tests, on each server",
-	"docs/compatibility.md#Repeat the tests/2":       "runs all tests",
+	"docs/compatibility.md#Repeat the tests/3":       "runs all tests",
 	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts scripts/dev",
 
 	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster, which no test has",
