@@ -59,47 +59,14 @@ const (
 
 func main() {
 	flag.Parse()
-	temp, err := os.MkdirTemp("", "mutants")
-	check(err)
-	count := make(map[string]int)
-	names := make(map[string]bool)
+	temp := must(os.MkdirTemp("", "mutants"))
+	count, names := make(map[string]int), make(map[string]bool)
 	for _, name := range strings.Fields(cmp.Or(strings.Join(flag.Args(), " "), packages)) {
 		dir := filepath.Join("internal", name)
-		mutants := mutantsOf(dir, names)
-		if len(mutants) == 0 {
-			continue
-		}
-		begin := time.Now()
-		out, err := exec.Command("go", "test", "-count=1", "./"+dir).CombinedOutput()
-		if err != nil {
-			check(fmt.Errorf("the tests of %s fail without a mutant: %s", name, out))
-		}
-		limit := time.Minute + 4*time.Since(begin)
-		counts := make(map[string]int)
-		var mu sync.Mutex
-		next := make(chan mutant)
-		var wg sync.WaitGroup
-		for range *workers {
-			wg.Go(func() {
-				for m := range next {
-					result := m.test(temp, limit)
-					mu.Lock()
-					counts[result]++
-					if result != killed && result != notViable {
-						fmt.Printf("%s: %s\n\tline %d: %s\n", result, m.name, m.line, m.text)
-					}
-					mu.Unlock()
-				}
-			})
-		}
-		for _, m := range mutants {
-			next <- m
-		}
-		close(next)
-		wg.Wait()
-		fmt.Printf("%s: %v in %s\n", name, counts, time.Since(begin).Round(time.Second))
-		for result, n := range counts {
-			count[result] += n
+		if mutants := mutantsOf(dir, names); len(mutants) > 0 {
+			begin := time.Now()
+			testAll(mutants, dir, temp, count)
+			fmt.Printf("%s: %d mutants in %s\n", name, len(mutants), time.Since(begin).Round(time.Second))
 		}
 	}
 	check(os.RemoveAll(temp))
@@ -113,19 +80,23 @@ func check(err error) {
 	}
 }
 
+func must[T any](value T, err error) T {
+	check(err)
+	return value
+}
+
 // judge fails if too few were killed, for a survivor without a reason, and for a reason without a mutant.
 func judge(count map[string]int, names map[string]bool) error {
 	dead := count[killed] + count[timedOut]
 	all := dead + count[survived] + count[listed]
 	rate := 100 * float64(dead) / float64(max(all, 1))
-	fmt.Printf("%d of %d mutants were killed, %.1f %%\n", dead, all, rate)
-	if count[survived] > 0 {
+	fmt.Printf("%d of %d mutants were killed, %.1f %%, %d of them by the time limit\n", dead, all, rate, count[timedOut])
+	switch isPart := *since+*only != "" || flag.NArg() > 0; {
+	case count[survived] > 0:
 		return fmt.Errorf("%d survivors are not in survivors.txt", count[survived])
-	}
-	if *since != "" || *only != "" || len(flag.Args()) > 0 {
-		return nil // the rate is one of all packages
-	}
-	if rate < leastKilled {
+	case isPart:
+		return nil
+	case rate < leastKilled:
 		return fmt.Errorf("less than %d %% were killed", leastKilled)
 	}
 	for line := range strings.Lines(survivors) {
@@ -137,24 +108,16 @@ func judge(count map[string]int, names map[string]bool) error {
 }
 
 // mutantsOf returns the mutants of a package that are to be tested, and adds the names of all to names.
-func mutantsOf(dir string, names map[string]bool) []mutant {
-	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
-	check(err)
-	var mutants []mutant
-	for _, file := range files {
+func mutantsOf(dir string, names map[string]bool) (mutants []mutant) {
+	for _, file := range must(filepath.Glob(filepath.Join(dir, "*.go"))) {
 		if strings.HasSuffix(file, "_test.go") {
 			continue
 		}
-		source, err := os.ReadFile(file)
-		check(err)
-		all, err := mutate(file, source)
-		check(err)
 		var diff []byte
 		if *since != "" {
-			diff, err = exec.Command("git", "diff", "--unified=0", *since, "--", file).Output()
-			check(err)
+			diff = must(exec.Command("git", "diff", "--unified=0", *since, "--", file).Output())
 		}
-		for _, m := range all {
+		for _, m := range must(mutate(file, must(os.ReadFile(file)))) {
 			names[m.name] = true
 			if strings.Contains(m.name, *only) && (*since == "" || isChanged(diff, m.line)) {
 				mutants = append(mutants, m)
@@ -175,22 +138,48 @@ func isChanged(diff []byte, line int) bool {
 	})
 }
 
+// testAll tests the mutants of a package, and counts the results.
+func testAll(mutants []mutant, dir, temp string, count map[string]int) {
+	begin := time.Now()
+	if out, err := exec.Command("go", "test", "-count=1", "./"+dir).CombinedOutput(); err != nil {
+		check(fmt.Errorf("the tests fail without a mutant: %s", out))
+	}
+	limit := time.Minute + 4*time.Since(begin)
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	next := make(chan mutant)
+	for range *workers {
+		wg.Go(func() {
+			for m := range next {
+				result := m.test(dir, temp, limit)
+				mu.Lock()
+				count[result]++
+				if result != killed && result != notViable {
+					fmt.Printf("%s: %s\n\tline %d: %s\n", result, m.name, m.line, m.text)
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	for _, m := range mutants {
+		next <- m
+	}
+	close(next)
+	wg.Wait()
+}
+
 // test runs the tests of the package, in which the compiler reads the mutant in place of its file.
-func (m mutant) test(temp string, limit time.Duration) (result string) {
-	temp, err := os.MkdirTemp(temp, "")
-	check(err)
-	path, err := filepath.Abs(m.file)
-	check(err)
+func (m mutant) test(dir, temp string, limit time.Duration) (result string) {
+	temp = must(os.MkdirTemp(temp, ""))
 	mutated, overlay := filepath.Join(temp, "mutant.go"), filepath.Join(temp, "overlay.json")
-	replace, err := json.Marshal(map[string]any{"Replace": map[string]string{path: mutated}})
-	check(err)
+	replace := map[string]string{must(filepath.Abs(m.file)): mutated}
 	check(os.WriteFile(mutated, m.source, 0o600))
-	check(os.WriteFile(overlay, replace, 0o600))
+	check(os.WriteFile(overlay, must(json.Marshal(map[string]any{"Replace": replace})), 0o600))
 	args := []string{
 		"test", "-overlay=" + overlay, "-vet=off", "-failfast", "-count=1", "-parallel=64", "-timeout=" + limit.String(),
 	}
-	out, err := exec.Command("go", append(args, "./"+filepath.Dir(m.file))...).CombinedOutput()
-	if err == nil && strings.HasPrefix(m.file, "internal/fields/") { // whose rules are tested on each path of the engine
+	out, err := exec.Command("go", append(args, "./"+dir)...).CombinedOutput()
+	if err == nil && dir == "internal/fields" { // whose rules are tested on each path of the engine
 		out, err = exec.Command("go", append(args, "-short", "-run="+pathTests, ".")...).CombinedOutput()
 	}
 	switch {
