@@ -4,22 +4,29 @@
 // Command mutants shows whether the tests of the packages that keep the engine's promises notice a fault. It makes one
 // small fault at a time, a mutant, and runs the tests of its package, which must fail.
 //
-//   - A condition, or an operand of && or ||, is true or false. A bound is off by one, and so is a whole number.
-//   - An operator of arithmetic is the opposite one, and true is false.
+//   - A condition, or an operand of && or ||, is true or false. A bound is exclusive instead of inclusive, or the other
+//     way round. An operator of arithmetic is the opposite one, and true is false.
 //   - A statement is missing, namely a call, a defer, an assignment, ++ or --, or a jump. Locks remain, because a
 //     program without them hangs, which shows nothing of its tests.
 //
-// A mutant that does not compile is not counted. One whose tests exceed the time limit counts as killed. The command
-// fails if less than 95 % are killed, or if a survivor is not in survivors.txt, where each has its reason.
+// All mutants of a package are compiled into one test program, in which an environment variable switches one on. A
+// mutant whose tests exceed the time limit counts as killed. The command fails if less than 95 % are killed, or if a
+// survivor is not in survivors.txt, where each has its reason.
 package main
 
 import (
-	"bytes"
 	"cmp"
+	"context"
 	_ "embed"
 	"encoding/json"
 	"flag"
 	"fmt"
+	"go/ast"
+	"go/importer"
+	"go/parser"
+	"go/token"
+	"go/types"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -50,11 +57,10 @@ var (
 
 // The results of a mutant.
 const (
-	killed    = "killed"
-	timedOut  = "killed by the time limit"
-	survived  = "survived"
-	listed    = "survived as listed"
-	notViable = "not compiled"
+	killed   = "killed"
+	timedOut = "killed by the time limit"
+	survived = "survived"
+	listed   = "survived as listed"
 )
 
 func main() {
@@ -62,12 +68,10 @@ func main() {
 	temp := must(os.MkdirTemp("", "mutants"))
 	count, names := make(map[string]int), make(map[string]bool)
 	for _, name := range strings.Fields(cmp.Or(strings.Join(flag.Args(), " "), packages)) {
-		dir := filepath.Join("internal", name)
-		if mutants := mutantsOf(dir, names); len(mutants) > 0 {
-			begin := time.Now()
-			testAll(mutants, dir, temp, count)
-			fmt.Printf("%s: %d mutants in %s\n", name, len(mutants), time.Since(begin).Round(time.Second))
-		}
+		begin := time.Now()
+		p := load(name, temp, names)
+		p.testAll(count)
+		fmt.Printf("%s: %d mutants in %s\n", name, len(p.mutants), time.Since(begin).Round(time.Second))
 	}
 	check(os.RemoveAll(temp))
 	check(judge(count, names))
@@ -107,24 +111,82 @@ func judge(count map[string]int, names map[string]bool) error {
 	return nil
 }
 
-// mutantsOf returns the mutants of a package that are to be tested, and adds the names of all to names.
-func mutantsOf(dir string, names map[string]bool) (mutants []mutant) {
-	for _, file := range must(filepath.Glob(filepath.Join(dir, "*.go"))) {
-		if strings.HasSuffix(file, "_test.go") {
-			continue
+// pkg is a package with its mutants, which its compiled tests contain.
+type pkg struct {
+	dir      string
+	mutants  []mutant // that are tested
+	programs [][]string
+	limit    time.Duration
+}
+
+// load compiles the tests of a package with its mutants, and adds the names of all to names.
+func load(name, temp string, names map[string]bool) *pkg {
+	p := &pkg{dir: filepath.Join("internal", name)}
+	exports := make(map[string]string) // by the path of an imported package
+	const format = "{{if .Export}}{{.ImportPath}} {{.Export}}{{end}}"
+	for line := range strings.Lines(command("list", "-export", "-deps", "-f", format, "./"+p.dir)) {
+		path, file, _ := strings.Cut(strings.TrimSpace(line), " ")
+		exports[path] = file
+	}
+	set := token.NewFileSet()
+	var trees []*ast.File
+	var paths []string
+	for _, path := range must(filepath.Glob(filepath.Join(p.dir, "*.go"))) {
+		if !strings.HasSuffix(path, "_test.go") {
+			paths, trees = append(paths, path), append(trees, must(parser.ParseFile(set, path, nil, 0)))
 		}
+	}
+	info := &types.Info{Types: make(map[ast.Expr]types.TypeAndValue)}
+	config := types.Config{Importer: importer.ForCompiler(set, "gc", func(path string) (io.ReadCloser, error) {
+		return os.Open(exports[path])
+	})}
+	must(config.Check(p.dir, set, trees, info))
+
+	replace := make(map[string]string)
+	add := func(path string, source []byte) {
+		file := filepath.Join(temp, fmt.Sprintf("%s%d.go", name, len(replace)))
+		check(os.WriteFile(file, source, 0o600))
+		replace[must(filepath.Abs(path))] = file
+	}
+	number := 0
+	for i, path := range paths {
+		mutants, source := mutate(path, must(os.ReadFile(path)), set, trees[i], info, number)
+		add(path, source)
+		number += len(mutants)
 		var diff []byte
 		if *since != "" {
-			diff = must(exec.Command("git", "diff", "--unified=0", *since, "--", file).Output())
+			diff = must(exec.Command("git", "diff", "--unified=0", *since, "--", path).Output())
 		}
-		for _, m := range must(mutate(file, must(os.ReadFile(file)))) {
+		for _, m := range mutants {
 			names[m.name] = true
 			if strings.Contains(m.name, *only) && (*since == "" || isChanged(diff, m.line)) {
-				mutants = append(mutants, m)
+				p.mutants = append(p.mutants, m)
 			}
 		}
 	}
-	return mutants
+	add(filepath.Join(p.dir, "mutants.go"), fmt.Appendf(nil, helpers, name))
+	overlay := filepath.Join(temp, name+".json")
+	check(os.WriteFile(overlay, must(json.Marshal(map[string]any{"Replace": replace})), 0o600))
+	build := func(dir string, args ...string) {
+		program := filepath.Join(temp, fmt.Sprint(name, len(p.programs), ".test"))
+		command("test", "-c", "-overlay="+overlay, "-vet=off", "-o", program, "./"+dir)
+		p.programs = append(p.programs, append([]string{dir, program}, args...))
+	}
+	if len(p.mutants) > 0 {
+		build(p.dir)
+		if name == "fields" { // whose rules are tested on each path of the engine
+			build(".", "-test.short", "-test.run="+pathTests)
+		}
+	}
+	return p
+}
+
+func command(args ...string) string {
+	out, err := exec.Command("go", args...).CombinedOutput()
+	if err != nil {
+		check(fmt.Errorf("go %s: %w: %s", args, err, out))
+	}
+	return string(out)
 }
 
 var hunk = regexp.MustCompile(`(?m)^@@ -[0-9,]+ \+([0-9]+)(?:,([0-9]+))? @@`)
@@ -138,61 +200,55 @@ func isChanged(diff []byte, line int) bool {
 	})
 }
 
-// testAll tests the mutants of a package, and counts the results.
-func testAll(mutants []mutant, dir, temp string, count map[string]int) {
+// testAll tests the mutants, and counts the results.
+func (p *pkg) testAll(count map[string]int) {
 	begin := time.Now()
-	if out, err := exec.Command("go", "test", "-count=1", "./"+dir).CombinedOutput(); err != nil {
-		check(fmt.Errorf("the tests fail without a mutant: %s", out))
+	p.limit = time.Hour
+	if result, out := p.test(mutant{}); result != survived {
+		check(fmt.Errorf("the tests of %s fail without a mutant: %s", p.dir, out))
 	}
-	limit := time.Minute + 4*time.Since(begin)
+	p.limit = 20*time.Second + 5*time.Since(begin)
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	next := make(chan mutant)
 	for range *workers {
 		wg.Go(func() {
 			for m := range next {
-				result := m.test(dir, temp, limit)
+				result, _ := p.test(m)
 				mu.Lock()
 				count[result]++
-				if result != killed && result != notViable {
-					fmt.Printf("%s: %s\n\tline %d: %s\n", result, m.name, m.line, m.text)
+				if result != killed {
+					fmt.Printf("%s: %s (line %d)\n", result, m.name, m.line)
 				}
 				mu.Unlock()
 			}
 		})
 	}
-	for _, m := range mutants {
+	for _, m := range p.mutants {
 		next <- m
 	}
 	close(next)
 	wg.Wait()
 }
 
-// test runs the tests of the package, in which the compiler reads the mutant in place of its file.
-func (m mutant) test(dir, temp string, limit time.Duration) (result string) {
-	temp = must(os.MkdirTemp(temp, ""))
-	mutated, overlay := filepath.Join(temp, "mutant.go"), filepath.Join(temp, "overlay.json")
-	replace := map[string]string{must(filepath.Abs(m.file)): mutated}
-	check(os.WriteFile(mutated, m.source, 0o600))
-	check(os.WriteFile(overlay, must(json.Marshal(map[string]any{"Replace": replace})), 0o600))
-	args := []string{
-		"test", "-overlay=" + overlay, "-vet=off", "-failfast", "-count=1", "-parallel=64", "-timeout=" + limit.String(),
+// test runs the tests with the mutant.
+func (p *pkg) test(m mutant) (result string, out []byte) {
+	for _, program := range p.programs {
+		ctx, cancel := context.WithTimeout(context.Background(), p.limit)
+		defer cancel()
+		args := append(program[2:], "-test.failfast", "-test.parallel=64", "-test.timeout=0")
+		test := exec.CommandContext(ctx, program[1], args...)
+		test.Dir, test.Env = program[0], append(os.Environ(), fmt.Sprint("MUTANT=", m.number))
+		out, err := test.CombinedOutput()
+		switch {
+		case ctx.Err() != nil:
+			return timedOut, out
+		case err != nil:
+			return killed, out
+		}
 	}
-	out, err := exec.Command("go", append(args, "./"+dir)...).CombinedOutput()
-	if err == nil && dir == "internal/fields" { // whose rules are tested on each path of the engine
-		out, err = exec.Command("go", append(args, "-short", "-run="+pathTests, ".")...).CombinedOutput()
+	if strings.Contains("\n"+survivors, "\n"+m.name+"\n") {
+		return listed, nil
 	}
-	switch {
-	case err == nil && strings.Contains("\n"+survivors, "\n"+m.name+"\n"):
-		return listed
-	case err == nil:
-		return survived
-	case bytes.Contains(out, []byte("[build failed]")):
-		return notViable
-	case bytes.Contains(out, []byte("panic: test timed out")):
-		return timedOut
-	case !bytes.Contains(out, []byte("\nFAIL")):
-		check(fmt.Errorf("testing %s: %w: %s", m.name, err, out))
-	}
-	return killed
+	return survived, nil
 }

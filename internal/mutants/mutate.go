@@ -4,42 +4,81 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"go/ast"
-	"go/parser"
 	"go/token"
+	"go/types"
 	"slices"
-	"strconv"
 	"strings"
 )
 
-// mutant is a file with one fault. Its name has the file, the function, the change and the line of source, but not the
-// line's number, which unrelated edits change.
+// mutant is a fault that the environment variable MUTANT switches on by its number.
 type mutant struct {
-	name   string
-	file   string
+	number int
 	line   int
-	text   string // in place of the original
-	source []byte // of the whole file
+	name   string // file, function, change and source line, without its number, which unrelated edits change
 }
 
-// mutator makes the mutants of a file.
+// helpers is a file of the package, with the functions that the mutants call.
+const helpers = `package %s
+
+import (
+	"cmp"
+	"os"
+	"strconv"
+)
+
+var mutant, _ = strconv.Atoi(os.Getenv("MUTANT"))
+
+func mutantIs(number int) bool { return number == mutant }
+
+func mutantBound[T cmp.Ordered](number int, op string, a, b T) bool {
+	return op[0] == '<' && a < b || op[0] == '>' && a > b || a == b && (len(op) == 2) != mutantIs(number)
+}
+
+func mutantMath[T ~int | ~int32 | ~int64 | ~uint32 | ~uint64](number int, op string, a, b T) T {
+	if mutantIs(number) {
+		op = map[string]string{"+": "-", "-": "+", "*": "/", "/": "*", "%%": "*"}[op]
+	}
+	switch op {
+	case "+":
+		return a + b
+	case "-":
+		return a - b
+	case "*":
+		return a * b
+	case "/":
+		return a / b
+	}
+	return a %% b
+}
+`
+
+// mutator writes the mutants of a file into it.
 type mutator struct {
-	file    string
+	path    string
 	source  []byte
 	set     *token.FileSet
+	info    *types.Info
 	fn      string            // that is being visited
-	done    map[ast.Expr]bool // conditions whose mutants have been made
+	done    map[ast.Expr]bool // conditions that have their mutants
+	edits   []edit
 	mutants []mutant
+	before  int // mutants in the files before
 }
 
-// mutate returns the mutants of a file.
-func mutate(file string, source []byte) ([]mutant, error) {
-	m := &mutator{file: file, source: source, set: token.NewFileSet(), done: make(map[ast.Expr]bool)}
-	tree, err := parser.ParseFile(m.set, file, source, parser.SkipObjectResolution)
-	if err != nil {
-		return nil, err
-	}
+// edit is text in place of some bytes. At the same offset, what ends comes before what begins.
+type edit struct {
+	offset, order, length int
+	text                  string
+}
+
+// mutate returns the mutants of a file, and the file with them. The first has the number that follows before.
+func mutate(path string, source []byte, set *token.FileSet, tree *ast.File, info *types.Info, before int) (
+	[]mutant, []byte,
+) {
+	m := &mutator{path: path, source: source, set: set, info: info, done: make(map[ast.Expr]bool), before: before}
 	for _, decl := range tree.Decls {
 		m.fn = "-"
 		if fn, ok := decl.(*ast.FuncDecl); ok {
@@ -47,36 +86,39 @@ func mutate(file string, source []byte) ([]mutant, error) {
 		}
 		ast.Inspect(decl, m.visit)
 	}
-	return m.mutants, nil
-}
-
-// original returns the source of a node.
-func (m *mutator) original(n ast.Node) string {
-	return string(m.source[m.set.Position(n.Pos()).Offset:m.set.Position(n.End()).Offset])
-}
-
-// add adds the mutant in which text stands in place of the source between two positions.
-func (m *mutator) add(change string, from, to token.Pos, text string) {
-	at, end := m.set.Position(from), m.set.Position(to)
-	line := strings.Split(string(m.source), "\n")[at.Line-1]
-	m.mutants = append(m.mutants, mutant{
-		name:   fmt.Sprintf("%s %s, %s: %s", m.file, m.fn, change, strings.TrimSpace(line)),
-		file:   m.file,
-		line:   at.Line,
-		text:   text,
-		source: slices.Concat(m.source[:at.Offset], []byte(text), m.source[end.Offset:]),
+	slices.SortStableFunc(m.edits, func(a, b edit) int {
+		return cmp.Or(a.offset-b.offset, a.order-b.order)
 	})
+	var out []byte
+	kept := 0
+	for _, e := range m.edits {
+		out = append(append(out, source[kept:e.offset]...), e.text...)
+		kept = e.offset + e.length
+	}
+	return m.mutants, append(out, source[kept:]...)
 }
 
-// operators has the operators that stand for another.
-var operators = map[token.Token]string{
-	token.ADD: "-", token.SUB: "+", token.MUL: "/", token.QUO: "*", token.REM: "*", token.SHL: ">>", token.SHR: "<<",
-	token.LSS: "<=", token.LEQ: "<", token.GTR: ">=", token.GEQ: ">",
+func (m *mutator) offset(pos token.Pos) int { return m.set.Position(pos).Offset }
+
+func (m *mutator) original(n ast.Node) string {
+	return string(m.source[m.offset(n.Pos()):m.offset(n.End())])
+}
+
+// add adds the mutant that stands between begin, in which # is its number, and end, around a node.
+func (m *mutator) add(change string, n ast.Node, begin, end string) {
+	number := m.before + len(m.mutants) + 1
+	line := m.set.Position(n.Pos()).Line
+	text := strings.TrimSpace(strings.Split(string(m.source), "\n")[line-1])
+	m.mutants = append(m.mutants, mutant{number, line, fmt.Sprintf("%s %s, %s: %s", m.path, m.fn, change, text)})
+	m.edits = append(m.edits, edit{offset: m.offset(n.Pos()), order: number, text: strings.Replace(begin, "#", fmt.Sprint(number), 1)},
+		edit{offset: m.offset(n.End()), order: -number, text: end})
 }
 
 // visit adds the mutants of a node.
 func (m *mutator) visit(n ast.Node) bool {
 	switch n := n.(type) {
+	case *ast.GenDecl:
+		return n.Tok == token.VAR
 	case *ast.IfStmt:
 		m.condition(n.Cond, "true", "false")
 	case *ast.ForStmt:
@@ -94,20 +136,12 @@ func (m *mutator) visit(n ast.Node) bool {
 			m.condition(n, "true", "false")
 		}
 	case *ast.BinaryExpr:
-		if p := n.Op.Precedence(); p <= token.EQL.Precedence() { // of a condition
-			m.condition(n, "true", "false")
-		}
-		if to, ok := operators[n.Op]; ok && !strings.ContainsAny(m.original(n), "\"`") {
-			m.add(n.Op.String()+" is "+to, n.OpPos, n.OpPos+token.Pos(len(n.Op.String())), to)
-		}
-	case *ast.BasicLit:
-		// 0 remains, because the operator of a bound at 0 moves it, and a 0 next to an error promises nothing.
-		if i, err := strconv.ParseInt(n.Value, 0, 63); n.Kind == token.INT && err == nil && i > 0 {
-			m.add(n.Value+" is one more", n.Pos(), n.End(), strconv.FormatInt(i+1, 10))
+		if m.info.Types[n].Value == nil { // no constant
+			m.binary(n)
 		}
 	case *ast.Ident:
-		if i := slices.Index([]string{"true", "false"}, n.Name); i >= 0 {
-			m.add(n.Name+" is not", n.Pos(), n.End(), []string{"false", "true"}[i])
+		if (n.Name == "true" || n.Name == "false") && m.info.Types[n].Value != nil {
+			m.add(n.Name+" is not", n, "(mutantIs(#) != ", ")")
 		}
 	case *ast.BlockStmt:
 		m.statements(n.List)
@@ -119,56 +153,76 @@ func (m *mutator) visit(n ast.Node) bool {
 	return true
 }
 
-// condition adds the mutants in which a condition has one of the values, and those of its operands. The value stands
-// before the condition, whose variables so remain in use.
+// binary adds the mutants of an expression with an operator, those of its operands excepted.
+func (m *mutator) binary(n *ast.BinaryExpr) {
+	op := n.Op.String()
+	function := ""
+	switch n.Op.Precedence() {
+	case token.LOR.Precedence(), token.LAND.Precedence(), token.EQL.Precedence():
+		m.condition(n, "true", "false")
+		if strings.ContainsAny(op, "<>") {
+			function = "mutantBound"
+		}
+	default:
+		basic, _ := m.info.TypeOf(n).Underlying().(*types.Basic)
+		if basic.Info()&types.IsInteger != 0 && strings.Contains("+-*/%", op) {
+			function = "mutantMath"
+		}
+	}
+	if function != "" {
+		m.add(op+" is another", n, function+`(#, "`+op+`", `, ")")
+		m.edits = append(m.edits, edit{offset: m.offset(n.OpPos), length: len(op), text: ","})
+	}
+}
+
+// condition adds the mutants in which a condition has one of the values, and those of its operands.
 func (m *mutator) condition(e ast.Expr, values ...string) {
 	if e == nil || m.done[e] {
 		return
 	}
 	m.done[e] = true
-	short := map[string]string{"true": "||", "false": "&&"} // the operator after a value that decides
+	text := strings.Join(strings.Fields(m.original(e)), " ")
 	for _, value := range values {
-		change := strings.Join(strings.Fields(m.original(e)), " ") + " is " + value
-		m.add(change, e.Pos(), e.End(), fmt.Sprintf("(%s %s (%s))", value, short[value], m.original(e)))
+		begin := map[string]string{"true": "(mutantIs(#) || (", "false": "(!mutantIs(#) && ("}[value]
+		m.add(text+" is "+value, e, begin, "))")
 	}
 	switch e := ast.Unparen(e).(type) {
 	case *ast.UnaryExpr:
 		m.condition(e.X)
 	case *ast.BinaryExpr:
 		m.done[e] = true
-		for value, op := range short {
-			if e.Op.String() == op {
-				value = map[string]string{"true": "false", "false": "true"}[value] // with which the other one decides
-				m.condition(e.X, value)
-				m.condition(e.Y, value)
-			}
+		neutral := map[token.Token]string{token.LAND: "true", token.LOR: "false"}[e.Op]
+		if neutral != "" { // with which the other operand decides
+			m.condition(e.X, neutral)
+			m.condition(e.Y, neutral)
 		}
 	}
 }
 
-// statements adds the mutants in which one of the statements is missing. Of an assignment the right side remains.
+// statements adds the mutants in which one of the statements is missing.
 func (m *mutator) statements(list []ast.Stmt) {
 	for _, s := range list {
+		text := m.original(s)
 		switch s := s.(type) {
-		case *ast.ExprStmt, *ast.DeferStmt:
-			if !strings.HasSuffix(m.original(s), "ock()") { // Lock or Unlock
-				m.add("missing", s.Pos(), s.End(), "")
-			}
-		case *ast.IncDecStmt, *ast.BranchStmt, *ast.SendStmt:
-			m.add("missing", s.Pos(), s.End(), "")
-		case *ast.ReturnStmt:
-			if s.Results == nil {
-				m.add("missing", s.Pos(), s.End(), "")
+		case *ast.ExprStmt, *ast.DeferStmt, *ast.GoStmt, *ast.SendStmt, *ast.IncDecStmt:
+			if strings.HasSuffix(text, "ock()") || strings.HasPrefix(text, "panic(") {
+				continue // Lock and Unlock
 			}
 		case *ast.AssignStmt:
-			for _, left := range s.Lhs {
-				if s.Tok == token.ASSIGN && m.original(left) != "_" {
-					m.add(m.original(left)+" is not assigned", left.Pos(), left.End(), "_")
-				}
+			if s.Tok == token.DEFINE {
+				continue
 			}
-			if s.Tok != token.ASSIGN && s.Tok != token.DEFINE {
-				m.add("missing", s.Pos(), s.Rhs[0].Pos(), "_ = ")
+		case *ast.ReturnStmt:
+			if s.Results != nil {
+				continue
 			}
+		case *ast.BranchStmt:
+			if s.Tok == token.FALLTHROUGH {
+				continue
+			}
+		default:
+			continue
 		}
+		m.add("missing", s, "if !mutantIs(#) { ", " }")
 	}
 }

@@ -129,7 +129,7 @@ type Result struct {
 // The error is outcome.ErrChanged if the reader's settings are outdated. ok is false if too many roles share.
 func (rs *Roles) Read(ctx context.Context, r Reader) (result Result, ok bool, err error) {
 	s, err := rs.get(r.Role, r.Settings)
-	if s == nil || err != nil {
+	if s == nil {
 		return Result{}, err != nil, err
 	}
 	result, err = s.read(ctx, r)
