@@ -578,7 +578,12 @@ func setProxies(t *testing.T, variables ...string) {
 func throughEnvironment(t *testing.T, cfg Config, variables ...string) (*Token, *Error) {
 	t.Helper()
 	setProxies(t, variables...)
-	c := newClientAt(t, cfg)
+	return throughProxy(t, newClientAt(t, cfg))
+}
+
+// throughProxy requests a token, and checks that no error shows a proxy's password.
+func throughProxy(t *testing.T, c *Client) (*Token, *Error) {
+	t.Helper()
 	token, err := c.RequestToken(t.Context(), testRequest())
 	if err == nil {
 		return token, nil
@@ -675,13 +680,19 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		}
 	})
 	t.Run("refuses", func(t *testing.T) {
+		var requests sync.WaitGroup // because each is retried
 		for _, status := range []int32{302, 403, 407, 502, 503} {
 			srv, p, cfg := newTarget(t)
 			p.refuse.Store(status)
-			_, got := throughEnvironment(t, cfg, "HTTPS_PROXY="+p.url)
-			unreachable(t, fmt.Sprintf("the environment's proxy refused to connect, with status %d", status), 3, got)
-			checkCounts(t, srv, 0, 0)
+			setProxies(t, "HTTPS_PROXY="+p.url)
+			c := newClientAt(t, cfg)
+			requests.Go(func() {
+				_, got := throughProxy(t, c)
+				unreachable(t, fmt.Sprintf("the environment's proxy refused to connect, with status %d", status), 3, got)
+				checkCounts(t, srv, 0, 0)
+			})
 		}
+		requests.Wait()
 	})
 	t.Run("hangs", func(t *testing.T) {
 		_, p, cfg := newTarget(t)
@@ -697,10 +708,16 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		})
 		gone, _ := rawServer(t, func(net.Conn) {})
 		const none = "http://127.0.0.1:1"
+		var requests sync.WaitGroup
 		for url, want := range map[string]string{ssh: notHTTP, gone: connectionClosed, none: "connection refused"} {
-			_, got := throughEnvironment(t, nowhere, "HTTPS_PROXY="+strings.TrimSuffix(url, "/v2/auth/token"))
-			unreachable(t, "connecting through the environment's proxy: "+want, 3, got)
+			setProxies(t, "HTTPS_PROXY="+strings.TrimSuffix(url, "/v2/auth/token"))
+			c := newClientAt(t, nowhere)
+			requests.Go(func() {
+				_, got := throughProxy(t, c)
+				unreachable(t, "connecting through the environment's proxy: "+want, 3, got)
+			})
 		}
+		requests.Wait()
 	})
 	t.Run("is not named", func(t *testing.T) {
 		const user = "user:" + proxyPassword
