@@ -228,9 +228,7 @@ func (s *role) read(ctx context.Context, r Reader) (Result, error) {
 		t.holders++
 		var outOfPatience <-chan time.Time
 		if s.last.isFallback(now, r.Lifetime) && (!isFirst || s.failures > 0) {
-			timer := time.NewTimer(t.started.Add(patience).Sub(now))
-			defer timer.Stop()
-			outOfPatience = timer.C
+			outOfPatience = time.After(t.started.Add(patience).Sub(now))
 		}
 		s.mu.Unlock()
 

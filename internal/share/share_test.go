@@ -36,6 +36,7 @@ type testRole struct {
 	storage logical.InmemStorage
 	store   *state.Store
 	roles   *Roles
+	budget  time.Duration
 
 	mu       sync.Mutex
 	takes    time.Duration
@@ -59,6 +60,7 @@ type minted struct {
 func newTestRole(t testing.TB) *testRole {
 	w := &testRole{
 		TB:       t,
+		budget:   testBudget,
 		underWay: make(map[state.Version]int),
 		byToken:  make(map[*cable.Token]*minted),
 	}
@@ -141,8 +143,7 @@ func (w *testRole) call(set state.Settings, requested time.Duration, started tim
 // read is a token request, which starts over when its settings have changed. check
 // takes the place of Reader.Check.
 func (w *testRole) read(ctx context.Context, name string, most time.Duration, check func() error) (Result, error) {
-	ctx, cancel := state.WithBudget(ctx, time.Now(), testBudget)
-	defer cancel()
+	deadline := time.Now().Add(w.budget)
 	for {
 		set, err := w.store.Settings(ctx, &w.storage, name, time.Now())
 		if err != nil || set.Role == nil {
@@ -153,6 +154,7 @@ func (w *testRole) read(ctx context.Context, name string, most time.Duration, ch
 			Role:     name,
 			Settings: set,
 			Lifetime: most,
+			Deadline: deadline,
 			Check:    check,
 			Call: func(started time.Time) (*outcome.Token, error) {
 				return w.call(set, most, started)
@@ -359,8 +361,8 @@ func TestUndelivered(t *testing.T) {
 	leave := func(w *testRole, after time.Duration) {
 		ctx, cancel := context.WithTimeout(w.Context(), after)
 		defer cancel()
-		if _, err := w.read(ctx, "ci", testLifetime, ok); err == nil {
-			w.Error("a reader that left received a token")
+		if result, err := w.read(ctx, "ci", testLifetime, ok); !errors.Is(err, context.DeadlineExceeded) || !result.Waited {
+			w.Errorf("a reader that left: %+v %v", result, err)
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
@@ -372,7 +374,9 @@ func TestUndelivered(t *testing.T) {
 		"the only reader leaves": {func(w *testRole) { leave(w, time.Second) }, 0, 1},
 		"and a later one receives it": {func(w *testRole) {
 			leave(w, time.Second)
-			_, _ = w.read(w.Context(), "ci", testLifetime, ok)
+			if result, err := w.read(w.Context(), "ci", testLifetime, ok); !result.Reused {
+				w.Errorf("another request minted it: %+v %v", result, err)
+			}
 		}, 0, 0},
 		"the role is changed, it left": {func(w *testRole) {
 			time.AfterFunc(2*time.Second, func() { w.putRole("ci") })
@@ -447,7 +451,11 @@ func TestBackoff(t *testing.T) {
 			w.calls = nil
 			start := time.Now()
 			for time.Since(start) < 5*time.Minute {
+				calls := len(w.calls)
 				result, err := w.read(t.Context(), "ci", testLifetime, ok)
+				if result.Waited != (len(w.calls) > calls) || result.CallFailed == hasToken {
+					t.Errorf("after %d calls instead of %d: %+v", len(w.calls), calls, result)
+				}
 				if hasToken != (err == nil) || hasToken && result.Fallback != outcome.CableError {
 					t.Fatalf("%+v %v", result, err)
 				}
@@ -492,7 +500,7 @@ func TestPatience(t *testing.T) {
 				start := time.Now()
 				result, err := w.read(t.Context(), "ci", testLifetime, ok)
 				want = max(0, want-time.Duration(i%2)*800*time.Millisecond)
-				if time.Since(start) != want || err != nil {
+				if time.Since(start) != want || err != nil || !result.Waited {
 					t.Errorf("reader %d: %+v %v after %s, want %s", i, result, err, time.Since(start), want)
 				}
 				if isFallback := result.Fallback == outcome.TimedOut; isFallback != (i > 0) {
@@ -504,6 +512,23 @@ func TestPatience(t *testing.T) {
 		synctest.Wait()
 		if len(w.calls) != 2 {
 			t.Errorf("%d calls", len(w.calls))
+		}
+		// After a success the first reader waits until its budget ends, and after a failure no longer than the others.
+		for _, want := range []time.Duration{w.budget / 4, patience} {
+			time.Sleep(testReuseFor)
+			if want == patience {
+				w.set(0, errDown, 0)
+				_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+				time.Sleep(minBackoff)
+			}
+			w.set(10*time.Second, nil, 0)
+			w.budget = testBudget / 4
+			start := time.Now()
+			result, err := w.read(t.Context(), "ci", testLifetime, ok)
+			if time.Since(start) != want || result.Fallback != outcome.TimedOut {
+				t.Errorf("%+v %v after %s, want %s", result, err, time.Since(start), want)
+			}
+			time.Sleep(time.Minute)
 		}
 		w.settled()
 	})
