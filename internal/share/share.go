@@ -267,11 +267,8 @@ func (s *role) wait(
 		return result, err, false
 	}
 	s.release(t)
-	switch {
-	case f == nil: // the ceiling was lowered meanwhile
+	if f == nil { // the ceiling was lowered meanwhile
 		return Result{}, nil, true
-	case errors.Is(f, outcome.ErrChanged):
-		return Result{}, outcome.ErrChanged, false
 	}
 	result, err = s.fallBack(f, r, true)
 	return result, err, false

@@ -211,6 +211,8 @@ func (w *testRole) received(r Result, most time.Duration, err error) {
 		w.Errorf("a token of age %s with %s left was reused", r.Age, left)
 	case r.Fallback != "" && (left < fallbackLifetime-check || len(r.Token.Warnings) == 0):
 		w.Errorf("a fallback with %s left, warnings %q", left, r.Token.Warnings)
+	case r.Fallback == outcome.KeyRejected || r.Fallback == outcome.GrantMismatch:
+		w.Errorf("the previous token is returned, although Cable is not down: %s", r.Fallback)
 	case m.undelivered > 0:
 		w.Error("a token that counted as undelivered is returned")
 	case !r.Reused && m.first:
@@ -591,8 +593,10 @@ func TestVersions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for range 3 {
-			_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+		for i := range 3 {
+			if result, _ := w.read(t.Context(), "ci", testLifetime, ok); result.Reused != (i > 0) {
+				t.Errorf("reader %d: %+v", i, result)
+			}
 		}
 		outdated := w.roles.roles["ci"]
 		w.putRole("ci")
