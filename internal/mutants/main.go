@@ -94,7 +94,7 @@ func judge(count map[string]int, names map[string]bool) error {
 	dead := count[killed] + count[timedOut]
 	all := dead + count[survived] + count[listed]
 	rate := 100 * float64(dead) / float64(max(all, 1))
-	fmt.Printf("%d of %d mutants were killed, %.1f %%, %d of them by the time limit\n", dead, all, rate, count[timedOut])
+	fmt.Printf("%d of %d mutants were killed, %.1f %%, %d by the time limit\n", dead, all, rate, count[timedOut])
 	switch isPart := *since+*only != "" || flag.NArg() > 0; {
 	case count[survived] > 0:
 		return fmt.Errorf("%d survivors are not in survivors.txt", count[survived])

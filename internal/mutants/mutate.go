@@ -110,7 +110,8 @@ func (m *mutator) add(change string, n ast.Node, begin, end string) {
 	line := m.set.Position(n.Pos()).Line
 	text := strings.TrimSpace(strings.Split(string(m.source), "\n")[line-1])
 	m.mutants = append(m.mutants, mutant{number, line, fmt.Sprintf("%s %s, %s: %s", m.path, m.fn, change, text)})
-	m.edits = append(m.edits, edit{offset: m.offset(n.Pos()), order: number, text: strings.Replace(begin, "#", fmt.Sprint(number), 1)},
+	begin = strings.Replace(begin, "#", fmt.Sprint(number), 1)
+	m.edits = append(m.edits, edit{offset: m.offset(n.Pos()), order: number, text: begin},
 		edit{offset: m.offset(n.End()), order: -number, text: end})
 }
 
@@ -165,7 +166,8 @@ func (m *mutator) binary(n *ast.BinaryExpr) {
 		}
 	default:
 		basic, _ := m.info.TypeOf(n).Underlying().(*types.Basic)
-		if basic.Info()&types.IsInteger != 0 && strings.Contains("+-*/%", op) {
+		arithmetic := []token.Token{token.ADD, token.SUB, token.MUL, token.QUO, token.REM}
+		if basic.Info()&types.IsInteger != 0 && slices.Contains(arithmetic, n.Op) {
 			function = "mutantMath"
 		}
 	}

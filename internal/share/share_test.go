@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -363,7 +364,8 @@ func TestUndelivered(t *testing.T) {
 	leave := func(w *testRole, after time.Duration) {
 		ctx, cancel := context.WithTimeout(w.Context(), after)
 		defer cancel()
-		if result, err := w.read(ctx, "ci", testLifetime, ok); !errors.Is(err, context.DeadlineExceeded) || !result.Waited {
+		result, err := w.read(ctx, "ci", testLifetime, ok)
+		if !errors.Is(err, context.DeadlineExceeded) || !result.Waited {
 			w.Errorf("a reader that left: %+v %v", result, err)
 		}
 		time.Sleep(time.Minute)
@@ -376,6 +378,14 @@ func TestUndelivered(t *testing.T) {
 		"the only reader leaves": {func(w *testRole) { leave(w, time.Second) }, 0, 1},
 		"and a later one receives it": {func(w *testRole) {
 			leave(w, time.Second)
+			if result, err := w.read(w.Context(), "ci", testLifetime, ok); !result.Reused {
+				w.Errorf("another request minted it: %+v %v", result, err)
+			}
+		}, 0, 0},
+		"and a later one receives it while Cable is down": {func(w *testRole) {
+			leave(w, time.Second)
+			time.Sleep(testReuseFor)
+			w.set(0, errDown, 0)
 			if result, err := w.read(w.Context(), "ci", testLifetime, ok); !result.Reused {
 				w.Errorf("another request minted it: %+v %v", result, err)
 			}
@@ -462,8 +472,8 @@ func TestBackoff(t *testing.T) {
 					t.Fatalf("%+v %v", result, err)
 				}
 				if f := outcome.Classify(err); f != nil && len(w.calls) == 1 && time.Since(start) > 0 &&
-					f.RetryAfter != minBackoff-time.Since(start) {
-					t.Errorf("after %s: retry after %s", time.Since(start), f.RetryAfter)
+					(f.RetryAfter != minBackoff-time.Since(start) || !strings.Contains(f.Message, "for another ")) {
+					t.Errorf("after %s: retry after %s: %s", time.Since(start), f.RetryAfter, f.Message)
 				}
 				down := w.roles.Down()
 				if (len(down) == 1) != hasToken || hasToken && down["ci"] != string(outcome.CableError) {
