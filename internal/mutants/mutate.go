@@ -165,9 +165,9 @@ func (m *mutator) binary(n *ast.BinaryExpr) {
 			function = "mutantBound"
 		}
 	default:
-		basic, _ := m.info.TypeOf(n).Underlying().(*types.Basic)
+		basic, isBasic := m.info.TypeOf(n).Underlying().(*types.Basic)
 		arithmetic := []token.Token{token.ADD, token.SUB, token.MUL, token.QUO, token.REM}
-		if basic.Info()&types.IsInteger != 0 && slices.Contains(arithmetic, n.Op) {
+		if isBasic && basic.Info()&types.IsInteger != 0 && slices.Contains(arithmetic, n.Op) {
 			function = "mutantMath"
 		}
 	}

@@ -352,6 +352,14 @@ func TestShortTokens(t *testing.T) {
 					t.Errorf("a reader of a role with a token of %s: %v", granted, err)
 				}
 			}
+			// A second is the shortest lease.
+			w.set(0, nil, 8*time.Second)
+			w.roles.Retire("")
+			_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+			time.Sleep(4 * time.Second)
+			if result, err := w.read(t.Context(), "ci", testLifetime, ok); !result.Reused || result.Token.Lease != time.Second {
+				t.Errorf("after half of a lifetime of 8s: %+v %v", result, err)
+			}
 			w.settled()
 		})
 	}
@@ -457,7 +465,11 @@ func TestBackoff(t *testing.T) {
 			w := newTestRole(t)
 			if hasToken {
 				_, _ = w.read(t.Context(), "ci", testLifetime, ok)
-				time.Sleep(testReuseFor + time.Second)
+				time.Sleep(testReuseFor) // which is half of the lifetime, too
+				if result, err := w.read(t.Context(), "ci", testLifetime, ok); !result.Reused {
+					t.Errorf("at the end of reuse_for: %+v %v", result, err)
+				}
+				time.Sleep(time.Second)
 			}
 			w.set(0, errDown, 0)
 			w.calls = nil
@@ -492,6 +504,16 @@ func TestBackoff(t *testing.T) {
 			time.Sleep(maxBackoff)
 			if _, err := w.read(t.Context(), "ci", testLifetime, ok); err != nil || len(w.roles.Down()) > 0 {
 				t.Errorf("after the outage: %v, down: %v", err, w.roles.Down())
+			}
+			// A failure of another kind has no back-off.
+			time.Sleep(testReuseFor + time.Second)
+			w.set(0, outcome.Classify(&cable.Error{Kind: cable.Responded, StatusCode: 401, Attempts: 1}), 0)
+			w.calls = nil
+			for range 2 {
+				_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+			}
+			if len(w.calls) != 2 {
+				t.Errorf("%d calls of two reads with a key that is rejected", len(w.calls))
 			}
 			w.settled()
 		})
@@ -542,6 +564,18 @@ func TestPatience(t *testing.T) {
 			}
 			time.Sleep(time.Minute)
 		}
+		// A minute before the previous token expires is the last time that it is returned.
+		w.roles.Retire("")
+		w.set(0, nil, 0)
+		_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+		time.Sleep(testLifetime - time.Minute)
+		w.set(0, errDown, 0)
+		for _, want := range []outcome.Outcome{outcome.CableError, ""} {
+			if result, err := w.read(t.Context(), "ci", testLifetime, ok); result.Fallback != want {
+				t.Errorf("%+v %v, want the fallback %q", result, err, want)
+			}
+			time.Sleep(1)
+		}
 		w.settled()
 	})
 }
@@ -552,6 +586,8 @@ func TestRoom(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newTestRole(t)
+		drops := 0
+		w.roles.dropped = func(int) { drops++ }
 		read := func(name string, want error) {
 			t.Helper()
 			if _, err := w.read(t.Context(), name, testLifetime, ok); !errors.Is(err, want) {
@@ -568,6 +604,9 @@ func TestRoom(t *testing.T) {
 		read("ci", errTooMany)
 		w.roles.roles["r0"].last = nil // as after a failure
 		w.roles.roles["r0"].failures, w.roles.roles["r0"].failedAt = 5, time.Now()
+		w.roles.roles["r3"].last, w.roles.roles["r3"].failedAt = nil, time.Now() // as after a key that was rejected
+		w.roles.roles["r4"].last, w.roles.roles["r4"].failures = nil, 1          // as after an outage that has ended
+		idle := w.roles.roles["r2"]
 		time.Sleep(time.Second / 2) // every token has expired
 		read("ci", errTooMany)      // because a reader looked for room half a second ago
 		time.Sleep(time.Second / 2)
@@ -576,8 +615,11 @@ func TestRoom(t *testing.T) {
 			go read(name, errDown)
 			synctest.Wait()
 		}
-		if len(w.roles.roles) != 3 || w.roles.roles["r0"] == nil || w.roles.roles["r1"] == nil {
-			t.Errorf("%d roles share", len(w.roles.roles))
+		if len(w.roles.roles) != 3 || w.roles.roles["r0"] == nil || w.roles.roles["r1"] == nil || drops != 4092 {
+			t.Errorf("%d roles share, %d tokens were dropped", len(w.roles.roles), drops)
+		}
+		if _, err := idle.read(t.Context(), Reader{}); !errors.Is(err, outcome.ErrChanged) {
+			t.Errorf("a reader that came just before the role gave up its place: %v", err)
 		}
 		time.Sleep(time.Minute)
 		if w.roles.Retire("r1"); len(w.roles.roles) != 2 {
@@ -603,15 +645,16 @@ func TestVersions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for i := range 3 {
-			if result, _ := w.read(t.Context(), "ci", testLifetime, ok); result.Reused != (i > 0) {
-				t.Errorf("reader %d: %+v", i, result)
+		for i, want := range []time.Duration{testLifetime - time.Second, testLifetime - 3*time.Second} {
+			result, err := w.read(t.Context(), "ci", testLifetime, ok)
+			if result.Reused != (i > 0) || err != nil || result.Token.Lease != want {
+				t.Errorf("reader %d: %+v %v, want a lease of %s", i, result, err, want)
 			}
 		}
 		outdated := w.roles.roles["ci"]
 		w.putRole("ci")
 		_, _ = w.read(t.Context(), "ci", testLifetime, ok)
-		if len(w.calls) != 2 || !slices.Equal(dropped, []int{3}) {
+		if len(w.calls) != 2 || !slices.Equal(dropped, []int{2}) {
 			t.Errorf("%d calls, dropped %v", len(w.calls), dropped)
 		}
 		reader := Reader{Role: "ci", Settings: old, Lifetime: testLifetime, Check: ok}
@@ -623,6 +666,12 @@ func TestVersions(t *testing.T) {
 		}
 		if result, err := w.read(t.Context(), "ci", testLifetime, ok); !result.Reused || len(w.calls) != 2 {
 			t.Errorf("the token was dropped: %+v %v", result, err)
+		}
+		time.Sleep(testReuseFor + time.Second)
+		w.set(10*time.Second, errDown, 0)
+		time.AfterFunc(time.Second, func() { w.roles.Retire("ci") })
+		if result, err := w.read(t.Context(), "ci", testLifetime, ok); result.Token != nil {
+			t.Errorf("a dropped token is returned: %+v %v", result, err)
 		}
 	})
 }
