@@ -68,7 +68,7 @@ func TestAllow(t *testing.T) {
 		srv.Reset()
 		observed = 0
 		checkWithdrawn(t, c, allowTimes(times))
-		if s := srv.Stats(); s.Calls > 0 || observed > 0 {
+		if s := srv.Stats(); s.Calls > 0 || observed > 0 || times == 0 && !kept && srv.Connections() > 0 {
 			t.Errorf("allowed %d times: %+v, observed %d calls", times, s, observed)
 		}
 		mustMint(t, c)
