@@ -39,9 +39,8 @@ import (
 )
 
 const (
-	packages    = "lifetime outcome share state fields cable" // they can be tested without Vault
-	pathTests   = "^Test(Config|Role|Creds|Written|Input)"    // of the root package
-	leastKilled = 95                                          // percent
+	packages    = "lifetime outcome share state fields cable"
+	leastKilled = 95 // percent
 )
 
 // survivors has two lines for each mutant that may survive, its name and, indented, the reason.
@@ -113,10 +112,10 @@ func judge(count map[string]int, names map[string]bool) error {
 
 // pkg is a package with its mutants, which its compiled tests contain.
 type pkg struct {
-	dir      string
-	mutants  []mutant // that are tested
-	programs [][]string
-	limit    time.Duration
+	dir     string
+	mutants []mutant // that are tested
+	program string
+	limit   time.Duration
 }
 
 // load compiles the tests of a package with its mutants, and adds the names of all to names.
@@ -167,17 +166,8 @@ func load(name, temp string, names map[string]bool) *pkg {
 	add(filepath.Join(p.dir, "mutants.go"), fmt.Appendf(nil, helpers, name))
 	overlay := filepath.Join(temp, name+".json")
 	check(os.WriteFile(overlay, must(json.Marshal(map[string]any{"Replace": replace})), 0o600))
-	build := func(dir string, args ...string) {
-		program := filepath.Join(temp, fmt.Sprint(name, len(p.programs), ".test"))
-		command("test", "-c", "-overlay="+overlay, "-vet=off", "-o", program, "./"+dir)
-		p.programs = append(p.programs, append([]string{dir, program}, args...))
-	}
-	if len(p.mutants) > 0 {
-		build(p.dir)
-		if name == "fields" { // whose rules are tested on each path of the engine
-			build(".", "-test.short", "-test.run="+pathTests)
-		}
-	}
+	p.program = filepath.Join(temp, name+".test")
+	command("test", "-c", "-overlay="+overlay, "-vet=off", "-o", p.program, "./"+p.dir)
 	return p
 }
 
@@ -244,21 +234,20 @@ var testFunc = regexp.MustCompile(`(?m)^func (Test\w+)`)
 
 // test runs the tests with the mutant, first those beside its file, which kill most and take less time.
 func (p *pkg) test(m mutant) (result string, out []byte) {
-	var runs [][]string
+	runs := []string{"."}
 	path, _, _ := strings.Cut(m.name, ".go ")
 	if source, err := os.ReadFile(path + "_test.go"); err == nil {
 		var names []string
 		for _, match := range testFunc.FindAllSubmatch(source, -1) {
 			names = append(names, string(match[1]))
 		}
-		runs = append(runs, append(slices.Clone(p.programs[0]), "-test.run=^("+strings.Join(names, "|")+")$"))
+		runs = []string{"^(" + strings.Join(names, "|") + ")$", "."}
 	}
-	flags := []string{"-test.failfast", "-test.timeout=0"}
-	for _, run := range append(runs, p.programs...) {
+	for _, run := range runs {
 		ctx, cancel := context.WithTimeout(context.Background(), p.limit)
 		defer cancel()
-		test := exec.CommandContext(ctx, run[1], slices.Concat(run[2:], flags)...)
-		test.Dir, test.Env = run[0], append(os.Environ(), fmt.Sprint("MUTANT=", m.number))
+		test := exec.CommandContext(ctx, p.program, "-test.run="+run, "-test.failfast", "-test.timeout=0")
+		test.Dir, test.Env = p.dir, append(os.Environ(), fmt.Sprint("MUTANT=", m.number))
 		switch out, err := test.CombinedOutput(); {
 		case ctx.Err() != nil:
 			return timedOut, out
