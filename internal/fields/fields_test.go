@@ -207,6 +207,7 @@ func TestChanges(t *testing.T) {
 		{"text", "b", true, ""},
 		{"text", "", true, ""}, // clears it
 		{"other", "b", true, ""},
+		{"other", " ", false, "other must not be empty: give it a value or leave it out"},
 		{"unset", nil, false, ""},
 		{"zero", "", false, ""},
 		{"none", []string{}, false, ""},
