@@ -81,6 +81,7 @@ func newBackend() *backend {
 			b.pathRolesList(),
 			b.pathRoles(),
 			b.pathCreds(),
+			b.pathExplain(),
 			b.pathStatus(),
 			b.pathMetrics(),
 		},
@@ -248,7 +249,8 @@ const backendHelp = `The Cable secrets engine mints short-lived access tokens fo
 (cable.tech) from one long-lived refresh key that stays in Vault.
 
 Write the refresh key to config, define an organization, scopes and lifetimes
-in roles/<name>, and read creds/<name> for an access token.
+in roles/<name>, and read creds/<name> for an access token. explain/<name> tells
+what such a read would do.
 
 Cable cannot revoke a token. Revoking its lease makes Vault forget it; the
 token itself is valid until the expiry that came with it.`

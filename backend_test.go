@@ -131,7 +131,9 @@ func setUp(t testing.TB, sim *cabletest.Server) *testMount {
 // contain neither the refresh key nor a token.
 func newMount(t testing.TB) *testMount {
 	t.Helper()
-	m := setUp(t, cabletest.NewServer(t, nil))
+	m := setUp(t, cabletest.NewServer(t, &cabletest.Options{Organizations: map[string]string{
+		cabletest.DefaultOrganizationID: cabletest.DefaultOrganizationName, "org_a": "A", "org_b": "B",
+	}}))
 	t.Cleanup(func() {
 		for _, path := range []string{"status", "metrics"} {
 			resp, err := m.send(context.Background(), m.storage, opRead, path, nil)
@@ -472,7 +474,7 @@ func TestForwarding(t *testing.T) {
 		for op, handler := range path.Operations {
 			props := handler.Properties()
 			writes := op != opRead && op != opList
-			mints := strings.HasPrefix(path.Pattern, "creds/")
+			mints := strings.HasPrefix(path.Pattern, "creds/") || strings.HasPrefix(path.Pattern, "explain/")
 			reports := path.Pattern == "status" || path.Pattern == "metrics"
 			if props.ForwardPerformanceStandby != (writes || mints || reports) {
 				t.Errorf("%s %s: forwarded from standbys: %v", op, path.Pattern, props.ForwardPerformanceStandby)
@@ -502,7 +504,8 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 	const (
 		configFields = "auth_scheme, ca_cert, disabled, organization_id, refresh_key, request_timeout, token_url, " +
 			"verify_role"
-		roleFields = "disabled, max_ttl, organization_id, reuse_for, scopes, ttl"
+		roleFields = "disabled, lease, max_ttl, organization_id, organization_ids, reuse_for, scopes, ttl"
+		parameters = "organization_id, scopes, ttl"
 		none       = "accepts no parameters"
 	)
 	for _, tt := range []struct {
@@ -519,8 +522,10 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 		{opRead, "roles/ci", none},
 		{opDelete, "roles/ci", none},
 		{opList, "roles/", "after, limit"},
-		{opRead, "creds/ci", "scopes, ttl"},
-		{opUpdate, "creds/ci", "scopes, ttl"},
+		{opRead, "creds/ci", parameters},
+		{opUpdate, "creds/ci", parameters},
+		{opRead, "explain/ci", parameters},
+		{opUpdate, "explain/ci", parameters},
 	} {
 		m.refused(400, tt.op, tt.path, kv{"bogus": "x"}, `unknown field "bogus"`, tt.known)
 		m.refused(400, tt.op, tt.path, kv{m.sim.RefreshKey(): "x"}, "unknown field (not shown: length 43)")
@@ -535,7 +540,9 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 func TestTypesOfFields(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	m.write("roles/ci", kv{"ttl": 600, "max_ttl": 1200, "reuse_for": 300, "organization_id": "org"})
+	m.write("roles/ci", kv{
+		"ttl": 600, "max_ttl": 1200, "reuse_for": 300, "organization_id": "org", "organization_ids": "org_2",
+	})
 	const (
 		text, boolean, duration = "a string", "true or false", "a duration in whole seconds"
 		list                    = "a comma-separated list or an array of strings"
@@ -546,10 +553,11 @@ func TestTypesOfFields(t *testing.T) {
 			"request_timeout": duration, "disabled": boolean,
 		},
 		"roles/ci": {
-			"organization_id": text, "scopes": list, "ttl": duration, "max_ttl": duration, "reuse_for": duration,
-			"disabled": boolean,
+			"organization_id": text, "organization_ids": list, "scopes": list, "ttl": duration, "max_ttl": duration,
+			"reuse_for": duration, "lease": boolean, "disabled": boolean,
 		},
-		"creds/ci": {"scopes": list, "ttl": duration},
+		"creds/ci":   {"organization_id": text, "scopes": list, "ttl": duration},
+		"explain/ci": {"organization_id": text, "scopes": list, "ttl": duration},
 	} {
 		for field, kind := range types {
 			refusals := []refusal{

@@ -31,7 +31,7 @@ func TestWrittenBack(t *testing.T) {
 	seconds := rapid.Map(rapid.OneOf(rapid.Just(int64(0)), rapid.Int64Range(300, 86400), rapid.Int64Range(1, 1<<20)),
 		func(n int64) time.Duration { return time.Duration(n) * time.Second })
 	urls := []string{cable.DefaultTokenURL, "https://a.example/t", "gopher://of an earlier version"}
-	lists := [][]string{{"a:b"}, {"a:b", "c:d"}, {"odd one", "x"}, {}, nil}
+	lists := [][]string{{"a:b"}, {"a:b", "c:d"}, {"odd one", "x"}, {"c:d", "a:b"}, {}, nil}
 	text := rapid.SampledFrom([]string{"", "org_1", " odd one\n", strings.Repeat("o", 200)})
 	rapid.Check(t, func(rt *rapid.T) {
 		m.putConfig(&state.Config{
@@ -46,11 +46,13 @@ func TestWrittenBack(t *testing.T) {
 			Disabled:            rapid.Bool().Draw(rt, "config's disabled"),
 		})
 		m.putRole("ci", &state.Role{
-			OrganizationID: text.Draw(rt, "organization"),
-			Scopes:         rapid.SampledFrom(lists).Draw(rt, "scopes"),
-			TTL:            seconds.Draw(rt, "ttl"),
-			MaxTTL:         seconds.Draw(rt, "max_ttl"),
-			Disabled:       rapid.Bool().Draw(rt, "disabled"),
+			OrganizationID:  text.Draw(rt, "organization"),
+			OrganizationIDs: rapid.SampledFrom(lists).Draw(rt, "organizations"),
+			Scopes:          rapid.SampledFrom(lists).Draw(rt, "scopes"),
+			TTL:             seconds.Draw(rt, "ttl"),
+			MaxTTL:          seconds.Draw(rt, "max_ttl"),
+			NoLease:         rapid.Bool().Draw(rt, "no lease"),
+			Disabled:        rapid.Bool().Draw(rt, "disabled"),
 		})
 		for _, path := range []string{"config", "roles/ci"} {
 			m.b.InvalidateKey(t.Context(), path)
@@ -85,8 +87,8 @@ func TestWrittenBack(t *testing.T) {
 	})
 }
 
-// TestRoleOrganizationIsRemoved checks that a patch with null removes a role's organization_id, and that a warning
-// names the organization that is used instead.
+// TestRoleOrganizationIsRemoved checks that a patch with null removes a role's organization_id or organization_ids, and
+// that a warning names the organization that is used instead of the role's own.
 func TestRoleOrganizationIsRemoved(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
@@ -104,7 +106,18 @@ func TestRoleOrganizationIsRemoved(t *testing.T) {
 	m.read("creds/ci")
 	m.ok(opPatch, "config", kv{"organization_id": nil})
 	set()
-	m.wantWarning(remove(), "and config has none")
+	m.wantWarning(remove(), "and config has none: token requests are refused")
+	set()
+	m.write("roles/ci", kv{"organization_ids": "org_4,org_3,org_4"})
+	m.wantWarning(remove(), "and config has none: token requests must name one of organization_ids")
+	if got := m.read("roles/ci")["organization_ids"]; !slices.Equal(got.([]string), []string{"org_4", "org_3"}) {
+		t.Errorf("organization_ids %q, want them in order, without duplicates", got)
+	}
+	m.refused(400, opUpdate, "roles/ci", kv{"organization_ids": nil}, "must not be null")
+	m.ok(opPatch, "roles/ci", kv{"organization_ids": nil})
+	if got := m.read("roles/ci")["organization_ids"]; len(got.([]string)) != 0 {
+		t.Errorf("organization_ids %q", got)
+	}
 }
 
 // TestSecretsAreNotRepeated checks that a key of any form that is written into the wrong field, or stands in the wrong
@@ -227,6 +240,7 @@ func TestInputIsBounded(t *testing.T) { // not in parallel, because it measures 
 		"ttl":                               {"ttl": strings.Repeat("1", 32*MiB)},
 		"ttl as a number":                   {"ttl": json.Number(strings.Repeat("1", MiB))},
 		"organization_id":                   {"organization_id": strings.Repeat("o", 32*MiB)},
+		"organization_ids":                  {"organization_ids": strings.Repeat("o,", 16*MiB)},
 		"refresh_key":                       {"refresh_key": strings.Repeat(" ", 32*MiB) + "k"},
 		"ca_cert":                           withKey("ca_cert", strings.Repeat(m.pem(), 40_000)),
 		"token_url":                         withKey("token_url", "https://"+strings.Repeat("a.", 16*MiB)),
@@ -234,7 +248,7 @@ func TestInputIsBounded(t *testing.T) { // not in parallel, because it measures 
 		"disabled":                          {"disabled": strings.Repeat("t", 32*MiB)},
 		"auth_scheme":                       {"auth_scheme": strings.Repeat("t", 32*MiB)},
 	} {
-		for _, path := range []string{"config", "roles/ci", "roles/new", "creds/ci"} {
+		for _, path := range []string{"config", "roles/ci", "roles/new", "creds/ci", "explain/ci"} {
 			for _, op := range []logical.Operation{opCreate, opUpdate, opPatch, opRead} {
 				if op == opCreate && path != "roles/new" {
 					continue

@@ -6,6 +6,8 @@ package cablesecrets
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/http"
@@ -29,17 +31,24 @@ const recheckTimeout = time.Second
 
 // params narrow a role for one token request.
 type params struct {
-	hasTTL bool
-	ttl    time.Duration
-	scopes []string // nil if the caller named none
+	organization string // "" if the caller named none
+	hasTTL       bool
+	ttl          time.Duration
+	scopes       []string // nil if the caller named none
 }
+
+// areNone reports whether the caller named no parameters. Only such reads share.
+func (p params) areNone() bool { return p.organization == "" && !p.hasTTL && p.scopes == nil }
 
 // attempt is one pass through the steps. Its fields are set as far as it got.
 type attempt struct {
 	kind      report.Kind
 	role      string
+	params    params
 	set       state.Settings
 	requested cable.TokenRequest
+	bounds    lifetime.Bounds
+	warnings  []string // of the bounds
 	token     *outcome.Token
 	shared    share.Result
 }
@@ -86,26 +95,28 @@ func (a *attempt) report(source report.Source, began time.Time, f *outcome.Failu
 
 // try makes one attempt. If the settings change before its API call, it makes none and returns outcome.ErrChanged.
 func (b *backend) try(ctx context.Context, r *request, p params) (a attempt, err error) {
-	a = attempt{kind: report.Direct, role: r.role}
+	a = attempt{kind: report.Direct, role: r.role, params: p}
 	if a.set, err = b.settings(ctx, r); err != nil {
 		return a, err
 	}
-	var warnings []string
-	if a.requested, warnings, err = b.narrow(ctx, r, a.set, p); err != nil {
+	if err = b.narrow(ctx, r, &a); err != nil {
 		return a, err
 	}
 	isShared := false
-	if a.set.Role.ReuseFor > 0 && !p.hasTTL && p.scopes == nil { // reads without parameters share
+	if a.mayShare() {
 		isShared, err = b.share(ctx, r, &a)
 	}
 	if !isShared {
 		a.token, err = b.mintOne(ctx, &a, r.received, func() error { return b.recheck(ctx, r, &a) })
 	}
 	if a.token != nil {
-		a.token.Warnings = append(warnings, a.token.Warnings...)
+		a.token.Warnings = append(a.warnings, a.token.Warnings...)
 	}
 	return a, err
 }
+
+// mayShare reports whether the request may get the token that the role's readers share.
+func (a *attempt) mayShare() bool { return a.set.Role.ReuseFor > 0 && a.params.areNone() }
 
 // mintOne mints a token whose budget began at that time. check is called between the API call and the decision on the
 // lease.
@@ -122,7 +133,7 @@ func (b *backend) mintOne(
 		err = check()
 	}
 	if err == nil {
-		err = decideLease(token, a.requested.Lifetime)
+		err = decideLease(token, a.requested.Lifetime, a.set.Role)
 	}
 	if err != nil {
 		return nil, outcome.Drop(err, granted)
@@ -200,41 +211,59 @@ func checkSettings(role string, set state.Settings) error {
 
 // narrow narrows the role by the caller's parameters and decides the request to Cable, with a warning for each bound
 // that changed it.
-func (b *backend) narrow(
-	ctx context.Context, r *request, set state.Settings, p params,
-) (requested cable.TokenRequest, warnings []string, err error) {
-	requested = cable.TokenRequest{OrganizationID: organization(set), Scopes: set.Role.Scopes}
-	if requested.OrganizationID == "" {
-		return requested, nil, outcome.Refuse("no organization: write organization_id to roles/%s or to config", r.role)
+func (b *backend) narrow(ctx context.Context, r *request, a *attempt) (err error) {
+	role, p := a.set.Role, a.params
+	if a.requested.OrganizationID, err = organization(a.role, a.set, p); err != nil {
+		return err
 	}
-	if len(requested.Scopes) == 0 {
-		return requested, nil, outcome.Refuse("role %q names no scopes: write scopes to roles/%[1]s", r.role)
+	if len(role.Scopes) == 0 {
+		return outcome.Refuse("role %q names no scopes: write scopes to roles/%[1]s", a.role)
 	}
-	if p.scopes != nil {
-		if outside := fields.Without(p.scopes, set.Role.Scopes); len(outside) > 0 {
-			return requested, nil, outcome.Refuse("scopes outside role %q: %s; it allows %s",
-				r.role, fields.Scope.QuoteAll(outside), fields.Scope.QuoteAll(set.Role.Scopes))
-		}
-		requested.Scopes = p.scopes
+	if outside := fields.Without(p.scopes, role.Scopes); len(outside) > 0 {
+		return outcome.Refuse("scopes outside role %q: %s; it allows %s",
+			a.role, fields.Scope.QuoteAll(outside), fields.Scope.QuoteAll(role.Scopes))
 	}
-	bounds := lifetime.Bounds{HasRequest: p.hasTTL, Request: p.ttl, Role: set.Role.TTL, RoleMax: set.Role.MaxTTL}
+	if a.requested.Scopes = p.scopes; p.scopes == nil {
+		a.requested.Scopes = role.Scopes
+	}
+	a.bounds = lifetime.Bounds{HasRequest: p.hasTTL, Request: p.ttl, Role: role.TTL, RoleMax: role.MaxTTL}
 	// Each of the mount's lease settings is read from Vault, and only if it matters.
-	ctx, cancel := state.WithBudget(ctx, r.received, set.Config.RequestTimeout)
+	ctx, cancel := state.WithBudget(ctx, r.received, a.set.Config.RequestTimeout)
 	defer cancel()
-	bounds.MountMax, err = b.maxLeaseTTL.Get(ctx)
-	if err == nil && !p.hasTTL && bounds.Role == 0 {
-		bounds.MountDefault, err = b.defaultLeaseTTL.Get(ctx)
+	a.bounds.MountMax, err = b.maxLeaseTTL.Get(ctx)
+	if err == nil && !p.hasTTL && role.TTL == 0 {
+		a.bounds.MountDefault, err = b.defaultLeaseTTL.Get(ctx)
 	}
 	if err != nil {
-		return requested, nil, err
+		return err
 	}
-	requested.Lifetime, warnings, err = bounds.Decide()
-	return requested, warnings, err
+	a.requested.Lifetime, a.warnings, err = a.bounds.Decide()
+	return err
 }
 
-// organization is the role's, or else the configuration's.
-func organization(set state.Settings) string {
+// ownOrganization is the organization of a request that names none, the role's or else the configuration's, or "".
+func ownOrganization(set state.Settings) string {
 	return cmp.Or(set.Role.OrganizationID, set.Config.OrganizationID)
+}
+
+// organization returns the organization of a token request. The caller may name the role's own, or one of its list. A
+// refusal does not say which these are.
+func organization(role string, set state.Settings, p params) (string, error) {
+	own, named := ownOrganization(set), p.organization
+	allowed := set.Role.OrganizationIDs
+	if own != "" && !slices.Contains(allowed, own) {
+		allowed = append(slices.Clip(allowed), own)
+	}
+	switch {
+	case len(allowed) == 0:
+		return "", outcome.Refuse("no organization: write organization_id to roles/%s or to config", role)
+	case named == "" && own == "":
+		return "", outcome.Refuse("role %q needs organization_id in the request: it allows %d", role, len(allowed))
+	case named != "" && !slices.Contains(allowed, named):
+		return "", outcome.Refuse("organization_id %s is not one of the %d that role %q allows",
+			fields.Organization.Quote(named), len(allowed), role)
+	}
+	return cmp.Or(named, own), nil
 }
 
 // allow returns the gate of an API call. Once a write that disables, deletes or narrows has returned, no API call is
@@ -296,7 +325,8 @@ func checkGrant(requested cable.TokenRequest, got *cable.Token) (*outcome.Token,
 		return nil, outcome.Mismatch(fmt.Sprintf("the %s for organization %s instead of %s",
 			isFor, fields.Organization.Quote(id), fields.Organization.Quote(want)))
 	}
-	token := &outcome.Token{Token: got, Granted: requested.Scopes}
+	sum := sha256.Sum256([]byte(got.Value.Reveal()))
+	token := &outcome.Token{Token: got, SHA256: hex.EncodeToString(sum[:]), Granted: requested.Scopes}
 	if got.Scopes == nil {
 		return token, nil
 	}
@@ -329,9 +359,7 @@ func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
 		if err == nil {
 			err = checkSettings(a.role, now)
 		}
-		if err == nil && (!now.Config.SameDestination(a.set.Config.Config) ||
-			organization(now) != a.requested.OrganizationID || now.Role.MaxLifetime() < a.requested.Lifetime ||
-			len(fields.Without(a.requested.Scopes, now.Role.Scopes)) > 0) {
+		if err == nil && !a.isAllowedBy(now) {
 			err = outcome.Refuse("role %q or the configuration was changed while Cable was called, "+
 				"and does not allow this token any more: read again", a.role)
 		}
@@ -344,9 +372,23 @@ func (b *backend) recheck(ctx context.Context, r *request, a *attempt) error {
 	}
 }
 
-// decideLease gives a token its lease, and warns of a longer lifetime than requested.
-func decideLease(token *outcome.Token, requested time.Duration) (err error) {
+// isAllowedBy reports whether the present settings allow the token that was requested.
+func (a *attempt) isAllowedBy(now state.Settings) bool {
+	id, err := organization(a.role, now, a.params)
+	return err == nil && id == a.requested.OrganizationID &&
+		now.Config.SameDestination(a.set.Config.Config) &&
+		now.Role.MaxLifetime() >= a.requested.Lifetime &&
+		len(fields.Without(a.requested.Scopes, now.Role.Scopes)) == 0
+}
+
+// decideLease gives a token its lease, and warns of a longer lifetime than requested. If the role has no leases, the
+// lease is the one that the reader would have had.
+func decideLease(token *outcome.Token, requested time.Duration, role *state.Role) (err error) {
+	token.NoLease = role.NoLease
 	token.Lease, token.Lifetime, err = lifetime.Lease(token.Token, requested, time.Now())
+	if err == nil && token.Lease < lifetime.LeastLease(role.NoLease) {
+		err = fmt.Errorf("the %s that are left of its lifetime are too short for a ttl", lifetime.Format(token.Lease))
+	}
 	if err != nil {
 		return &cable.Error{Kind: cable.InvalidResponse, Detail: err.Error()}
 	}

@@ -57,10 +57,11 @@ func TestDisabledMeanwhile(t *testing.T) {
 		},
 	}
 	narrowings := map[string]func(m *testMount){
-		"a scope taken away":    func(m *testMount) { m.write("roles/ci", kv{"scopes": "person:read"}) },
-		"a shorter lifetime":    func(m *testMount) { m.write("roles/ci", kv{"max_ttl": 600}) },
-		"another organization":  func(m *testMount) { m.write("roles/ci", kv{"organization_id": "org_2"}) },
-		"config's organization": func(m *testMount) { m.write("config", kv{"organization_id": "org_2"}) },
+		"a scope taken away":      func(m *testMount) { m.write("roles/ci", kv{"scopes": "person:read"}) },
+		"a shorter lifetime":      func(m *testMount) { m.write("roles/ci", kv{"max_ttl": 600}) },
+		"another organization":    func(m *testMount) { m.write("roles/ci", kv{"organization_id": "org_2"}) },
+		"config's organization":   func(m *testMount) { m.write("config", kv{"organization_id": "org_2"}) },
+		"an organization removed": func(m *testMount) { m.write("roles/named", kv{"organization_ids": "org_b"}) },
 		"another destination": func(m *testMount) {
 			m.write("config", kv{"refresh_key": m.sim.RefreshKey(), "token_url": cable.DefaultTokenURL})
 		},
@@ -101,9 +102,14 @@ func TestDisabledMeanwhile(t *testing.T) {
 		t.Run(name+", while Cable responds", func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
+			m.write("roles/named", kv{"scopes": "person:read", "organization_ids": "org_a,org_b"})
 			m.sim.SetFault(Fault{Grant: &Grant{Lifetime: ptr(2 * time.Hour)}})
 			arrived, proceed := m.delayToken()
-			done := m.start(m.storage, opRead, "creds/ci", nil)
+			path, parameters := "creds/ci", kv(nil)
+			if name == "an organization removed" {
+				path, parameters = "creds/named", kv{"organization_id": "org_a"}
+			}
+			done := m.start(m.storage, opRead, path, parameters)
 			<-arrived
 			change(m)
 			close(proceed)

@@ -328,7 +328,11 @@ func (b *backend) verify(ctx context.Context, r *request) (warning string, store
 	defer live.Client.Close()
 	a.set.Config = live
 	if err = checkSettings(a.role, a.set); err == nil {
-		a.requested, _, err = b.narrow(ctx, &trial, a.set, params{hasTTL: true, ttl: lifetime.Min})
+		a.params = params{hasTTL: true, ttl: lifetime.Min}
+		if listed := a.set.Role.OrganizationIDs; ownOrganization(a.set) == "" && len(listed) > 0 {
+			a.params.organization = listed[0]
+		}
+		err = b.narrow(ctx, &trial, &a)
 	}
 	if err == nil {
 		a.token, err = b.mintOne(ctx, &a, r.received, func() error { return nil })

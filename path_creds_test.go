@@ -4,6 +4,7 @@
 package cablesecrets
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -42,6 +43,7 @@ func TestCredsRead(t *testing.T) {
 		}
 		want := kv{
 			"token":             minted[0].Token,
+			"token_sha256":      fmt.Sprintf("%x", sha256.Sum256([]byte(minted[0].Token))),
 			"expiry":            minted[0].Expiry.Unix(),
 			"expires_at":        minted[0].Expiry.UTC().Format(time.RFC3339),
 			"organization_id":   cabletest.DefaultOrganizationID,
@@ -64,6 +66,7 @@ func TestCredsRead(t *testing.T) {
 		internal := kv{
 			"secret_type": "cable_token", "role": "ci", "organization_id": cabletest.DefaultOrganizationID,
 			"scopes": "person:read,transactions:read", "expiry": fmt.Sprint(minted[0].Expiry.Unix()),
+			"token_sha256": want["token_sha256"],
 		}
 		if diff := cmp.Diff(internal, resp.Secret.InternalData); diff != "" {
 			t.Error(diff)
@@ -134,7 +137,7 @@ func TestCredsNarrowing(t *testing.T) {
 		{kv{"ttl": "0"}, "below Cable's minimum of 300s"},
 		{kv{"ttl": -600}, "cannot be negative"},
 		{kv{"ttl": "1e3"}, "ttl is (not shown: length 3)"},
-		{kv{"organization_id": "org_other"}, `unknown field "organization_id"`},
+		{kv{"organization_id": "org_other"}, `organization_id "org_other" is not one of the 1 that role "ci" allows`},
 	})
 	if m.sim.CallCount() != before {
 		t.Error("a refused request reached Cable")
@@ -175,10 +178,11 @@ func FuzzNarrowing(f *testing.F) {
 			if err != nil {
 				return
 			}
-			requested, _, err := b.narrow(t.Context(), r, set, p)
-			if err != nil {
+			a := attempt{role: r.role, set: set, params: p}
+			if b.narrow(t.Context(), r, &a) != nil {
 				return
 			}
+			requested := a.requested
 			if len(requested.Scopes) == 0 || len(fields.Without(requested.Scopes, role.Scopes)) > 0 ||
 				!slices.IsSorted(requested.Scopes) {
 				t.Errorf("%s: requests %q", body, requested.Scopes)
@@ -190,6 +194,132 @@ func FuzzNarrowing(f *testing.F) {
 		narrow(opRead)
 		narrow(opUpdate)
 	})
+}
+
+// TestOrganizations checks which organization a token is for, and that a refusal says how many are allowed and not
+// which.
+func TestOrganizations(t *testing.T) {
+	t.Parallel()
+	const needs = `role "ci" needs organization_id in the request: it allows 2`
+	for name, tt := range map[string]struct {
+		config, role string
+		listed       []string
+		named, want  string // want is an organization, or the text of the refusal
+	}{
+		"role's own":                 {"org_b", "org_a", nil, "", "org_a"},
+		"config's":                   {"org_b", "", nil, "", "org_b"},
+		"none":                       {"", "", nil, "", "no organization: write organization_id"},
+		"none, named":                {"", "", nil, "org_a", "no organization: write organization_id"},
+		"role's own, named":          {"org_b", "org_a", nil, "org_a", "org_a"},
+		"config's, named":            {"org_b", "", nil, "org_b", "org_b"},
+		"config's beside the role's": {"org_b", "org_a", nil, "org_b", "is not one of the 1 that"},
+		"listed":                     {"", "org_a", []string{"org_b"}, "org_b", "org_b"},
+		"listed, not named":          {"", "org_a", []string{"org_b"}, "", "org_a"},
+		"own as well as listed":      {"org_a", "", []string{"org_b"}, "org_a", "org_a"},
+		"needed":                     {"", "", []string{"org_a", "org_b"}, "", needs},
+		"needed and named":           {"", "", []string{"org_a", "org_b"}, "org_b", "org_b"},
+		"another": {
+			"", "org_a",
+			[]string{"org_a", "org_b"},
+			"org_c",
+			`organization_id "org_c" is not one of the 2 that role "ci" allows`,
+		},
+		"another of an odd form": {"org_b", "org_a", nil, "org-b", "organization_id (not shown: length 5) is not one"},
+		"malformed":              {"", "org_a", nil, "org'a", "organization_id must not contain"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newConfiguredMount(t)
+			m.ok(opPatch, "config", kv{"organization_id": orNull(tt.config)})
+			m.putRole("ci", &state.Role{OrganizationID: tt.role, OrganizationIDs: tt.listed, Scopes: []string{"a:b"}})
+			m.b.InvalidateKey(t.Context(), "roles/ci")
+			parameters := kv{}
+			if tt.named != "" {
+				parameters["organization_id"] = tt.named
+			}
+			for _, op := range []logical.Operation{opRead, opUpdate} {
+				if strings.HasPrefix(tt.want, "org_") {
+					if got := m.ok(op, "creds/ci", parameters).Data["organization_id"]; got != tt.want {
+						t.Errorf("the token is for %s, want %s", got, tt.want)
+					}
+					continue
+				}
+				resp := m.refused(400, op, "creds/ci", parameters, tt.want)
+				for _, id := range []string{"org_a", "org_b"} {
+					if id != tt.named && strings.Contains(resp.Error().Error(), id) {
+						t.Errorf("the refusal names %s", id)
+					}
+				}
+			}
+		})
+	}
+	m := newConfiguredMount(t)
+	m.ok(opPatch, "config", kv{"organization_id": nil})
+	m.write("roles/ci", kv{"organization_ids": "org_b,org_a", "ttl": 3600, "reuse_for": 600})
+	m.write("config", kv{"verify_role": "ci"})
+	first := m.ok(opRead, "creds/ci", kv{"organization_id": "org_a"}).Data["token"]
+	if second := m.ok(opRead, "creds/ci", kv{"organization_id": "org_a"}).Data["token"]; first == second {
+		t.Error("a read with the parameter got a shared token")
+	}
+	if got := m.sim.Calls()[0].OrganizationID; got != "org_b" {
+		t.Errorf("verify_role minted for %s, not for the first of the list", got)
+	}
+}
+
+// TestWithoutLease checks the response to a token request of a role with lease=false, for a direct and a shared token.
+func TestWithoutLease(t *testing.T) {
+	t.Parallel()
+	for _, role := range []kv{{"lease": false, "ttl": 600}, {"lease": false, "ttl": 600, "reuse_for": 300}} {
+		m := newConfiguredMount(t)
+		m.write("roles/ci", role)
+		drawn := make(map[any]bool)
+		for range 20 {
+			resp := m.ok(opRead, "creds/ci", nil)
+			ttl, _ := resp.Data["ttl"].(int64)
+			if resp.Secret != nil || resp.Data["rotation_period"] != ttl || ttl < 290 || ttl > 450 {
+				t.Fatalf("%v %v", resp.Data["ttl"], resp.Secret)
+			}
+			drawn[ttl] = true
+		}
+		if len(drawn) < 5 {
+			t.Errorf("20 readers return after one of %d times", len(drawn))
+		}
+		if strings.Contains(m.log.String(), "lease_seconds") {
+			t.Error("the log has a lease")
+		}
+		m.sim.SetFault(Fault{Grant: &Grant{Lifetime: ptr(6 * time.Second)}})
+		m.write("roles/ci", kv{"disabled": false}) // drops the shared token
+		m.refused(502, opRead, "creds/ci", nil, "Cable's response was refused", "lifetime",
+			"Cable may have issued a token that was not delivered")
+		m.wantUndelivered(1)
+		m.write("roles/ci", kv{"lease": true})
+		if m.ok(opRead, "creds/ci", nil).Secret == nil {
+			t.Error("a role with leases returned none")
+		}
+	}
+}
+
+// TestTokenSHA256 checks that the log at debug level has the SHA-256 of each token that was returned, and that of each
+// lease that ended.
+func TestTokenSHA256(t *testing.T) {
+	t.Parallel()
+	m := newConfiguredMount(t)
+	m.write("roles/ci", kv{"ttl": 3600, "reuse_for": 600})
+	want := m.read("creds/ci")["token_sha256"]
+	if m.logLine("token minted")["token_sha256"] != want {
+		t.Errorf("want %s: %s", want, m.log)
+	}
+	reused := m.ok(opRead, "creds/ci", nil)
+	if m.logLine("token reused")["token_sha256"] != want || reused.Data["token_sha256"] != want {
+		t.Errorf("want %s: %s", want, m.log)
+	}
+	req := m.newRequest(m.storage, opRevoke, "", nil)
+	req.Secret = reused.Secret
+	_, err := m.b.HandleRequest(t.Context(), req)
+	must(t, err)
+	if m.logLine("lease ended before its token")["token_sha256"] != want {
+		t.Errorf("want %s: %s", want, m.log)
+	}
 }
 
 // TestCredsGrants checks that a token is refused, returned with a warning, or returned, according to the comparison of

@@ -52,7 +52,7 @@ func (b *backend) pathRoles() *framework.Path {
 			logical.CreateOperation: b.writes(b.pathRolesWrite, "Create a role."),
 			logical.UpdateOperation: b.writes(b.pathRolesWrite, "Change some fields of a role."),
 			logical.PatchOperation: b.writes(b.pathRolesWrite,
-				"Change some fields of an existing role; null removes organization_id."),
+				"Change some fields of an existing role; null removes organization_id or organization_ids."),
 			logical.DeleteOperation: b.deletes(b.pathRolesDelete, "Delete a role."),
 		},
 		HelpSynopsis:    "Define which tokens a role may mint.",
@@ -65,6 +65,8 @@ func roleResponseFields() map[string]*framework.FieldSchema {
 	return map[string]*framework.FieldSchema{
 		"organization_id": field(framework.TypeString,
 			"The organization that tokens are for; config's if not set."),
+		"organization_ids": field(framework.TypeCommaStringSlice, "Organizations that a token request may name, "+
+			"separated by commas or as a JSON array: at most 64."),
 		"scopes": field(framework.TypeCommaStringSlice, "The scopes of tokens, of the form resource:action, separated "+
 			"by commas or as a JSON array. Required in the first write."),
 		"ttl": field(framework.TypeInt,
@@ -74,6 +76,8 @@ func roleResponseFields() map[string]*framework.FieldSchema {
 			"hours. The mount's max_lease_ttl caps it."),
 		"reuse_for": field(framework.TypeInt, "For how long, in seconds, reads without parameters share a token: at "+
 			"most half of ttl, which must be set; 0 (the default): each read mints."),
+		"lease": field(framework.TypeBool, "Whether tokens have a lease (the default). Without one, the response says "+
+			"in ttl when to read again."),
 		"disabled": field(framework.TypeBool, "Disable the role: every token request for it is refused."),
 	}
 }
@@ -81,12 +85,14 @@ func roleResponseFields() map[string]*framework.FieldSchema {
 // roleResponseData returns the role as it was written.
 func roleResponseData(role *state.Role) map[string]any {
 	return map[string]any{
-		"organization_id": role.OrganizationID,
-		"scopes":          role.Scopes,
-		"ttl":             int64(role.TTL / time.Second),
-		"max_ttl":         int64(role.MaxTTL / time.Second),
-		"reuse_for":       int64(role.ReuseFor / time.Second),
-		"disabled":        role.Disabled,
+		"organization_id":  role.OrganizationID,
+		"organization_ids": append([]string{}, role.OrganizationIDs...), // not null
+		"scopes":           role.Scopes,
+		"ttl":              int64(role.TTL / time.Second),
+		"max_ttl":          int64(role.MaxTTL / time.Second),
+		"reuse_for":        int64(role.ReuseFor / time.Second),
+		"lease":            !role.NoLease,
+		"disabled":         role.Disabled,
 	}
 }
 
@@ -154,7 +160,7 @@ func (b *backend) pathRolesWrite(ctx context.Context, r *request) (*logical.Resp
 		resp.Warnings = scopeWarnings(next.Scopes)
 	}
 	if before != nil && before.OrganizationID != "" && next.OrganizationID == "" {
-		resp.AddWarning(fallbackOrganization(ctx, r.Storage))
+		resp.AddWarning(fallbackOrganization(ctx, r.Storage, next))
 	}
 	if r.in["disabled"] == true {
 		resp.AddWarning("the role is disabled: no token is minted for it until disabled=false is written; " +
@@ -174,8 +180,9 @@ func mergeRole(stored []byte, r *request) (before, next *state.Role, err error) 
 		*next = *before
 	}
 	changes, err := r.in.Changes(roleResponseData(next), func(name string, value any) bool {
-		// A patch with null removes organization_id.
-		return name == "organization_id" && r.Operation == logical.PatchOperation && value == nil
+		// A patch with null removes organization_id or organization_ids.
+		return (name == "organization_id" || name == "organization_ids") &&
+			r.Operation == logical.PatchOperation && value == nil
 	})
 	if err != nil {
 		return nil, nil, err
@@ -186,12 +193,21 @@ func mergeRole(stored []byte, r *request) (before, next *state.Role, err error) 
 		}
 		next.OrganizationID = v // null removes organization_id
 	}
+	if changes.Has("organization_ids") {
+		list, _ := changes["organization_ids"].([]string) // null removes all
+		if next.OrganizationIDs, err = fields.ParseOrganizations(list); err != nil {
+			return nil, nil, err
+		}
+	}
 	if v, ok := changes["scopes"].([]string); ok {
 		if next.Scopes, err = fields.ParseScopes(v); err != nil {
 			return nil, nil, err
 		}
 	} else if before == nil {
 		return nil, nil, outcome.Refuse(`scopes is missing: name at least one, such as "transactions:read"`)
+	}
+	if v, ok := changes["lease"].(bool); ok {
+		next.NoLease = !v
 	}
 	if v, ok := changes["disabled"].(bool); ok {
 		next.Disabled = v
@@ -272,11 +288,13 @@ func scopeWarnings(scopes []string) []string {
 }
 
 // fallbackOrganization names the organization that a role uses once its own is removed.
-func fallbackOrganization(ctx context.Context, s logical.Storage) string {
+func fallbackOrganization(ctx context.Context, s logical.Storage, role *state.Role) string {
 	c, err := state.ReadConfig(ctx, s)
 	switch {
 	case err != nil:
 		return "organization_id is removed: token requests use config's, which could not be read"
+	case (c == nil || c.OrganizationID == "") && len(role.OrganizationIDs) > 0:
+		return "organization_id is removed, and config has none: token requests must name one of organization_ids"
 	case c == nil || c.OrganizationID == "":
 		return "organization_id is removed, and config has none: token requests are refused until the role or config " +
 			"names one"
@@ -363,7 +381,13 @@ permission to have the role's tokens.
 
 A write keeps the fields that it does not name, and what a read returns can be
 written back. ttl=0 or max_ttl=0 restores the default. A patch with null removes
-organization_id. disabled=true disables the role.
+organization_id or organization_ids. disabled=true disables the role.
+
+With organization_ids, a token request may name the organization, namely one of
+these or the role's own. A policy can bind a caller to one of them.
+
+With lease=false, tokens have no lease. A lease ends no token; it only says when
+to return, and ttl in the response then says that.
 
 By default, each read mints. With reuse_for, reads without parameters share a
 token for that long, so that a fleet does not use up Cable's rate limit; ttl must

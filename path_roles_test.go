@@ -29,7 +29,7 @@ func TestRoleWrite(t *testing.T) {
 	}
 	want := kv{
 		"organization_id": "", "scopes": []string{"person:read", "transactions:read"}, "disabled": false,
-		"ttl": int64(0), "max_ttl": int64(0), "reuse_for": int64(0),
+		"ttl": int64(0), "max_ttl": int64(0), "reuse_for": int64(0), "lease": true, "organization_ids": []string{},
 	}
 	if diff := cmp.Diff(want, m.read("roles/ci")); diff != "" {
 		t.Error(diff)
@@ -51,6 +51,9 @@ func TestRoleWrite(t *testing.T) {
 		{opPatch, "scopes", []string{"b:x,a:x", "a:x"}, []string{"a:x", "b:x"}},
 		{opUpdate, "disabled", "true", true},
 		{opUpdate, "disabled", false, false},
+		{opUpdate, "lease", false, false},
+		{opPatch, "organization_ids", "org_b,org_a", []string{"org_b", "org_a"}},
+		{opUpdate, "organization_ids", []string{"org_a", "org_b"}, []string{"org_a", "org_b"}},
 	} {
 		m.ok(step.op, "roles/ci", kv{step.field: step.value})
 		want[step.field] = step.want
@@ -98,6 +101,9 @@ func TestRoleRefusals(t *testing.T) {
 		{kv{"max_ttl": 599}, "ttl of 600s is above max_ttl of 599s"},
 		{kv{"max_ttl": 86401}, "max_ttl is 86401s"},
 		{kv{"organization_id": `o"`}, "must not contain white space, quotes"},
+		{kv{"organization_ids": many}, "organization_ids names 65: at most 64 are allowed"},
+		{kv{"organization_ids": `a,o"`}, "an organization of organization_ids must not contain white space, quotes"},
+		{kv{"organization_ids": strings.Repeat("o", 129)}, "is 129 characters long: at most 128"},
 		{kv{"reuse_for": 301}, "reuse_for"},
 		{kv{"reuse_for": -1}, "reuse_for"},
 		{kv{"reuse_for": "x"}, "reuse_for"},

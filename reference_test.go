@@ -117,6 +117,7 @@ func TestReferenceFields(t *testing.T) {
 		{"roles", 0, fields("roles/")},
 		{"creds", 0, fields("creds/")},
 		{"creds", 1, responseFields("creds/")},
+		{"explain", 0, responseFields("explain/")},
 		{"status", 0, responseFields("status")},
 	} {
 		if diff := cmp.Diff(tt.want, firstCodes(referenceTable(t, tt.heading, tt.table))); diff != "" {

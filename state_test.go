@@ -5,9 +5,11 @@ package cablesecrets
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -116,6 +118,9 @@ func TestUncertainWrites(t *testing.T) {
 		"take a scope away":      {opUpdate, "roles/ci", kv{"scopes": "person:read"}, true, ""},
 		"shorten lifetimes":      {opUpdate, "roles/ci", kv{"max_ttl": 600}, true, ""},
 		"another organization":   {opUpdate, "roles/ci", kv{"organization_id": "org_2"}, true, "organization"},
+		"remove an organization": {opUpdate, "roles/ci", kv{"organization_ids": "org_3"}, true, ""},
+		"add an organization":    {opUpdate, "roles/ci", kv{"organization_ids": "org_2,org_3"}, false, ""},
+		"no leases":              {opUpdate, "roles/ci", kv{"lease": false}, false, ""},
 		"add a scope":            {opUpdate, "roles/ci", kv{"scopes": "person:read,transactions:read,a:b"}, false, ""},
 		"disable the mount":      {opUpdate, "config", kv{"disabled": true}, true, "the mount is disabled"},
 		"delete the config":      {opDelete, "config", nil, true, "not configured"},
@@ -125,6 +130,7 @@ func TestUncertainWrites(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			m := newConfiguredMount(t)
+			m.write("roles/ci", kv{"organization_ids": "org_2"})
 			m.read("creds/ci") // both are in memory
 			late := &lateStorage{Storage: m.storage}
 			if status, err := m.on(late, tt.op, tt.path, tt.data); status != 500 {
@@ -263,23 +269,61 @@ func TestDisablingDoesNotWait(t *testing.T) {
 	m.write("roles/ci", kv{"disabled": true})
 }
 
+// TestFirstVersion checks that the engine works with what v0.1.0 stored, and that it ends a lease of v0.1.0.
+func TestFirstVersion(t *testing.T) {
+	t.Parallel()
+	m := newMount(t)
+	golden := func(name string) []byte {
+		raw, err := os.ReadFile("internal/state/testdata/v0.1.0/" + name + ".json")
+		must(t, err)
+		return raw
+	}
+	m.put("roles/whole", golden("role"), nil)
+	m.put("roles/least", golden("role-least"), nil)
+	m.put("config", golden("config"), nil)
+	m.write("config", kv{"refresh_key": m.sim.RefreshKey(), "token_url": m.sim.URL, "ca_cert": "", "disabled": false})
+	m.ok(opPatch, "config", kv{"organization_id": "org_a", "auth_scheme": "raw"})
+	if m.ok(opRead, "creds/least", nil).Secret == nil {
+		t.Error("no lease")
+	}
+	m.refused(400, opRead, "creds/whole", nil, "is disabled")
+	m.ok(opPatch, "roles/whole", kv{"disabled": false, "organization_id": nil, "organization_ids": "org_b"})
+	if m.ok(opRead, "creds/whole", kv{"organization_id": "org_b"}).Secret != nil {
+		t.Error("a lease")
+	}
+	for _, kept := range []string{`"lease":false`, `"earlier_until":1800000000`, `"reuse_for":300`} {
+		if got := m.stored("roles/whole"); !strings.Contains(got, kept) {
+			t.Errorf("%s lacks %s", got, kept)
+		}
+	}
+	revoke := m.newRequest(m.storage, opRevoke, "", nil)
+	revoke.Secret = new(logical.Secret)
+	must(t, json.Unmarshal(golden("lease"), &revoke.Secret.InternalData))
+	_, err := m.b.HandleRequest(t.Context(), revoke)
+	must(t, err)
+	line := m.logLine("lease ended before its token")
+	if line["role"] != "reports" || line["expires_at"] != "2100-01-01T00:00:00Z" || line["token_sha256"] == "" {
+		t.Errorf("%v", line)
+	}
+}
+
 // TestUnknownFieldsAreKept checks that a write keeps the stored fields of a newer version, and that no response and no
 // log contains them.
 func TestUnknownFieldsAreKept(t *testing.T) {
 	t.Parallel()
 	m := newConfiguredMount(t)
-	const newer = `{"lease":false,"newer":{"of":["a newer version"]},`
+	const newer = `{"later":false,"newer":{"of":["a newer version"]},`
 	for path, change := range map[string]kv{"config": {"organization_id": nil}, "roles/ci": {"organization_id": nil}} {
 		m.put(path, []byte(newer+m.stored(path)[1:]), nil)
 		m.b.InvalidateKey(t.Context(), path)
 		m.ok(opPatch, path, change)
 		m.write(path, kv{"disabled": false})
-		for _, kept := range []string{`"lease":false`, `"newer":{"of":["a newer version"]}`} {
+		for _, kept := range []string{`"later":false`, `"newer":{"of":["a newer version"]}`} {
 			if got := m.stored(path); strings.Count(got, kept) != 1 {
 				t.Errorf("%s lacks %s", path, kept)
 			}
 		}
-		if got := fmt.Sprint(m.read(path)); strings.Contains(got, "lease") || strings.Contains(got, "newer") {
+		if got := fmt.Sprint(m.read(path)); strings.Contains(got, "later") || strings.Contains(got, "newer") {
 			t.Errorf("%s reads as %s", path, got)
 		}
 	}

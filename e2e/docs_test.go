@@ -87,7 +87,7 @@ func TestOpenAPI(t *testing.T) {
 
 	var all openAPI
 	noError(t, json.Unmarshal([]byte(m.ok(t, "GET", "sys/internal/specs/openapi", nil).text), &all))
-	want := []string{"config", "creds/{name}", "metrics", "roles/", "roles/{name}", "status"}
+	want := []string{"config", "creds/{name}", "explain/{name}", "metrics", "roles/", "roles/{name}", "status"}
 	var got []string
 	for _, path := range slices.Sorted(maps.Keys(all.Paths)) {
 		if name, ok := strings.CutPrefix(path, "/"+m.path+"/"); ok {

@@ -145,6 +145,18 @@ func New(cfg Config) (*Client, error) {
 // Pause returns the pause that c keeps, for the next client of the same key and URL.
 func (c *Client) Pause() *Pause { return c.pause }
 
+// Ready returns the *Error with which RequestToken would fail now without an API call, in a pause or because of a proxy
+// variable that is malformed, or nil.
+func (c *Client) Ready() error {
+	if err := c.pause.check(); err != nil {
+		return err
+	}
+	if _, err := c.transport.Proxy(nil); err != nil {
+		return &Error{Kind: Unreachable, Detail: err.Error()}
+	}
+	return nil
+}
+
 // Close closes the idle connections. Calls under way and later ones are not affected; their connections are closed when
 // they have ended.
 func (c *Client) Close() {

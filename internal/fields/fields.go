@@ -45,6 +45,7 @@ const (
 	maxListElements = 1024     // per list, before duplicates are dropped
 
 	maxScopes         = 64  // per role
+	maxOrganizations  = 64  // per role
 	maxScopeLength    = 128 // characters
 	maxRoleName       = 128 // characters
 	maxOrganizationID = 128 // characters; Cable's sample has 24
@@ -287,6 +288,23 @@ func ParseScopes(list []string) ([]string, error) {
 	return scopes, nil
 }
 
+// ParseOrganizations drops duplicates of organization_ids, keeps their order, and refuses more than 64.
+func ParseOrganizations(list []string) ([]string, error) {
+	var ids []string
+	for _, id := range list {
+		if err := checkWord(id, maxOrganizationID); err != nil {
+			return nil, outcome.Refuse("an organization of organization_ids %s", err)
+		}
+		if !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	if len(ids) > maxOrganizations {
+		return nil, outcome.Refuse("organization_ids names %d: at most %d are allowed", len(ids), maxOrganizations)
+	}
+	return ids, nil
+}
+
 // jsonType names the JSON type of value, for errors that must not show value.
 func jsonType(value any) string {
 	switch value.(type) {
@@ -399,8 +417,7 @@ func sameValue(value, stored any) bool {
 		return ok && strings.TrimSpace(v) == strings.TrimSpace(s)
 	case []string:
 		s, ok := stored.([]string)
-		v = slices.Sorted(slices.Values(v))
-		return ok && slices.Equal(slices.Compact(v), s)
+		return ok && slices.Equal(v, s)
 	default: // an int or a bool
 		return v == stored
 	}

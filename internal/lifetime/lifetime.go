@@ -9,6 +9,7 @@
 //	refuse      if ceiling < 300s, or if the request's own ttl < 300s
 //	raise       a default below 300s to 300s
 //	lease     = floor(min(requested, granted lifetime) - time since the call was sent)
+//	without a lease, read again after a random part of it, 1/2 to 3/4
 //
 // Lifetimes and leases are whole seconds, because Cable's expiry_seconds and Vault's lease durations are.
 package lifetime
@@ -16,6 +17,7 @@ package lifetime
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
@@ -29,6 +31,8 @@ const (
 
 	standard    = time.Hour   // if neither the request nor the role sets a lifetime
 	longerGrant = time.Minute // excess that is no reason to warn, because clocks and rounding account for it
+
+	minReadAgain = 5 * time.Second // a shorter ttl would be a poll
 )
 
 // Bounds are the settings that decide a lifetime. Zero means "not set" for Role and RoleMax, and "Vault could not be
@@ -45,8 +49,8 @@ type Bounds struct {
 // errNoMountTTL fails a request if Vault did not respond, which the SDK reports as a mount maximum of 0.
 var errNoMountTTL = errors.New("reading the mount's lease settings: Vault did not respond")
 
-// ceiling returns the longest lifetime that may be requested now, and the name of the setting that it comes from.
-func (b Bounds) ceiling() (ceiling time.Duration, from string) {
+// Ceiling returns the longest lifetime that may be requested now, and the name of the setting that it comes from.
+func (b Bounds) Ceiling() (ceiling time.Duration, from string) {
 	ceiling, from = Max, "Cable's maximum"
 	if b.RoleMax > 0 && b.RoleMax < ceiling {
 		ceiling, from = b.RoleMax, "the role's max_ttl"
@@ -63,7 +67,7 @@ func (b Bounds) Decide() (requested time.Duration, warnings []string, err error)
 	if b.MountMax <= 0 {
 		return 0, nil, errNoMountTTL
 	}
-	ceiling, from := b.ceiling()
+	ceiling, from := b.Ceiling()
 	if ceiling < Min {
 		return 0, nil, outcome.Refuse("%s of %s is below Cable's minimum of %s: raise it",
 			from, Format(ceiling), Format(Min))
@@ -124,6 +128,25 @@ func Lease(t *cable.Token, requested time.Duration, now time.Time) (lease, grant
 			Format(granted), elapsed.Round(time.Millisecond))
 	}
 	return left.Truncate(time.Second), granted, nil
+}
+
+// LeastLease returns the least lease of a token that may be returned. If the role has no leases, three quarters of it,
+// in whole seconds, are minReadAgain.
+func LeastLease(noLease bool) time.Duration {
+	if noLease {
+		return 7 * time.Second
+	}
+	return time.Second
+}
+
+// ReadAgain returns the time after which a reader without a lease should read again, in whole seconds. It is between
+// half and three quarters of the lease that the reader would have had, which is at least LeastLease. It is drawn for
+// each reader, because the clients add no spread of their own, and a fleet would return in the same second.
+func ReadAgain(lease time.Duration) time.Duration {
+	half := (lease + time.Second) / 2
+	least, most := max(minReadAgain, half.Truncate(time.Second)), (lease * 3 / 4).Truncate(time.Second)
+	draw := least + rand.N(most-least+time.Second) //nolint:gosec // G404, but it spreads load, and guards nothing
+	return draw.Truncate(time.Second)
 }
 
 // IsLonger reports whether Cable granted so much more than requested that the caller is told.

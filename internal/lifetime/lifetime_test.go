@@ -345,3 +345,30 @@ func TestShown(t *testing.T) {
 		}
 	}
 }
+
+// TestReadAgain checks for any lease that the time to read again is drawn between half and three quarters of it, that
+// both ends are drawn, and that the least lease has a time of at least 5 s.
+func TestReadAgain(t *testing.T) {
+	t.Parallel()
+	seconds := rapid.OneOf(rapid.Int64Range(7, 60), rapid.Int64Range(7, 86400))
+	rapid.Check(t, func(rt *rapid.T) {
+		lease := time.Duration(seconds.Draw(rt, "lease")) * time.Second
+		for range 20 {
+			again := ReadAgain(lease)
+			if again != again.Truncate(time.Second) || again < 5*time.Second || again > lease*3/4 ||
+				again < lease/2 && again > 5*time.Second {
+				rt.Fatalf("read again after %s of %s", again, lease)
+			}
+		}
+	})
+	drawn := make(map[time.Duration]bool)
+	for range 1000 {
+		drawn[ReadAgain(20*time.Second)] = true
+	}
+	if len(drawn) != 6 || !drawn[10*time.Second] || !drawn[15*time.Second] {
+		t.Errorf("of 20 s were drawn %v", drawn)
+	}
+	if least := LeastLease(true); ReadAgain(least) != 5*time.Second || (least-time.Second)*3/4 >= 5*time.Second {
+		t.Errorf("the least lease is %s", least)
+	}
+}

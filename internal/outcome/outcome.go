@@ -92,8 +92,10 @@ func All() []Outcome { return slices.Collect(maps.Keys(handlings)) }
 // Token is an access token that was checked and may be returned.
 type Token struct {
 	*cable.Token
+	SHA256   string        // of Value, in hexadecimal
 	Granted  []string      // scopes, sorted
 	Lease    time.Duration // whole seconds
+	NoLease  bool          // the reader gets none, and reads again before it would have ended
 	Lifetime time.Duration // as Cable granted it, in whole seconds
 	IsLonger bool          // Cable granted over a minute more than requested
 	Warnings []string

@@ -176,12 +176,13 @@ func (p *Reporter) logReader(r *TokenRequest, o outcome.Outcome) {
 	if !p.logger().IsDebug() || o == outcome.Minted { // the call has its line
 		return
 	}
-	phrase := "token reused"
-	if r.Failure != nil {
-		phrase = "token request failed"
+	phrase, sum := "token request failed", ""
+	if r.Failure == nil {
+		phrase, sum = "token reused", r.Token.SHA256
 	}
 	p.log(r.Source).Debug(phrase, "role", r.Role, "outcome", string(o), "duration", microseconds(r.Took),
-		"age", r.Shared.Age.Round(time.Millisecond).String(), "fallback", string(r.Shared.Fallback))
+		"age", r.Shared.Age.Round(time.Millisecond).String(), "fallback", string(r.Shared.Fallback),
+		"token_sha256", sum)
 }
 
 // logTokenRequest writes the one line of a token request.
@@ -223,7 +224,10 @@ func (p *Reporter) logTokenRequest(r *TokenRequest, o outcome.Outcome) {
 			"requested_seconds", seconds(r.Requested.Lifetime))
 	}
 	if t := r.Token; t != nil {
-		add("lease_seconds", seconds(t.Lease), "expires_at", t.ExpiresAt())
+		if !t.NoLease {
+			add("lease_seconds", seconds(t.Lease))
+		}
+		add("expires_at", t.ExpiresAt(), "token_sha256", t.SHA256)
 	}
 	if f := r.Failure; f != nil {
 		if f.CableStatus != 0 {
@@ -299,25 +303,33 @@ func (p *Reporter) Panicked(s Source, value any, stack []byte) {
 		"operation", s.Operation, "path", s.Path, "panic_type", fmt.Sprintf("%T", value), "stack", string(stack))
 }
 
-// LeaseEnded reports the end of a lease, revoked or expired. expiry is when the token expires, in Unix seconds, and 0
-// if that is not known.
-func (p *Reporter) LeaseEnded(s Source, role, organization string, expiry int64, expired bool) {
-	log := p.log(s).With("role", role, "organization", fields.Organization.Redact(organization))
+// Lease is a lease that has ended. Its fields are empty if its record cannot be read.
+type Lease struct {
+	Role, Organization, TokenSHA256 string
+
+	Expiry     int64 // of the token, in Unix seconds
+	HasExpired bool  // the lease was not revoked
+}
+
+// LeaseEnded reports the end of a lease, revoked or expired.
+func (p *Reporter) LeaseEnded(s Source, l Lease) {
+	log := p.log(s).With("role", l.Role, "organization", fields.Organization.Redact(l.Organization),
+		"token_sha256", l.TokenSHA256)
 	p.metrics.leasesEnded.Inc()
 	p.mu.Lock()
 	p.leasesEnded++
 	p.mu.Unlock()
-	if expiry == 0 {
+	if l.Expiry == 0 {
 		log.Info("lease ended; token expiry unknown")
 		return
 	}
-	left := max(0, time.Until(time.Unix(expiry, 0)))
+	left := max(0, time.Until(time.Unix(l.Expiry, 0)))
 	p.metrics.leaseEndedRemaining.Observe(left.Seconds())
-	if left > 0 && !expired {
+	if left > 0 && !l.HasExpired {
 		log.Info("lease ended before its token; Cable cannot revoke tokens, so it stays valid",
-			"expires_at", outcome.UnixTime(expiry), "remaining_seconds", seconds(left))
+			"expires_at", outcome.UnixTime(l.Expiry), "remaining_seconds", seconds(left))
 	} else {
-		log.Debug("lease ended", "expires_at", outcome.UnixTime(expiry))
+		log.Debug("lease ended", "expires_at", outcome.UnixTime(l.Expiry))
 	}
 }
 

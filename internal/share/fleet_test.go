@@ -95,7 +95,7 @@ func (f fleet) run() (d fleetResult) {
 		s       *role
 	)
 	elect := func() {
-		s = &role{reuseFor: f.reuseFor, dropped: func(readers int) { d.readers += readers }}
+		s = &role{reuseFor: f.reuseFor, least: time.Second, dropped: func(readers int) { d.readers += readers }}
 	}
 	readLater := func(i, t int32, wait time.Duration) {
 		if t += int32(wait / tick); int(t) < len(due) {
@@ -176,7 +176,7 @@ func (f fleet) run() (d fleetResult) {
 			}
 			// As read does it.
 			switch now := at(t); {
-			case s.last.isFresh(now, s.reuseFor, f.ttl):
+			case s.isFresh(s.last, now, f.ttl):
 				respond(reader, t, s.last, true)
 				continue
 			case s.backingOff(now) == nil:

@@ -18,6 +18,7 @@
 package share
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -66,6 +67,7 @@ func NewRoles(dropped func(readers int)) *Roles {
 type role struct {
 	version  state.Version
 	reuseFor time.Duration
+	least    time.Duration // lease of a token that is returned
 	dropped  func(readers int)
 
 	mu       sync.Mutex
@@ -151,7 +153,12 @@ func (rs *Roles) get(name string, set state.Settings) (*role, error) {
 	case len(rs.roles) >= maxRoles && !rs.makeRoomLocked():
 		return nil, nil
 	}
-	s = &role{version: set.Version, reuseFor: set.Role.ReuseFor, dropped: rs.dropped}
+	s = &role{
+		version:  set.Version,
+		reuseFor: set.Role.ReuseFor,
+		least:    lifetime.LeastLease(set.Role.NoLease),
+		dropped:  rs.dropped,
+	}
 	rs.roles[name] = s
 	return s, nil
 }
@@ -209,7 +216,7 @@ func (s *role) read(ctx context.Context, r Reader) (Result, error) {
 			s.mu.Unlock()
 			return Result{}, outcome.ErrChanged
 		}
-		if t := s.last; t.isFresh(now, s.reuseFor, r.Lifetime) {
+		if t := s.last; s.isFresh(t, now, r.Lifetime) {
 			t.holders++
 			s.mu.Unlock()
 			return s.deliver(t, r, Result{Reused: true, Waited: waited})
@@ -291,11 +298,11 @@ func (s *role) deliver(t *token, r Reader, result Result) (Result, error) {
 	now := time.Now()
 	result.Reused = result.Reused || t.readers > 0
 	lease := t.lease(now, result.Reused)
-	if lease < time.Second {
+	if lease < s.least {
 		return result, &cable.Error{
 			Kind:       cable.InvalidResponse,
 			StatusCode: 200,
-			Detail:     "the token's lifetime was used up before it could be returned",
+			Detail:     "too little of the token's lifetime was left when it could be returned",
 			Attempts:   t.minted.Attempts,
 		}
 	}
@@ -321,10 +328,43 @@ func (s *role) fallBack(f *outcome.Failure, r Reader, waited bool) (Result, erro
 	if err != nil {
 		return failed, err
 	}
-	result.Token.Warnings = append(result.Token.Warnings, fmt.Sprintf(
-		"Cable is down (%s), so the previous token is returned, valid until %s: %s",
-		f.Outcome, result.Token.ExpiresAt(), f.Message))
+	result.Token.Warnings = append(result.Token.Warnings, fallbackWarning(result.Token, f))
 	return result, nil
+}
+
+// fallbackWarning is the warning of a reader that gets the previous token because of f.
+func fallbackWarning(t *outcome.Token, f *outcome.Failure) string {
+	return fmt.Sprintf("Cable is down (%s), so the previous token is returned, valid until %s: %s",
+		f.Outcome, t.ExpiresAt(), f.Message)
+}
+
+// Peek tells how Read would end now, without waiting, for a reader with these settings and that lifetime. ready is the
+// failure with which an API call would end before it is sent, or nil. If the reader would get the shared token,
+// isShared is true, with the warnings of the token. Otherwise err is the failure that the reader would get, or nil if
+// Read would make a call or wait for one. Peek changes nothing.
+func (rs *Roles) Peek(
+	name string, set state.Settings, most time.Duration, ready *outcome.Failure,
+) (isShared bool, warnings []string, err error) {
+	f := ready
+	rs.mu.Lock()
+	s := rs.roles[name]
+	rs.mu.Unlock()
+	if s != nil && s.version == set.Version {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		now := time.Now()
+		if s.isFresh(s.last, now, most) {
+			return true, s.last.minted.Warnings, nil
+		}
+		f = cmp.Or(s.backingOff(now), ready)
+		if t := s.last; f != nil && f.MeansDown() && t.isFallback(now, most) {
+			return true, append(slices.Clone(t.minted.Warnings), fallbackWarning(t.minted, f)), nil
+		}
+	}
+	if f == nil {
+		return false, nil, nil // not a nil *Failure
+	}
+	return false, nil, f
 }
 
 // backingOff returns the failure for readers while the role makes no call after a failure, else nil. s.mu is held.
@@ -370,7 +410,7 @@ func (s *role) recordLocked(t *token, f *outcome.Failure, now time.Time) {
 	case f != nil && f.MeansDown():
 		s.failures++
 		return
-	case f == nil && t.minted.Lease > leaseMargin:
+	case f == nil && t.minted.Lease >= leaseMargin+s.least:
 		s.dropLocked()
 		s.last = t
 	}
@@ -424,12 +464,12 @@ func (s *role) settleLocked(t *token) {
 	}
 }
 
-// isFresh reports whether the token may be returned, namely if its call was sent at most reuseFor ago, at least half of
+// isFresh reports whether a token may be returned, namely if its call was sent at most reuseFor ago, at least half of
 // its lifetime remains, no more than most was requested for it, and there is time for a lease.
-func (t *token) isFresh(now time.Time, reuseFor, most time.Duration) bool {
-	return t != nil && t.requested <= most && cable.Elapsed(t.minted.SentAt, now) <= reuseFor &&
+func (s *role) isFresh(t *token, now time.Time, most time.Duration) bool {
+	return t != nil && t.requested <= most && cable.Elapsed(t.minted.SentAt, now) <= s.reuseFor &&
 		t.remaining(now) >= t.usable()/2 && // at least half of its lifetime remains
-		t.lease(now, true) >= time.Second
+		t.lease(now, true) >= s.least
 }
 
 // isFallback reports whether the token may be returned while Cable is down.

@@ -108,12 +108,14 @@ func (c *Config) SameDestination(other *Config) bool {
 
 // Role is a role. Lifetimes are 0 if not set.
 type Role struct {
-	OrganizationID string        `json:"organization_id,omitempty"`
-	Scopes         []string      `json:"scopes"` // sorted, without duplicates
-	TTL            time.Duration `json:"ttl,omitempty"`
-	MaxTTL         time.Duration `json:"max_ttl,omitempty"`
-	ReuseFor       time.Duration `json:"reuse_for,omitempty"`
-	Disabled       bool          `json:"disabled,omitempty"`
+	OrganizationID  string        `json:"organization_id,omitempty"`
+	OrganizationIDs []string      `json:"organization_ids,omitempty"` // that a request may name; no duplicates
+	Scopes          []string      `json:"scopes"`                     // sorted, without duplicates
+	TTL             time.Duration `json:"ttl,omitempty"`
+	MaxTTL          time.Duration `json:"max_ttl,omitempty"`
+	ReuseFor        time.Duration `json:"reuse_for,omitempty"`
+	NoLease         bool          `json:"-"` // stored as lease=false
+	Disabled        bool          `json:"disabled,omitempty"`
 
 	// EarlierUntil is the Unix time until which tokens of an earlier, higher max_ttl may be valid, or 0 if there was
 	// none.
@@ -128,13 +130,21 @@ type storedRole struct {
 	TTL      int64 `json:"ttl,omitempty"`
 	MaxTTL   int64 `json:"max_ttl,omitempty"`
 	ReuseFor int64 `json:"reuse_for,omitempty"`
+	Lease    *bool `json:"lease,omitempty"` // false, or absent
 }
 
 // Encode returns the entry as it is stored.
 func (r *Role) Encode() ([]byte, error) {
-	return encode(storedRole{
-		r, int64(r.TTL / time.Second), int64(r.MaxTTL / time.Second), int64(r.ReuseFor / time.Second),
-	}, r.unknown)
+	stored := storedRole{
+		Role:     r,
+		TTL:      int64(r.TTL / time.Second),
+		MaxTTL:   int64(r.MaxTTL / time.Second),
+		ReuseFor: int64(r.ReuseFor / time.Second),
+	}
+	if r.NoLease {
+		stored.Lease = new(bool)
+	}
+	return encode(stored, r.unknown)
 }
 
 // DecodeRole reads a stored role, and returns nil for nil.
@@ -150,6 +160,7 @@ func DecodeRole(name string, raw []byte) (*Role, error) {
 			fields.RoleName.Quote(name))
 	}
 	r.TTL, r.MaxTTL, r.ReuseFor = seconds(stored.TTL), seconds(stored.MaxTTL), seconds(stored.ReuseFor)
+	r.NoLease = stored.Lease != nil && !*stored.Lease
 	return r, nil
 }
 
@@ -164,6 +175,7 @@ func (r *Role) MaxLifetime() time.Duration {
 // NarrowedBy reports whether next, written in place of the role, takes something away from its readers.
 func (r *Role) NarrowedBy(next *Role) bool {
 	return r != nil && (next.Disabled || r.OrganizationID != next.OrganizationID ||
+		len(fields.Without(r.OrganizationIDs, next.OrganizationIDs)) > 0 ||
 		next.MaxLifetime() < r.MaxLifetime() || len(fields.Without(r.Scopes, next.Scopes)) > 0)
 }
 

@@ -8,12 +8,15 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"pgregory.net/rapid"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
@@ -25,8 +28,18 @@ var showEntry = cmp.Options{
 	cmp.Comparer(func(a, b cable.Secret) bool { return a.Reveal() == b.Reveal() }),
 }
 
-// TestStoredEntries checks that entries as versions of the engine stored them are read,
-// and that writing one back changes none of its bytes.
+// golden returns a file with what a version of the engine stored. A later version adds a folder, and changes none.
+func golden(t *testing.T, file string) []byte {
+	t.Helper()
+	raw, err := os.ReadFile("testdata/" + file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// TestStoredEntries checks that entries as each version of the engine stored them are read, and that writing one back
+// changes nothing.
 func TestStoredEntries(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 11, 1, 2, 3, 4, 0, time.UTC)
@@ -36,56 +49,137 @@ func TestStoredEntries(t *testing.T) {
 	whole.RequestTimeout, whole.CACert, whole.Disabled = 5*time.Second, "pem", true
 	least := NewConfig()
 	least.RefreshKey, least.RefreshKeyVersion, least.RefreshKeyUpdatedAt = cable.NewSecret("k"), 1, at
-	for _, tt := range []struct {
-		stored string
-		want   *Config
-	}{
-		{`{"auth_scheme":"bearer","ca_cert":"pem","disabled":true,"organization_id":"org_1","refresh_key":"k",` +
-			`"refresh_key_updated_at":"2026-11-01T02:03:04Z","refresh_key_version":3,"request_timeout":5,` +
-			`"token_url":"https://a.example/t"}`, whole},
-		{`{"auth_scheme":"raw","refresh_key":"k","refresh_key_updated_at":"2026-11-01T02:03:04Z",` +
-			`"refresh_key_version":1,"request_timeout":20,"token_url":"https://api.cable.tech/v2/auth/token"}`, least},
-	} {
-		got, err := DecodeConfig([]byte(tt.stored))
+	for file, want := range map[string]*Config{"v0.1.0/config.json": whole, "v0.1.0/config-least.json": least} {
+		got, err := DecodeConfig(golden(t, file))
 		if err != nil {
 			t.Fatal(err)
 		}
-		tt.want.unknown = unknown{}
-		if diff := cmp.Diff(tt.want, got, showEntry); diff != "" {
-			t.Error(diff)
+		want.unknown = unknown{}
+		if diff := cmp.Diff(want, got, showEntry); diff != "" {
+			t.Errorf("%s: %s", file, diff)
 		}
-		checkSameJSON(t, tt.stored, got)
+		checkSameJSON(t, string(golden(t, file)), got)
 	}
-	for _, tt := range []struct {
-		stored string
-		want   Role
-	}{
-		{`{"scopes":["a:b"]}`, Role{Scopes: []string{"a:b"}}},
-		{`{"organization_id":"org_1","scopes":["a:b","c:d"],"ttl":600,"max_ttl":3600,"reuse_for":300,"disabled":true,` +
-			`"earlier_until":1800000000}`, Role{
-			OrganizationID: "org_1",
-			Scopes:         []string{"a:b", "c:d"},
-			TTL:            10 * time.Minute,
-			MaxTTL:         time.Hour,
-			ReuseFor:       5 * time.Minute,
-			Disabled:       true,
-			EarlierUntil:   1800000000,
-		}},
+	for file, want := range map[string]*Role{
+		"v0.1.0/role-least.json": {Scopes: []string{"a:b"}},
+		"v0.1.0/role.json": {
+			OrganizationID:  "org_1",
+			OrganizationIDs: []string{"org_3", "org_2"},
+			Scopes:          []string{"a:b", "c:d"},
+			TTL:             10 * time.Minute,
+			MaxTTL:          time.Hour,
+			ReuseFor:        5 * time.Minute,
+			NoLease:         true,
+			Disabled:        true,
+			EarlierUntil:    1800000000,
+		},
 	} {
-		got, err := DecodeRole("r", []byte(tt.stored))
+		got, err := DecodeRole("r", golden(t, file))
 		if err != nil {
 			t.Fatal(err)
 		}
-		tt.want.unknown = unknown{}
-		if diff := cmp.Diff(&tt.want, got, showEntry); diff != "" {
-			t.Error(diff)
+		want.unknown = unknown{}
+		if diff := cmp.Diff(want, got, showEntry); diff != "" {
+			t.Errorf("%s: %s", file, diff)
 		}
-		checkSameJSON(t, tt.stored, got)
+		checkSameJSON(t, string(golden(t, file)), got)
 	}
 	config, err := DecodeConfig([]byte(`{"refresh_key":"k"}`))
 	if err != nil || config.TokenURL != cable.DefaultTokenURL || config.RequestTimeout != cable.DefaultTimeout ||
 		config.AuthScheme != AuthSchemeRaw {
 		t.Errorf("absent keys do not mean the defaults: %+v %v", config, err)
+	}
+}
+
+// The entries as v0.1.0 reads them. These types do not change.
+type (
+	firstConfig struct {
+		RefreshKey          string    `json:"refresh_key"`
+		RefreshKeyVersion   int       `json:"refresh_key_version"`
+		RefreshKeyUpdatedAt time.Time `json:"refresh_key_updated_at"`
+		TokenURL            string    `json:"token_url"`
+		AuthScheme          string    `json:"auth_scheme"`
+		OrganizationID      string    `json:"organization_id"`
+		RequestTimeout      int64     `json:"request_timeout"`
+		CACert              string    `json:"ca_cert"`
+		Disabled            bool      `json:"disabled"`
+	}
+	firstRole struct {
+		OrganizationID  string   `json:"organization_id"`
+		OrganizationIDs []string `json:"organization_ids"`
+		Scopes          []string `json:"scopes"`
+		TTL             int64    `json:"ttl"`
+		MaxTTL          int64    `json:"max_ttl"`
+		ReuseFor        int64    `json:"reuse_for"`
+		Lease           *bool    `json:"lease"`
+		Disabled        bool     `json:"disabled"`
+		EarlierUntil    int64    `json:"earlier_until"`
+	}
+)
+
+// TestFirstVersionReads checks that v0.1.0 reads each field of any entry that this version stores.
+func TestFirstVersionReads(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(rt *rapid.T) {
+		text, list := rapid.String(), rapid.SliceOf(rapid.String())
+		seconds := func(name string) time.Duration {
+			return time.Duration(rapid.Int64Range(0, 86400).Draw(rt, name)) * time.Second
+		}
+		config := &Config{
+			RefreshKey:          cable.NewSecret("k" + text.Draw(rt, "key")),
+			RefreshKeyVersion:   rapid.Int().Draw(rt, "version"),
+			RefreshKeyUpdatedAt: time.Unix(rapid.Int64Range(0, 1<<36).Draw(rt, "updated"), 0).UTC(),
+			TokenURL:            text.Draw(rt, "url"),
+			AuthScheme:          text.Draw(rt, "scheme"),
+			OrganizationID:      text.Draw(rt, "organization"),
+			RequestTimeout:      seconds("timeout"),
+			CACert:              text.Draw(rt, "ca_cert"),
+			Disabled:            rapid.Bool().Draw(rt, "config disabled"),
+		}
+		var c firstConfig
+		readAs(rt, config, &c)
+		if want := (firstConfig{
+			config.RefreshKey.Reveal(), config.RefreshKeyVersion, config.RefreshKeyUpdatedAt, config.TokenURL,
+			config.AuthScheme, config.OrganizationID, int64(config.RequestTimeout / time.Second), config.CACert,
+			config.Disabled,
+		}); want != c {
+			rt.Errorf("%+v is read as %+v", want, c)
+		}
+		role := &Role{
+			OrganizationID:  text.Draw(rt, "role's organization"),
+			OrganizationIDs: list.Draw(rt, "organizations"),
+			Scopes:          list.Draw(rt, "scopes"),
+			TTL:             seconds("ttl"),
+			MaxTTL:          seconds("max_ttl"),
+			ReuseFor:        seconds("reuse_for"),
+			NoLease:         rapid.Bool().Draw(rt, "no lease"),
+			Disabled:        rapid.Bool().Draw(rt, "disabled"),
+			EarlierUntil:    rapid.Int64().Draw(rt, "earlier_until"),
+		}
+		var r firstRole
+		readAs(rt, role, &r)
+		want := firstRole{
+			role.OrganizationID, role.OrganizationIDs, role.Scopes, int64(role.TTL / time.Second),
+			int64(role.MaxTTL / time.Second), int64(role.ReuseFor / time.Second), nil, role.Disabled, role.EarlierUntil,
+		}
+		if role.NoLease {
+			want.Lease = new(bool)
+		}
+		if diff := cmp.Diff(want, r, cmpopts.EquateEmpty()); diff != "" {
+			rt.Error(diff)
+		}
+	})
+}
+
+// readAs stores an entry, and reads it as another version does, which ignores the fields that it does not know.
+func readAs(t rapid.TB, e entry, as any) {
+	t.Helper()
+	raw, err := e.Encode()
+	if err == nil {
+		err = json.Unmarshal(raw, as)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -112,7 +206,7 @@ func checkSameJSON(t *testing.T, want string, e entry) {
 // rewritten, also when a known field is set or unset.
 func TestUnknownFields(t *testing.T) {
 	t.Parallel()
-	const newer = `,"lease":false,"organization_ids":["org_1"],"n":12345678901234567890,"o":{"a":null},"null":null`
+	const newer = `,"later":false,"more_ids":["org_1"],"n":12345678901234567890,"o":{"a":null},"null":null`
 	check := func(stored string, decode func([]byte) (entry, error), edits map[string]func(entry)) {
 		for name, edit := range edits {
 			e, err := decode([]byte(stored))
@@ -140,7 +234,7 @@ func TestUnknownFields(t *testing.T) {
 		func(raw []byte) (entry, error) { return DecodeRole("r", raw) },
 		map[string]func(entry){
 			"nothing":     func(entry) {},
-			"set":         role(func(r *Role) { r.TTL, r.OrganizationID = time.Hour, "org_2" }),
+			"set":         role(func(r *Role) { r.TTL, r.OrganizationID, r.NoLease = time.Hour, "org_2", true }),
 			"unset":       role(func(r *Role) { r.MaxTTL, r.Disabled = 0, false }),
 			"other names": role(func(r *Role) { r.Scopes = []string{"x:y", "z:z"} }),
 		})
