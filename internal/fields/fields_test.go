@@ -276,6 +276,15 @@ func TestNames(t *testing.T) {
 	check(err, "<nil>")
 	_, err = ParseScopes(scopes)
 	check(err, "scopes names 65: at most 64 are allowed")
+	ids, err := ParseOrganizations(append(scopes[:64:64], scopes[0]))
+	check(err, "<nil>")
+	if diff := cmp.Diff(scopes[:64], ids); diff != "" {
+		t.Error(diff)
+	}
+	_, err = ParseOrganizations(scopes)
+	check(err, "organization_ids names 65: at most 64 are allowed")
+	_, err = ParseOrganizations([]string{"a b"})
+	check(err, "an organization of organization_ids must not contain white space, quotes or control characters")
 	_, err = ParseScopes([]string{"a b"})
 	check(err, "a scope must not contain white space, quotes or control characters: "+
 		`write scopes as "resource:action", separated by commas`)

@@ -328,9 +328,12 @@ func TestLease(t *testing.T) {
 	}
 }
 
-// TestShown checks when a longer grant leads to a warning, and which lifetimes a text repeats.
+// TestShown checks the least lease of a role with leases, when a longer grant leads to a warning, and which lifetimes a text repeats.
 func TestShown(t *testing.T) {
 	t.Parallel()
+	if least := LeastLease(false); least != time.Second {
+		t.Errorf("the least lease is %s", least)
+	}
 	for excess, want := range map[time.Duration]bool{-time.Hour: false, time.Minute: false, time.Minute + 1: true} {
 		if got := IsLonger(time.Hour+excess, time.Hour); got != want {
 			t.Errorf("%s more than requested: %t", excess, got)

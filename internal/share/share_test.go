@@ -141,6 +141,15 @@ func (w *testRole) call(set state.Settings, requested time.Duration, started tim
 	return token, nil
 }
 
+// settings returns the settings of the role "ci".
+func (w *testRole) settings() state.Settings {
+	set, err := w.store.Settings(context.Background(), &w.storage, "ci", time.Now())
+	if err != nil {
+		w.Fatal(err)
+	}
+	return set
+}
+
 // read is a token request, which starts over when its settings have changed. check
 // takes the place of Reader.Check.
 func (w *testRole) read(ctx context.Context, name string, most time.Duration, check func() error) (Result, error) {
@@ -353,12 +362,15 @@ func TestShortTokens(t *testing.T) {
 				}
 			}
 			// A second is the shortest lease.
-			w.set(0, nil, 8*time.Second)
-			w.roles.Retire("")
-			_, _ = w.read(t.Context(), "ci", testLifetime, ok)
-			time.Sleep(4 * time.Second)
-			if result, err := w.read(t.Context(), "ci", testLifetime, ok); !result.Reused || result.Token.Lease != time.Second {
-				t.Errorf("after half of a lifetime of 8s: %+v %v", result, err)
+			for granted, age := range map[time.Duration]time.Duration{8 * time.Second: 4 * time.Second, 4 * time.Second: 0} {
+				w.set(0, nil, granted)
+				w.roles.Retire("")
+				_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+				time.Sleep(age)
+				result, err := w.read(t.Context(), "ci", testLifetime, ok)
+				if err != nil || !result.Reused || result.Token.Lease != time.Second {
+					t.Errorf("%s after a call for a token of %s: %+v %v", age, granted, result, err)
+				}
 			}
 			w.settled()
 		})
@@ -476,7 +488,13 @@ func TestBackoff(t *testing.T) {
 			start := time.Now()
 			for time.Since(start) < 5*time.Minute {
 				calls := len(w.calls)
+				isShared, warnings, peekErr := w.roles.Peek("ci", w.settings(), testLifetime, nil)
 				result, err := w.read(t.Context(), "ci", testLifetime, ok)
+				if isCall := len(w.calls) > calls; isCall && (isShared || peekErr != nil) || !isCall &&
+					(isShared != hasToken || hasToken != (peekErr == nil) || !hasToken && peekErr.Error() != err.Error() ||
+						hasToken && !slices.Equal(warnings, result.Token.Warnings)) {
+					t.Errorf("peeked %t %q %v, and read %+v %v", isShared, warnings, peekErr, result, err)
+				}
 				if result.Waited != (len(w.calls) > calls) || result.CallFailed == hasToken {
 					t.Errorf("after %d calls instead of %d: %+v", len(w.calls), calls, result)
 				}
@@ -514,6 +532,17 @@ func TestBackoff(t *testing.T) {
 			}
 			if len(w.calls) != 2 {
 				t.Errorf("%d calls of two reads with a key that is rejected", len(w.calls))
+			}
+			// The call would fail before it is sent.
+			badProxy := outcome.Classify(&cable.Error{Kind: cable.Unreachable, Certificate: true})
+			for ready, want := range map[*outcome.Failure]bool{errDown: true, badProxy: false} {
+				isShared, warnings, err := w.roles.Peek("ci", w.settings(), testLifetime, ready)
+				if isShared != want || len(warnings) > 0 != want || want == (err != nil) || !want && err != error(ready) {
+					t.Errorf("peeked %t %q %v", isShared, warnings, err)
+				}
+			}
+			if isShared, _, err := w.roles.Peek("ci", w.settings(), testLifetime, nil); isShared || err != nil {
+				t.Errorf("peeked %t %v, and a read would make a call", isShared, err)
 			}
 			w.settled()
 		})
