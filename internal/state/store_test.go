@@ -735,7 +735,10 @@ func TestClientIsKept(t *testing.T) {
 	if err := s.write(t.Context(), ConfigKey, &other); err != nil {
 		t.Fatal(err)
 	}
-	_, _ = s.mustGet(t, "ci").Config.Client.RequestToken(t.Context(), request)
+	client := s.mustGet(t, "ci").Config.Client
+	if _, err := client.RequestToken(t.Context(), request); !errors.As(err, &ce) || ce.StatusCode != 429 {
+		t.Fatal(err)
+	}
 	s.Invalidate(ConfigKey)
 	for _, want := range []http.ConnState{http.StateNew, http.StateActive, http.StateIdle, http.StateClosed} {
 		if got := <-states; got != want {
