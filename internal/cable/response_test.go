@@ -113,12 +113,17 @@ func TestDecode(t *testing.T) {
 			more(`"organization_id":"` + jwt + `"`), more(`"organization_name":"it is ` + jwt + `."`),
 			more(`"scopes":{"scopes":["person:read","` + jwt + `"]}`), more(`"scopes":{"scopes":["x ` + jwt + ` x"]}`),
 			more(`"scopes":{"organization_id":"` + jwt + `","scopes":[]}`),
-			`{"token":"0123456789abcdef","expiry":1,"organization_name":"0123456789abcdef"}`,
+			`{"token":"fedcba9876543210","expiry":1,"organization_name":"fedcba9876543210"}`,
 		},
 	}) {
 		token, err := c.decode([]byte(body), testRequest())
 		if err == nil && want != "" || err != nil && err.Error() != want || (token == nil) != (err != nil) {
 			t.Errorf("%.100s: %v, %v; want %q", body, token, err, want)
+		}
+	}
+	for _, coding := range []string{"", "identity", "Identity"} {
+		if err := checkCoding(c.redactor, http.Header{"Content-Encoding": {coding}}); err != nil {
+			t.Errorf("%q: %v", coding, err)
 		}
 	}
 }
