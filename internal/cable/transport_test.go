@@ -739,12 +739,26 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 			for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
 				_, got := throughEnvironment(t, nowhere, name+"="+value)
 				unreachable(t, fmt.Sprintf(notAProxy, name), 1, got)
+				var ready *Error
+				if err := newClientAt(t, nowhere).Ready(); !errors.As(err, &ready) || ready.Detail != got.Detail {
+					t.Errorf("before a call: %v, want %v", err, got)
+				}
 			}
 			setProxies(t, "HTTPS_PROXY="+value, "NO_PROXY=10.0.0.0/8,.exempt")
 			direct("https://127.0.0.1/")
 			direct("https://localhost:1/")
 			direct("https://10.1.2.3/")
 			direct("https://api.exempt/")
+		}
+		setProxies(t)
+		c := newClientAt(t, nowhere)
+		if err := c.Ready(); err != nil {
+			t.Error(err)
+		}
+		c.Pause().begin(time.Minute)
+		var paused *Error
+		if err := c.Ready(); !errors.As(err, &paused) || paused.Kind != Paused {
+			t.Errorf("in a pause: %v", err)
 		}
 	})
 	t.Run("with an unknown certificate", func(t *testing.T) {
