@@ -68,9 +68,10 @@ func main() {
 	count, names := make(map[string]int), make(map[string]bool)
 	for _, name := range strings.Fields(cmp.Or(strings.Join(flag.Args(), " "), packages)) {
 		begin := time.Now()
-		p := load(name, temp, names)
-		p.testAll(count)
-		fmt.Printf("%s: %d mutants in %s\n", name, len(p.mutants), time.Since(begin).Round(time.Second))
+		if p := load(name, temp, names); len(p.mutants) > 0 {
+			p.testAll(count)
+			fmt.Printf("%s: %d mutants in %s\n", name, len(p.mutants), time.Since(begin).Round(time.Second))
+		}
 	}
 	check(os.RemoveAll(temp))
 	check(judge(count, names))
@@ -166,7 +167,9 @@ func load(name, temp string, names map[string]bool) *pkg {
 	add(filepath.Join(p.dir, "mutants.go"), fmt.Appendf(nil, helpers, name))
 	overlay := filepath.Join(temp, name+".json")
 	check(os.WriteFile(overlay, must(json.Marshal(map[string]any{"Replace": replace})), 0o600))
-	p.program = filepath.Join(temp, name+".test")
+	if p.program = filepath.Join(temp, name+".test"); len(p.mutants) == 0 {
+		return p
+	}
 	command("test", "-c", "-overlay="+overlay, "-vet=off", "-o", p.program, "./"+p.dir)
 	return p
 }
@@ -195,7 +198,7 @@ func (p *pkg) testAll(count map[string]int) {
 	begin := time.Now()
 	p.limit = time.Hour
 	p.control()
-	p.limit = 20*time.Second + 5*time.Since(begin)
+	p.limit = 20*time.Second + 3*time.Since(begin)
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	next := make(chan mutant)
