@@ -430,14 +430,18 @@ func TestStart(t *testing.T) {
 			t.Errorf("%s: %d calls", tt.name, n)
 		}
 	}
-	// The rest of the budget bounds the call.
+	// The rest of the budget bounds the call, and a start in the future does not extend it.
 	srv := cabletest.NewServer(t, nil)
 	srv.SetFault(cabletest.Fault{Delay: time.Hour})
-	tr := testRequest()
-	tr.Start = time.Now().Add(-hour + budget)
-	token, err := newClient(t, srv, Config{Timeout: hour}).RequestToken(t.Context(), tr)
-	const detail = "the budget of 1h0m0s ran out after the request was sent, waiting for the response"
-	diffError(t, sent(TimedOut, detail), checkError(t, token, err))
+	for start, timeout := range map[time.Duration]time.Duration{budget - hour: hour, hour: budget} {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		tr := testRequest()
+		tr.Start = time.Now().Add(start)
+		token, err := newClient(t, srv, Config{Timeout: timeout}).RequestToken(ctx, tr)
+		detail := fmt.Sprintf("the budget of %s ran out after the request was sent, waiting for the response", timeout)
+		diffError(t, sent(TimedOut, detail), checkError(t, token, err))
+	}
 }
 
 // TestObserve pins that each call is observed once.

@@ -696,6 +696,12 @@ func TestVersions(t *testing.T) {
 		if _, err := outdated.read(t.Context(), reader); !errors.Is(err, outcome.ErrChanged) {
 			t.Errorf("a reader that came just before the change: %v", err)
 		}
+		for i, set := range []state.Settings{w.settings(), old} {
+			isShared, warnings, err := w.roles.Peek("ci", set, testLifetime, nil)
+			if isShared != (i == 0) || len(warnings) > 0 || err != nil {
+				t.Errorf("settings %d: peeked %t %q %v", i, isShared, warnings, err)
+			}
+		}
 		if result, err := w.read(t.Context(), "ci", testLifetime, ok); !result.Reused || len(w.calls) != 2 {
 			t.Errorf("the token was dropped: %+v %v", result, err)
 		}
