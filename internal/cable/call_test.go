@@ -602,6 +602,14 @@ func TestClose(t *testing.T) {
 	if n := srv.Connections(); n != 3 {
 		t.Errorf("%d connections, want 3", n)
 	}
+	idle := cabletest.NewServer(t, nil)
+	c = newClient(t, idle, Config{})
+	mustMint(t, c)
+	c.Close()
+	mustMint(t, c)
+	if n := idle.Connections(); n != 2 {
+		t.Errorf("%d connections, want 2, because Close closes an idle one", n)
+	}
 }
 
 // TestNew pins which configurations are refused. See also TestParseTokenURL and TestCheckCACert.

@@ -201,7 +201,8 @@ func TestClean(t *testing.T) {
 		t.Errorf("a short key: %q", got)
 	}
 	twelve := newRedactor(NewSecret("rk_123456789"))
-	if !short.repeats("abc") || !twelve.repeats("x rk_123456789 y") || !r.repeats(testKey[:12]) || r.repeats(testKey[:11]) {
+	if !short.repeats("abc") || !twelve.repeats("x rk_123456789 y") ||
+		!r.repeats(testKey[:12]) || r.repeats(testKey[:11]) {
 		t.Error("a token that is the key, contains it or is a part of it is not found, or a shorter part is")
 	}
 	if got := newRedactor(NewSecret("k")).clean("xkx"); got != "x[redacted]x" {

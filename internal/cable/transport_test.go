@@ -688,7 +688,8 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 			c := newClientAt(t, cfg)
 			requests.Go(func() {
 				_, got := throughProxy(t, c)
-				unreachable(t, fmt.Sprintf("the environment's proxy refused to connect, with status %d", status), 3, got)
+				want := fmt.Sprintf("the environment's proxy refused to connect, with status %d", status)
+				unreachable(t, want, 3, got)
 				checkCounts(t, srv, 0, 0)
 			})
 		}

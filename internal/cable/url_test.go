@@ -65,7 +65,8 @@ func TestParseTokenURL(t *testing.T) {
 		noURL: {"https://api.cable.tech:http/", "https://[::1/", "https://api.cable.tech/%zz"},
 		white: {
 			"https://api.cable.tech/a b", " https://api.cable.tech/", "https://api.cable.tech/\n",
-			"https://api.cable.tech/\x00", "https://api.cable.tech/\x7f", "https://api.cable.tech\t/", `https://api.cable.tech\@evil.example/`,
+			"https://api.cable.tech/\x00", "https://api.cable.tech/\x7f", "https://api.cable.tech\t/",
+			`https://api.cable.tech\@evil.example/`,
 		},
 		zone: {"https://[fe80::1%25eth0]/", "http://[::1%25REFRESHKEYCANARY]/"},
 		host: {

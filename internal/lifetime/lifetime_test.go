@@ -328,7 +328,8 @@ func TestLease(t *testing.T) {
 	}
 }
 
-// TestShown checks the least lease of a role with leases, when a longer grant leads to a warning, and which lifetimes a text repeats.
+// TestShown checks the least lease of a role with leases, when a longer grant leads to a warning, and which lifetimes a
+// text repeats.
 func TestShown(t *testing.T) {
 	t.Parallel()
 	if least := LeastLease(false); least != time.Second {

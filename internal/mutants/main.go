@@ -124,7 +124,7 @@ func load(name, temp string, names map[string]bool) *pkg {
 	p := &pkg{dir: filepath.Join("internal", name)}
 	exports := make(map[string]string) // by the path of an imported package
 	const format = "{{if .Export}}{{.ImportPath}} {{.Export}}{{end}}"
-	for line := range strings.Lines(command("list", "-export", "-deps", "-f", format, "./"+p.dir)) {
+	for line := range strings.Lines(string(command("go", "list", "-export", "-deps", "-f", format, "./"+p.dir))) {
 		path, file, _ := strings.Cut(strings.TrimSpace(line), " ")
 		exports[path] = file
 	}
@@ -155,7 +155,7 @@ func load(name, temp string, names map[string]bool) *pkg {
 		number += len(mutants)
 		var diff []byte
 		if *since != "" {
-			diff = must(exec.Command("git", "diff", "--unified=0", *since, "--", path).Output())
+			diff = command("git", "diff", "--unified=0", *since, "--", path)
 		}
 		for _, m := range mutants {
 			names[m.name] = true
@@ -170,16 +170,16 @@ func load(name, temp string, names map[string]bool) *pkg {
 	if p.program = filepath.Join(temp, name+".test"); len(p.mutants) == 0 {
 		return p
 	}
-	command("test", "-c", "-overlay="+overlay, "-vet=off", "-o", p.program, "./"+p.dir)
+	command("go", "test", "-c", "-overlay="+overlay, "-vet=off", "-o", p.program, "./"+p.dir)
 	return p
 }
 
-func command(args ...string) string {
-	out, err := exec.Command("go", args...).CombinedOutput()
+func command(name string, args ...string) []byte {
+	out, err := exec.CommandContext(context.Background(), name, args...).CombinedOutput()
 	if err != nil {
-		check(fmt.Errorf("go %s: %w: %s", args, err, out))
+		check(fmt.Errorf("%s %s: %w: %s", name, args, err, out))
 	}
-	return string(out)
+	return out
 }
 
 var hunk = regexp.MustCompile(`(?m)^@@ -[0-9,]+ \+([0-9]+)(?:,([0-9]+))? @@`)
