@@ -52,8 +52,9 @@ func TestParse(t *testing.T) {
 	path := &framework.Path{
 		Fields: map[string]*framework.FieldSchema{
 			"name": schema(framework.TypeString), "text": schema(framework.TypeString),
-			"odd": schema(framework.TypeMap), "token_url": schema(framework.TypeString), "flag": schema(framework.TypeBool),
-			"ttl": schema(framework.TypeDurationSecond), "n": schema(framework.TypeInt),
+			"odd": schema(framework.TypeMap), "token_url": schema(framework.TypeString),
+			"flag": schema(framework.TypeBool),
+			"ttl":  schema(framework.TypeDurationSecond), "n": schema(framework.TypeInt),
 			"list":                {Type: framework.TypeCommaStringSlice, Query: true},
 			"refresh_key_version": schema(framework.TypeInt),
 		},
