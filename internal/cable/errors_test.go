@@ -106,6 +106,11 @@ func TestDescribe(t *testing.T) {
 			}
 		}
 	}
+	for _, stage := range []string{atResponse, atHead} {
+		if text, _ := describe(op("remote error"), progress{stage: stage}); text != "the TLS connection failed: bad record" {
+			t.Errorf("%s: %q", stage, text)
+		}
+	}
 	if text, _ := describe(errors.New(secretHost), progress{stage: atResponse}); strings.Contains(text, secretHost) {
 		t.Errorf("%q repeats a text of net/http", text)
 	}
