@@ -62,7 +62,9 @@ func TestDescribe(t *testing.T) {
 	op := func(op string) error { return &net.OpError{Op: op, Err: errors.New("tls: bad record")} }
 	const hidden = "looking up a host of 24 characters: "
 	dial := func(number syscall.Errno) error { return errno("dial", number) }
-	otherHost := x509.HostnameError{Host: secretHost, Certificate: &x509.Certificate{DNSNames: []string{"a"}}}
+	otherHost := x509.HostnameError{Host: secretHost, Certificate: &x509.Certificate{
+		DNSNames: []string{"a"}, IPAddresses: []net.IP{net.IPv4zero},
+	}}
 	for _, tt := range []struct {
 		want string
 		errs []error
@@ -86,6 +88,10 @@ func TestDescribe(t *testing.T) {
 		},
 		{"the TLS handshake failed", []error{errors.New("anything else")}},
 		{"the TLS handshake failed: bad record", []error{op("local error"), op("remote error")}},
+		{
+			"the TLS handshake failed: bad certificate",
+			[]error{&net.OpError{Op: "local error", Err: tls.AlertError(42)}},
+		},
 		{"the TLS handshake timed out", []error{os.ErrDeadlineExceeded}},
 		{"the connection was closed in the TLS handshake", []error{io.EOF}},
 		{"looking up api.example.com: no such host", []error{&net.DNSError{Name: "api.example.com", IsNotFound: true}}},

@@ -169,6 +169,10 @@ func TestOnlyLoopback(t *testing.T) {
 	for _, host := range []string{"192.0.2.1:80", "[2001:db8::1]:80", "0.0.0.0:80", "[::]:80", "169.254.169.254:80"} {
 		diffError(t, want, mustFail(t, t.Context(), clientOfHost(t, host)))
 	}
+	https := newClientAt(t, Config{TokenURL: "https://192.0.2.1/", Timeout: budget})
+	if e := mustFail(t, t.Context(), https); e.Detail == want.Detail {
+		t.Error("https is for loopback addresses only")
+	}
 	c := clientOfHost(t, "rebound.example")
 	rebound := nameServer(t, 0, netip.MustParseAddr("192.0.2.1"))
 	c.transport.DialContext = (&net.Dialer{Resolver: rebound, Control: onlyLoopback}).DialContext
