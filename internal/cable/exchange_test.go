@@ -143,7 +143,9 @@ func TestAllowPanics(t *testing.T) {
 	for times := range 2 {
 		allow := allowTimes(times)
 		tr := testRequest()
+		var asked atomic.Int32
 		tr.Allow = func() error {
+			asked.Add(1)
 			if allow() != nil {
 				panic(errWithdrawn)
 			}
@@ -153,6 +155,9 @@ func TestAllowPanics(t *testing.T) {
 			defer func() {
 				if p, _ := recover().(error); !errors.Is(p, errWithdrawn) {
 					t.Errorf("%d: recovered %v", times, p)
+				}
+				if n := int(asked.Load()); n != times+1 {
+					t.Errorf("%d: asked %d times, as if the panic were a fault of the network", times, n)
 				}
 			}()
 			_, err := c.RequestToken(t.Context(), tr)

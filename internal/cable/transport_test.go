@@ -670,9 +670,12 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 	}
 	nowhere := Config{TokenURL: "https://nowhere.invalid/"}
 	t.Run("used", func(t *testing.T) {
-		for _, form := range []string{"HTTPS_PROXY=%s", "https_proxy=%s", "https_proxy=http://%%zz,HTTPS_PROXY=%s/"} {
+		for _, form := range []string{"HTTPS_PROXY=%s", "https_proxy=%s", "https_proxy=http://%%zz,HTTPS_PROXY=%s/", "bare"} {
 			srv, p, cfg := newTarget(t)
 			variables := strings.Split(fmt.Sprintf(form, p.url), ",")
+			if form == "bare" {
+				variables = []string{"HTTPS_PROXY=" + strings.TrimPrefix(p.url, "http://")}
+			}
 			if token, err := throughEnvironment(t, cfg, variables...); token == nil {
 				t.Errorf("no token through %s: %v", form, err)
 			}
