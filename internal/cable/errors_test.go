@@ -113,11 +113,13 @@ func TestDescribe(t *testing.T) {
 		}
 	}
 	alert := func(a tls.AlertError) error { return &net.OpError{Op: "remote error", Err: a} }
-	if isCertificateAlert(alert(40), false) || !isCertificateAlert(alert(40), true) || isCertificateAlert(alert(70), true) {
+	if isCertificateAlert(alert(40), false) || !isCertificateAlert(alert(40), true) ||
+		isCertificateAlert(alert(70), true) {
 		t.Error("a handshake failure, and no other alert, is a refused certificate if one was requested")
 	}
 	for _, stage := range []string{atResponse, atHead} {
-		if text, _ := describe(op("remote error"), progress{stage: stage}); text != "the TLS connection failed: bad record" {
+		text, _ := describe(op("remote error"), progress{stage: stage})
+		if text != "the TLS connection failed: bad record" {
 			t.Errorf("%s: %q", stage, text)
 		}
 	}

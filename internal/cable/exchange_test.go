@@ -205,6 +205,11 @@ func TestEnd(t *testing.T) {
 		if p, _ := x.end(failed); p.sent == failed {
 			t.Errorf("failed %t: sent %t", failed, p.sent)
 		}
+		resp := &http.Response{StatusCode: http.StatusBadGateway, Body: http.NoBody}
+		r := &request{client: newClientAt(t, Config{})}
+		if e := r.failed(resp, !failed, func() {}); e.MaybeIssued == failed {
+			t.Errorf("a 502, sent %t: a token may have been issued %t", !failed, e.MaybeIssued)
+		}
 	}
 }
 
