@@ -207,8 +207,15 @@ func TestEnd(t *testing.T) {
 		}
 		resp := &http.Response{StatusCode: http.StatusBadGateway, Body: http.NoBody}
 		r := &request{client: newClientAt(t, Config{})}
-		if e := r.failed(resp, !failed, func() {}); e.MaybeIssued == failed {
-			t.Errorf("a 502, sent %t: a token may have been issued %t", !failed, e.MaybeIssued)
+		r.client.Pause().begin(time.Minute) // by another call
+		if e := r.failed(resp, !failed, func() {}); e.MaybeIssued == failed || e.RetryAfter > 0 {
+			t.Errorf("a 502, sent %t: %+v", !failed, e)
+		}
+	}
+	for _, stage := range []string{atResponse, atHead} {
+		x := &exchange{request: &request{client: newClientAt(t, Config{})}, progress: progress{stage: stage}}
+		if x.reached(atLookup); x.stage != stage {
+			t.Errorf("another connection takes a call back from %s to %s", stage, x.stage)
 		}
 	}
 }

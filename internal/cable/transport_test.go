@@ -743,6 +743,7 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 			"http://" + user + "%zz@h/", "http://" + user + "%@h/",
 			"ftp://" + user + "@127.0.0.1:1/", "http:/proxy:3128", "http:proxy:3128", "http//proxy:3128", "http://",
 			"http://proxy:99999", "http://proxy:", "://proxy", " http://proxy:3128", "http://proxy:3128/path", "p q",
+			"http://pröxy:3128",
 		} {
 			for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
 				_, got := throughEnvironment(t, nowhere, name+"="+value)
