@@ -217,6 +217,11 @@ func TestEnd(t *testing.T) {
 		if x.reached(atLookup); x.stage != stage {
 			t.Errorf("another connection takes a call back from %s to %s", stage, x.stage)
 		}
+		for _, reused := range []bool{false, true} {
+			if x.connected(httptrace.GotConnInfo{Reused: reused}); x.early == reused {
+				t.Errorf("reused %t: an error can be the handshake's: %t", reused, x.early)
+			}
+		}
 	}
 }
 
