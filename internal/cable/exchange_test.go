@@ -221,6 +221,9 @@ func TestEnd(t *testing.T) {
 			if x.connected(httptrace.GotConnInfo{Reused: reused}); x.early == reused {
 				t.Errorf("reused %t: an error can be the handshake's: %t", reused, x.early)
 			}
+			if x.responded(); x.early {
+				t.Error("an error after a response can be the handshake's")
+			}
 		}
 	}
 }
