@@ -670,7 +670,9 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 	}
 	nowhere := Config{TokenURL: "https://nowhere.invalid/"}
 	t.Run("used", func(t *testing.T) {
-		for _, form := range []string{"HTTPS_PROXY=%s", "https_proxy=%s", "https_proxy=http://%%zz,HTTPS_PROXY=%s/", "bare"} {
+		for _, form := range []string{
+			"HTTPS_PROXY=%s", "https_proxy=%s", "https_proxy=http://%%zz,HTTPS_PROXY=%s/", "bare",
+		} {
 			srv, p, cfg := newTarget(t)
 			variables := strings.Split(fmt.Sprintf(form, p.url), ",")
 			if form == "bare" {

@@ -228,7 +228,7 @@ func (p *pkg) testAll(count map[string]int) {
 // control fails if the tests fail without a mutant, as they do on a machine that is too busy for them, because a kill
 // then shows nothing.
 func (p *pkg) control() {
-	if result, out := p.test(mutant{}); result != survived {
+	if result, out := p.test(mutant{}); result == killed || result == timedOut {
 		check(fmt.Errorf("the tests of %s fail without a mutant: %s", p.dir, out))
 	}
 }

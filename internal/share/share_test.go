@@ -541,7 +541,8 @@ func TestBackoff(t *testing.T) {
 			badProxy := outcome.Classify(&cable.Error{Kind: cable.Unreachable, Certificate: true})
 			for ready, want := range map[*outcome.Failure]bool{errDown: true, badProxy: false} {
 				isShared, warnings, err := w.roles.Peek("ci", w.settings(), testLifetime, ready)
-				if isShared != want || len(warnings) > 0 != want || err == nil != want || !want && !errors.Is(err, ready) {
+				if isShared != want || len(warnings) > 0 != want || err == nil != want ||
+					!want && !errors.Is(err, ready) {
 					t.Errorf("peeked %t %q %v", isShared, warnings, err)
 				}
 			}
