@@ -51,7 +51,7 @@ var survivors string
 var (
 	since   = flag.String("since", "", "mutate only the lines that differ from this commit")
 	only    = flag.String("only", "", "mutate only if the mutant's name contains this text")
-	workers = flag.Int("j", 4, "mutants that are tested at a time; they mostly wait")
+	workers = flag.Int("j", 4, "mutants that are tested at a time; their tests mostly wait")
 )
 
 // The results of a mutant.

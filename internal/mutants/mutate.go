@@ -68,7 +68,7 @@ type mutator struct {
 	before  int // mutants in the files before
 }
 
-// edit is text in place of some bytes. At the same offset, what ends comes before what begins.
+// edit is text in place of some bytes. At the same offset, the end of a mutant comes before the beginning of another.
 type edit struct {
 	offset, order, length int
 	text                  string

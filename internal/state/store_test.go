@@ -59,7 +59,9 @@ func newTestStore(t testing.TB) *testStore {
 	return s
 }
 
-func newRole() *Role { return &Role{Scopes: []string{"a:b", "c:d"}, MaxTTL: time.Hour} }
+func newRole() *Role {
+	return &Role{OrganizationIDs: []string{"org_3"}, Scopes: []string{"a:b", "c:d"}, MaxTTL: time.Hour}
+}
 
 // entry is a *Config or a *Role.
 type entry interface{ Encode() ([]byte, error) }
@@ -261,10 +263,13 @@ var changes = map[string]struct {
 	"widen a role": {
 		RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Scopes = append(r.Scopes, "e:f") }), false, false,
 	},
-	"a longer limit":  {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.MaxTTL = 0 }), false, false},
-	"another ttl":     {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.TTL = time.Hour }), false, false},
-	"disable a role":  {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Disabled = true }), true, false},
-	"take a scope":    {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Scopes = r.Scopes[:1] }), true, false},
+	"a longer limit": {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.MaxTTL = 0 }), false, false},
+	"another ttl":    {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.TTL = time.Hour }), false, false},
+	"disable a role": {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Disabled = true }), true, false},
+	"take a scope":   {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Scopes = r.Scopes[:1] }), true, false},
+	"take an organization": {
+		RoleKey("ci"), "ci", changeRole(func(r *Role) { r.OrganizationIDs = nil }), true, false,
+	},
 	"a shorter limit": {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.MaxTTL = time.Minute }), true, false},
 	"another organization": {
 		RoleKey("ci"), "ci", changeRole(func(r *Role) { r.OrganizationID = "org_2" }), true, false,
