@@ -100,6 +100,10 @@ shellcheck: ## Check the scripts, where shellcheck is installed
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
 	@scripts/fuzz $(FUZZTIME)
 
+.PHONY: mutants
+mutants: ## Make faults and see tests fail; SINCE=commit for lines changed since
+	go run ./internal/mutants $(if $(SINCE),-since $(SINCE))
+
 .PHONY: bench
 bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
 	@go build -o .cache/ ./internal/bench
