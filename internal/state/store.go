@@ -362,13 +362,7 @@ func (s *Store) knownLocked(key string) (r record, known bool) {
 
 // isCertainLocked reports whether the last write of an entry did not fail. The caller holds mu.
 func (s *Store) isCertainLocked(key string) bool {
-	if s.narrowed[key] {
-		return false
-	}
-	if s.uncertain != nil {
-		return !s.uncertain[key]
-	}
-	return s.findLocked(key).certain
+	return !s.narrowed[key] && s.findLocked(key).certain
 }
 
 // narrowedLocked returns the error for token requests of an entry if its last write failed and would have taken
@@ -587,8 +581,6 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 		stored = err == nil
 		return nil, err
 	})
-	if err != nil {
-		once.Do(failed) // the call was abandoned
-	}
+	once.Do(failed) // if the call was abandoned
 	return err
 }
