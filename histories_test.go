@@ -44,9 +44,9 @@ func TestHistories(t *testing.T) {
 	t.Parallel()
 	var last atomic.Uint64
 	var operations atomic.Int64
-	most, end, workers := uint64(1000), time.Time{}, runtime.GOMAXPROCS(0)
+	most, end, workers := uint64(300), time.Time{}, runtime.GOMAXPROCS(0)
 	if testing.Short() {
-		most = 200
+		most = 100
 	}
 	if *historiesFlag > 0 {
 		most, end = 1<<62, time.Now().Add(*historiesFlag)

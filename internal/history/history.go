@@ -192,7 +192,7 @@ func (h *History) checkOrder(n *Node, role string, add report) {
 		return porcupine.Operation{Input: e, Call: int64(start), Return: int64(end)}
 	}
 	for _, c := range h.Changes {
-		if c.concerns(role) && c.Committed != Never {
+		if c.concerns(role) && c.Committed != Never && c.Start <= n.Cleaned {
 			changes = append(changes, operation(c, c.Start, c.seen(n)))
 		}
 	}
