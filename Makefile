@@ -100,6 +100,13 @@ shellcheck: ## Check the scripts, where shellcheck is installed
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
 	@scripts/fuzz $(FUZZTIME)
 
+.PHONY: histories
+histories: DURATION ?= 10m
+histories: ## Check random histories for DURATION (10m), then a minute of a real cluster
+	@scripts/vault --path >/dev/null
+	go test -count=1 -timeout 0 -run '^TestHistories$$' . -histories $(DURATION)
+	E2E=require go test -count=1 -timeout 10m -run '^TestClusterHistory$$' ./e2e -histories 1m
+
 .PHONY: mutants
 mutants: ## Make faults and see tests fail; SINCE=commit for lines changed since
 	go run ./internal/mutants $(if $(SINCE),-since $(SINCE))
