@@ -191,8 +191,14 @@ func (h *History) checkOrder(n *Node, role string, add report) {
 	operation := func(e event, start, end time.Duration) porcupine.Operation {
 		return porcupine.Operation{Input: e, Call: int64(start), Return: int64(end)}
 	}
+	last := n.Cleaned // when the node can have seen a change; a read under way continues after the node's end
+	for _, r := range h.Reads {
+		if r.Node == n {
+			last = max(last, r.End)
+		}
+	}
 	for _, c := range h.Changes {
-		if c.concerns(role) && c.Committed != Never && c.Start <= n.Cleaned {
+		if c.concerns(role) && c.Committed != Never && c.Start <= last {
 			changes = append(changes, operation(c, c.Start, c.seen(n)))
 		}
 	}
