@@ -34,8 +34,9 @@ fips: build ## Build the plugin with Go's FIPS 140-3 module v1.0.0
 .PHONY: fips-test
 fips-test: export GOFIPS140 = v1.0.0
 fips-test: export GODEBUG = fips140=only
-fips-test: ## Test the process and Cable's client with that module alone
+fips-test: ## Test the process and Cable's client with that module alone, and mint in a real server
 	go test -count=1 ./cmd/vault-plugin-secrets-cable ./internal/cable
+	GOFIPS140=off GODEBUG= E2E=require go test -count=1 -run '^TestFIPS$$' ./e2e
 
 .PHONY: demo
 demo: ## Show the engine at work on a real Vault, then clean up
@@ -99,6 +100,17 @@ shellcheck: ## Check the scripts, where shellcheck is installed
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
 	@scripts/fuzz $(FUZZTIME)
 
+.PHONY: histories
+histories: DURATION ?= 10m
+histories: ## Check random histories for DURATION (10m), then a minute of a real cluster
+	@scripts/vault --path >/dev/null
+	go test -count=1 -timeout 0 -run '^TestHistories$$' . -histories $(DURATION)
+	E2E=require go test -count=1 -timeout 10m -run '^TestClusterHistory$$' ./e2e -histories 1m
+
+.PHONY: mutants
+mutants: ## Make faults and see tests fail; SINCE=commit for lines changed since
+	go run ./internal/mutants $(if $(SINCE),-since $(SINCE))
+
 .PHONY: bench
 bench: ## Measure a read side by side with the floor; BENCH='-slice 1s …' for options
 	@go build -o .cache/ ./internal/bench
@@ -114,6 +126,11 @@ release: export GOTOOLCHAIN = $(RELEASE_GO)
 release: ## Build the release of HEAD's tag, or a snapshot, into dist/
 	$(call with,release) go -C tools/release run . build $(if $(PLATFORMS),-platforms $(PLATFORMS))
 
+.PHONY: vex
+vex: export GOTOOLCHAIN = $(RELEASE_GO)
+vex: ## Write the OpenVEX document of the release in dist/, from govulncheck
+	$(call with,ci release) go -C tools/release run . vex
+
 .PHONY: release-verify
 release-verify: ## Build VERSION again and compare with the files in FROM
 	@scripts/release-verify '$(VERSION)' '$(FROM)'
@@ -121,11 +138,15 @@ release-verify: ## Build VERSION again and compare with the files in FROM
 .PHONY: release-test
 release-test: ## Test the release tools; RELEASE_TEST=all for all platforms
 	$(call with,lint) cd tools/release; golangci-lint run ./...
-	$(call with,release cosign) go -C tools/release test -count=1 -timeout 60m ./...
+	$(call with,ci release cosign) go -C tools/release test -count=1 -timeout 60m ./...
 
 .PHONY: actionlint
 actionlint: ## Check the workflows
 	$(call with,ci) actionlint
+
+.PHONY: cable-schema
+cable-schema: ## Compare the OpenAPI document that Cable publishes with what the engine assumes
+	curl -fsSL https://docs.cable.tech/openapi.json | go run ./internal/cabletest/schema
 
 .PHONY: vulncheck
 vulncheck: ## Look for known vulnerabilities in what is linked

@@ -50,17 +50,23 @@ func TestOpenBaoConfigurations(t *testing.T) {
 				continue
 			}
 			found++
-			file, err := parser.Parse([]byte(b.text))
-			if err != nil {
-				t.Errorf("%s: %v", b.id, err)
-				continue
-			}
-			checkFields(t, b.id, "", file.Node)
+			checkConfiguration(t, b.id, b.text)
 		}
 	}
 	if found < 4 {
 		t.Errorf("the pages have %d configurations of OpenBao", found)
 	}
+}
+
+// checkConfiguration checks one configuration, and returns its fields.
+func checkConfiguration(t *testing.T, id, text string) *ast.ObjectList {
+	t.Helper()
+	file, err := parser.Parse([]byte(text))
+	if err != nil {
+		t.Fatalf("%s: %v", id, err)
+	}
+	checkFields(t, id, "", file.Node)
+	return file.Node.(*ast.ObjectList)
 }
 
 // checkFields checks the fields of a block of the kind.
@@ -169,6 +175,7 @@ func (b *openBao) stop() {
 func (b *openBao) blocks(names ...string) (config string) {
 	b.t.Helper()
 	texts := named(b.t, "docs/openbao.md")
+	texts["kubernetes"] = chartValues(b.t, "openbao").Server.HA.Raft.Config
 	for _, name := range names {
 		plugin := suite.plugin
 		if name == "declare-next" {
@@ -259,17 +266,30 @@ func TestOpenBaoPage(t *testing.T) {
 		b.configure(func(config string) string { return strings.Replace(config, b.blocks("declare"), first, 1) })
 		b.lists(pluginVersion, false)
 		b.refuses("bao plugin reload -mounts=cable/", "Code: 400")
+		b.refuses("bao read cable/creds/reports", "Code: 500")
+		b.stop()
+		b.start("", first+b.blocks("declare-next"))
+		b.untilActive()
+		b.refuses("bao read cable/status", "No value found")
 		b.run(page["move"])
 		b.isTuned(nextVersion)
 	})
-	t.Run("a key that does not work", func(t *testing.T) {
+	t.Run("a key that does not work, and an upgrade by a restart", func(t *testing.T) {
 		t.Parallel()
 		b := newOpenBao(t)
-		b.start("wrong", b.blocks("declare", "initialize"))
+		b.start("wrong", b.blocks("kubernetes", "initialize"))
 		b.untilActive()
 		b.is("status", "configured", "false")
 		b.set("config", map[string]any{"refresh_key": b.cable.RefreshKey(), "verify_role": "reports"})
 		b.runs(pluginVersion)
+
+		// The way of docs/kubernetes.md, where a server gets no SIGHUP.
+		b.stop()
+		b.start("", b.blocks("kubernetes", "declare-next", "initialize"))
+		b.untilActive()
+		b.is("status", "version", pluginVersion)
+		b.run(page["move"])
+		b.isTuned(nextVersion)
 	})
 	t.Run("a version that was registered over the API", func(t *testing.T) {
 		t.Parallel()

@@ -30,7 +30,9 @@ var pageTests = map[string]string{
 	"examples/consul-template/README.md": "TestExampleConsulTemplate",
 	"examples/vault-agent/README.md":     "TestExampleVaultAgent",
 	"examples/vault-proxy/README.md":     "TestExampleVaultProxy",
+	"docs/kubernetes.md":                 "TestKubernetesValues",
 	"docs/openbao.md":                    "TestOpenBaoPage",
+	"docs/recipes.md":                    "TestRecipes",
 	"docs/runbook.md":                    "TestRunbook",
 	"docs/security.md":                   "TestSecurityPage",
 	"docs/tutorial.md":                   "TestTutorial",
@@ -59,6 +61,8 @@ var notRun = map[string]string{
 	"examples/vault-proxy/README.md#Run/1":           "runs until it is ended: TestExampleVaultProxy starts it",
 	"README.md#Install/1":                            "needs the files of a release: TestInstall runs it",
 	"README.md#Try it/1":                             "TestDemo runs make demo; make test runs all tests",
+	"docs/kubernetes.md#log":                         "needs pods, which no test has",
+	"docs/kubernetes.md#restart":                     "needs pods, which no test has",
 	"docs/openbao.md#active-node":                    "needs a cluster: TestHA runs it",
 	"docs/openbao.md#node-version":                   "needs a cluster: TestHA runs it",
 	"docs/runbook.md#setcap":                         "needs root: TestLockedMemory runs it",
@@ -69,9 +73,11 @@ var notRun = map[string]string{
 	"docs/tutorial.md#forget":                        "needs the alias of a terminal: TestTutorial runs it with one",
 	"docs/tutorial.md#On a dev server of your own/1": "runs until Ctrl-C: TestBuild runs it",
 	"docs/tutorial.md#On a dev server of your own/2": "needs that server: TestBuild runs it",
+	"docs/cable-api.md#Top/1":                        "reads Cable's own document, over a network",
 	"docs/compatibility.md#compat-openbao":           "runs all end-to-end tests, on an OpenBao server",
+	"docs/compatibility.md#compat-download":          "needs a network: TestServerDownload runs the script on loopback",
 	"docs/compatibility.md#Repeat the tests/1":       "runs all end-to-end tests, on each server",
-	"docs/compatibility.md#Repeat the tests/2":       "runs all tests",
+	"docs/compatibility.md#Repeat the tests/3":       "runs all tests",
 	"docs/tutorial.md#Start/1":                       "runs until Ctrl-C: TestTutorial starts scripts/dev",
 
 	"examples/kubernetes/README.md#Kubernetes auth/2": "for a Vault in the cluster, which no test has",
@@ -80,7 +86,7 @@ var notRun = map[string]string{
 	"examples/kubernetes/csi/README.md#Run it/2": "needs the driver: TestExampleKubernetesCalls replays the requests",
 }
 
-// block is a fenced block of a page with commands, a transcript, or HCL.
+// block is a fenced block of a page with commands, a transcript, HCL or YAML.
 type block struct {
 	// id is the page with the block's name, such as "docs/runbook.md#rotate" for
 	// "```sh name=rotate"; without a name, with heading and number, such as
@@ -90,7 +96,7 @@ type block struct {
 }
 
 // fence finds a block with its language and name, and the indent of a list around it.
-var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl)(?: name=([\\w-]+)| \\w+)?\n(.*?)^ *```")
+var fence = regexp.MustCompile("(?ms)^( *)```(sh|console|hcl|yaml)(?: name=([\\w-]+)| \\w+)?\n(.*?)^ *```")
 
 // blocksOf returns the blocks of a page that a reader may type or copy.
 func blocksOf(t *testing.T, page string) (found []block) {
@@ -223,7 +229,8 @@ func (s *shell) exists(name string) bool {
 // fails, and returns their output.
 func (s *shell) try(commands string) (string, error) {
 	const vars = `touch .vars; . ./.vars
-		trap 'for v in version previous sha256 lease hash mine; do declare -p $v || true; done > .vars 2>/dev/null' EXIT
+		trap 'for v in version previous sha256 lease mine sponsor
+			do declare -p $v || true; done > .vars 2>/dev/null' EXIT
 	`
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()

@@ -321,6 +321,7 @@ func TestRunbook(t *testing.T) {
 }
 
 func (r *runbook) installSteps() map[string]step {
+	calls := 0
 	return map[string]step{
 		"install": {
 			before: func() { r.hasBinary(suite.plugin) },
@@ -352,8 +353,12 @@ func (r *runbook) installSteps() map[string]step {
 				r.t.Error("the key's file is still there")
 			}
 		}},
-		"verify": {want: []string{
-			regexp.QuoteMeta(pluginVersion), `configured +true`, `lease_duration +14m5`, `last_mint_role +reports`,
+		"verify": {before: func() { calls = r.cable.CallCount() }, want: []string{
+			regexp.QuoteMeta(pluginVersion), `configured +true`, `allowed +true`, `max_ttl_from +`,
+		}, after: func(string) {
+			if n := r.cable.CallCount(); n != calls {
+				r.t.Errorf("%d calls to Cable", n-calls)
+			}
 		}},
 	}
 }
@@ -506,7 +511,7 @@ func (r *runbook) keySteps() map[string]step {
 		"allow-all": {after: func(string) { r.disabled("config", false) }},
 		"key-replaced": {
 			before: func() { r.set("config", map[string]any{"disabled": true}); r.withdrawn() },
-			want:   []string{verified, `(?m)^token `},
+			want:   []string{verified, `allowed +true`},
 			after:  func(string) { r.rotated(cableHost); r.disabled("config", false) },
 		},
 		"who-wrote-config": {
@@ -574,6 +579,20 @@ func (r *runbook) tokenSteps() map[string]step {
 				}
 			},
 		},
+		"token-in-log": {
+			before: func() {
+				// The log has the sum of a lease that ended, and not of one before.
+				waitFor(r.t, 10*time.Second, "the log has the lease's end", func() bool {
+					return strings.Contains(readFile(r.t, r.v.log), "lease ended before its token")
+				})
+			},
+			want: []string{`lease ended before its token`},
+		},
+		"who-read-token-hashed": {want: []string{"cable/creds/reports"}, after: func(out string) {
+			if n := strings.Count(out, "\n"); n != 3 {
+				r.t.Errorf("%d readers had the token, want 3:\n%s", n, out)
+			}
+		}},
 		"drop-shared": {after: func(string) {
 			if a := r.read(); a.status != 200 || a.token() == r.shared {
 				r.t.Errorf("status %d; the leaked token is still returned: %t", a.status, a.token() == r.shared)
@@ -704,7 +723,7 @@ func (r *runbook) vaultSteps() map[string]step {
 			after: func(string) { r.untilActive() },
 		},
 		"unsealed": {
-			want: []string{`(?m)^true`, `(?m)^token `, `(?m)^0$`},
+			want: []string{`(?m)^truetrue0$`},
 			after: func(string) {
 				waitFor(r.t, 20*time.Second, "the lease ends", func() bool {
 					return r.v.do(r.t, "PUT", "sys/leases/lookup", map[string]any{"lease_id": r.lease}).status == 400

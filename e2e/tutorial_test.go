@@ -76,7 +76,9 @@ func TestTutorial(t *testing.T) {
 		"Your first token/1": {want: []string{`lease_duration +14m5`, `(?m)^token +eyJ`, `scopes +\[person:read\]`}},
 		"Your first token/2": {want: []string{`lease_duration +9m5`, `scopes +\[transactions:read\]`}},
 		"Your first token/3": {fails: true, want: []string{"Code: 400", `"person:read"`, `"transactions:read"`}},
-		"Your own role/1":    {want: []string{`lease_duration +9m5`, `scopes +\[person:read person:write\]`}},
+		"Your own role/1": {want: []string{
+			`allowed +true`, `ttl +10m`, `scopes +\[person:read person:write\]`, `scopes outside role "mine"`,
+		}},
 		"Your own role/2": {
 			want: []string{"Success! Uploaded policy", `20\d\d-\d\d-\d\dT[\d:]+Z$`},
 			after: func(string) {

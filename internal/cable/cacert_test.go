@@ -32,6 +32,7 @@ func TestCheckCACert(t *testing.T) {
 		{"lines of Windows", strings.ReplaceAll(cert, "\n", "\r\n"), ""},
 		{"indented", "  " + strings.ReplaceAll(cert, "\n", "\n  "), ""},
 		{"as many as are allowed", strings.Repeat(cert, maxCACerts), ""},
+		{"as large as is allowed", cert + strings.Repeat(" ", maxCACert-len(cert)), ""},
 
 		{"empty", "", notPEM},
 		{"blank", " \n", notPEM},

@@ -61,7 +61,7 @@ func (r *request) run(ctx context.Context) (*Token, error) {
 	end, _ := ctx.Deadline() // the caller's, if that is earlier
 	for {
 		token, wait, err := r.call(ctx)
-		if err == nil || wait == noRetry || r.calls > maxRetries {
+		if wait == noRetry || r.calls > maxRetries {
 			return token, err
 		}
 		// The jitter parts callers that failed together. A wait that could last to the end of the budget would hide how

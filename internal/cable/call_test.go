@@ -430,14 +430,18 @@ func TestStart(t *testing.T) {
 			t.Errorf("%s: %d calls", tt.name, n)
 		}
 	}
-	// The rest of the budget bounds the call.
+	// The rest of the budget bounds the call, and a start in the future does not extend it.
 	srv := cabletest.NewServer(t, nil)
 	srv.SetFault(cabletest.Fault{Delay: time.Hour})
-	tr := testRequest()
-	tr.Start = time.Now().Add(-hour + budget)
-	token, err := newClient(t, srv, Config{Timeout: hour}).RequestToken(t.Context(), tr)
-	const detail = "the budget of 1h0m0s ran out after the request was sent, waiting for the response"
-	diffError(t, sent(TimedOut, detail), checkError(t, token, err))
+	for start, timeout := range map[time.Duration]time.Duration{budget - hour: hour, hour: budget} {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		tr := testRequest()
+		tr.Start = time.Now().Add(start)
+		token, err := newClient(t, srv, Config{Timeout: timeout}).RequestToken(ctx, tr)
+		detail := fmt.Sprintf("the budget of %s ran out after the request was sent, waiting for the response", timeout)
+		diffError(t, sent(TimedOut, detail), checkError(t, token, err))
+	}
 }
 
 // TestObserve pins that each call is observed once.
@@ -597,6 +601,14 @@ func TestClose(t *testing.T) {
 	mustMint(t, c) // a later call's connection is closed, too
 	if n := srv.Connections(); n != 3 {
 		t.Errorf("%d connections, want 3", n)
+	}
+	idle := cabletest.NewServer(t, nil)
+	c = newClient(t, idle, Config{})
+	mustMint(t, c)
+	c.Close()
+	mustMint(t, c)
+	if n := idle.Connections(); n != 2 {
+		t.Errorf("%d connections, want 2, because Close closes an idle one", n)
 	}
 }
 

@@ -68,7 +68,7 @@ func TestAllow(t *testing.T) {
 		srv.Reset()
 		observed = 0
 		checkWithdrawn(t, c, allowTimes(times))
-		if s := srv.Stats(); s.Calls > 0 || observed > 0 {
+		if s := srv.Stats(); s.Calls > 0 || observed > 0 || times == 0 && !kept && srv.Connections() > 0 {
 			t.Errorf("allowed %d times: %+v, observed %d calls", times, s, observed)
 		}
 		mustMint(t, c)
@@ -143,7 +143,9 @@ func TestAllowPanics(t *testing.T) {
 	for times := range 2 {
 		allow := allowTimes(times)
 		tr := testRequest()
+		var asked atomic.Int32
 		tr.Allow = func() error {
+			asked.Add(1)
 			if allow() != nil {
 				panic(errWithdrawn)
 			}
@@ -153,6 +155,9 @@ func TestAllowPanics(t *testing.T) {
 			defer func() {
 				if p, _ := recover().(error); !errors.Is(p, errWithdrawn) {
 					t.Errorf("%d: recovered %v", times, p)
+				}
+				if n := int(asked.Load()); n != times+1 {
+					t.Errorf("%d: asked %d times, as if the panic were a fault of the network", times, n)
 				}
 			}()
 			_, err := c.RequestToken(t.Context(), tr)
@@ -199,6 +204,26 @@ func TestEnd(t *testing.T) {
 		x.open()
 		if p, _ := x.end(failed); p.sent == failed {
 			t.Errorf("failed %t: sent %t", failed, p.sent)
+		}
+		resp := &http.Response{StatusCode: http.StatusBadGateway, Body: http.NoBody}
+		r := &request{client: newClientAt(t, Config{})}
+		r.client.Pause().begin(time.Minute) // by another call
+		if e := r.failed(resp, !failed, func() {}); e.MaybeIssued == failed || e.RetryAfter > 0 {
+			t.Errorf("a 502, sent %t: %+v", !failed, e)
+		}
+	}
+	for _, stage := range []string{atResponse, atHead} {
+		x := &exchange{request: &request{client: newClientAt(t, Config{})}, progress: progress{stage: stage}}
+		if x.reached(atLookup); x.stage != stage {
+			t.Errorf("another connection takes a call back from %s to %s", stage, x.stage)
+		}
+		for _, reused := range []bool{false, true} {
+			if x.connected(httptrace.GotConnInfo{Reused: reused}); x.early == reused {
+				t.Errorf("reused %t: an error can be the handshake's: %t", reused, x.early)
+			}
+			if x.responded(); x.early {
+				t.Error("an error after a response can be the handshake's")
+			}
 		}
 	}
 }

@@ -57,10 +57,8 @@ func (p *Pause) check() error {
 // spread waits for a random part of the time over which calls are spread after a pause, and of half of the time until
 // ctx's deadline.
 func (p *Pause) spread(ctx context.Context) error {
-	left := pauseSpread - p.sinceEnd()
-	if deadline, ok := ctx.Deadline(); ok {
-		left = min(left, time.Until(deadline)/2)
-	}
+	deadline, _ := ctx.Deadline() // a budget always has one
+	left := min(pauseSpread-p.sinceEnd(), time.Until(deadline)/2)
 	if left <= 0 {
 		return nil
 	}
@@ -69,12 +67,10 @@ func (p *Pause) spread(ctx context.Context) error {
 
 // sleep waits for d, or until ctx ends.
 func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-timer.C:
+	case <-time.After(d):
 		return nil
 	}
 }

@@ -56,7 +56,6 @@ func checkNames(raw []byte) error {
 			isScopes = isScopes && (isKey || depth > 2)
 		case '}', ']':
 			depth--
-			isKey = false
 		case ',', ':':
 			isKey = raw[i] == ','
 		case '"':

@@ -50,8 +50,9 @@ func TestDecode(t *testing.T) {
 		"": {
 			expiry("1711929600"), expiry("1"), expiry("1.7e9"), expiry("1795822807.0"), expiry("17958228070e-1"),
 			expiry("1795822807." + zeros), expiry("253402300799"), bom + expiry("1"), " " + expiry("1") + "\n",
-			token(`"` + strings.Repeat("a", maxToken) + `"`),
-			with(`"more":1,"more":{"token":1,"token":2},"More":[]`),
+			token(`"` + strings.Repeat("a", maxToken) + `"`), token(`"!a~"`),
+			with(`"more":1,"more":{"token":1,"token":2},"More":[]`), expiry("1.0"), expiry("253402300799.0"),
+			expiry("1795822807." + strings.Repeat("0", maxNumber-11)), with(`"organization_name":"a bank"`),
 		},
 		shape: {
 			``, ` `, `[]`, `null`, `{"token":"a","expiry":1}{"token":"b","expiry":1}`, strings.Repeat("[", 1<<20),
@@ -61,7 +62,7 @@ func TestDecode(t *testing.T) {
 		noToken + ", but a message: no: f: m; n": {
 			`{"message":"no","errors":[{"field":"f","message":"m"},{"message":"n"}]}`,
 		},
-		noHeader: {token(`"a\u001b[2Jb"`), token(`"a\r\nX-Evil: b"`)},
+		noHeader: {token(`"a\u001b[2Jb"`), token(`"a\r\nX-Evil: b"`), token(`"a b"`), token(`"ä"`)},
 		"its token has 16385 bytes: at most 16384 are accepted": {token(`"` + strings.Repeat("a", maxToken+1) + `"`)},
 
 		wrongType("token"):           {token(`["a"]`)},
@@ -78,7 +79,10 @@ func TestDecode(t *testing.T) {
 			expiry(`"1711929600"`), expiry("1711929600.5"), expiry("17958228071e-1"), expiry("true"), expiry("[1]"),
 			expiry("1795822807." + zeros + "1"),
 		},
-		notUnix(""): {expiry("1795822807." + strings.Repeat("0", 1<<19)), expiry("92233720368547758080")},
+		notUnix(""): {
+			expiry("1795822807." + strings.Repeat("0", 1<<19)), expiry("92233720368547758080"),
+			expiry("1795822807." + strings.Repeat("0", maxNumber-10)),
+		},
 
 		notUnix(" 1e999999999"):         {expiry("1e999999999")},
 		notUnix(" 1e-999999999"):        {expiry("1e-999999999")},
@@ -109,11 +113,17 @@ func TestDecode(t *testing.T) {
 			more(`"organization_id":"` + jwt + `"`), more(`"organization_name":"it is ` + jwt + `."`),
 			more(`"scopes":{"scopes":["person:read","` + jwt + `"]}`), more(`"scopes":{"scopes":["x ` + jwt + ` x"]}`),
 			more(`"scopes":{"organization_id":"` + jwt + `","scopes":[]}`),
+			`{"token":"fedcba9876543210","expiry":1,"organization_name":"fedcba9876543210"}`,
 		},
 	}) {
 		token, err := c.decode([]byte(body), testRequest())
 		if err == nil && want != "" || err != nil && err.Error() != want || (token == nil) != (err != nil) {
 			t.Errorf("%.100s: %v, %v; want %q", body, token, err, want)
+		}
+	}
+	for _, coding := range []string{"", "identity", "Identity"} {
+		if err := checkCoding(c.redactor, http.Header{"Content-Encoding": {coding}}); err != nil {
+			t.Errorf("%q: %v", coding, err)
 		}
 	}
 }

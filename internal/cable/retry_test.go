@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -391,7 +392,12 @@ func TestPauseLength(t *testing.T) {
 func TestPauseNeverShrinks(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		sim, c := newMemory(t, Config{Timeout: 30 * time.Second})
+		var began atomic.Int32
+		sim, c := newMemory(t, Config{Timeout: 30 * time.Second, Observe: func(c Call) {
+			if c.PauseBegan {
+				began.Add(1)
+			}
+		}})
 		for i, retryAfter := range []string{"60", "40", "soon", "90"} {
 			f := rateLimit(1, retryAfter)
 			f.Delay = time.Duration(i+1) * time.Second // all are under way when the first response arrives
@@ -410,6 +416,9 @@ func TestPauseNeverShrinks(t *testing.T) {
 			}
 		}
 		wg.Wait()
+		if n := began.Load(); n != 1 {
+			t.Errorf("%d pauses began, want 1", n)
+		}
 	})
 }
 

@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"unicode"
-	"unicode/utf8"
 )
 
 const (
@@ -155,7 +154,7 @@ func (r redactor) redact(s string) string {
 	kept := 0 // s[:kept] is written or redacted
 	for i := 0; i < len(s); i++ {
 		end := i
-		for next := i; next <= end && next < len(s) && k.at(s, next) > next; next++ {
+		for next := i; k.at(s, next) > next; next++ {
 			end = k.at(s, next)
 		}
 		if end == i {
@@ -182,7 +181,7 @@ func (r redactor) show(s string, limit int) string {
 	for i, c := range s {
 		part := string(c)
 		switch {
-		case c == utf8.RuneError && !strings.HasPrefix(s[i:], part):
+		case !strings.HasPrefix(s[i:], part):
 			part = `\x` + strconv.FormatUint(uint64(s[i]), 16) // not UTF-8
 		case !unicode.IsGraphic(c) && c != '\u200c' && c != '\u200d':
 			part = strings.Trim(strconv.QuoteRune(c), "'")

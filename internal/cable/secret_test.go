@@ -200,6 +200,20 @@ func TestClean(t *testing.T) {
 	if got := short.clean("xabcx"); got != "x[redacted]x" || !short.contains("abc") || short.contains("ab") {
 		t.Errorf("a short key: %q", got)
 	}
+	twelve := newRedactor(NewSecret("rk_123456789"))
+	if !short.repeats("abc") || !twelve.repeats("x rk_123456789 y") ||
+		!r.repeats(testKey[:12]) || r.repeats(testKey[:11]) {
+		t.Error("a token that is the key, contains it or is a part of it is not found, or a shorter part is")
+	}
+	if got := newRedactor(NewSecret("k")).clean("xkx"); got != "x[redacted]x" {
+		t.Errorf("a key of one character: %q", got)
+	}
+	for before := range 3 {
+		text := base64.StdEncoding.EncodeToString([]byte("xx"[:before] + "abcd~~"))
+		if !newRedactor(NewSecret("abcd")).contains(text) {
+			t.Errorf("a short key is not found in %s", text)
+		}
+	}
 	if none := newRedactor(Secret{}); none.contains("anything") || none.clean("anything at all") != "anything at all" {
 		t.Error("no key redacts something")
 	}

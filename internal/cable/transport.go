@@ -143,7 +143,7 @@ func counted(dial dialFunc) dialFunc {
 // onlyLoopback checks the address that the host of a plain-http URL, which must be loopback, resolved to, before it is
 // dialled.
 func onlyLoopback(_, address string, _ syscall.RawConn) error {
-	if addr, err := netip.ParseAddrPort(address); err != nil || !addr.Addr().Unmap().IsLoopback() {
+	if addr, _ := netip.ParseAddrPort(address); !addr.Addr().Unmap().IsLoopback() {
 		return &knownError{"plain http is for loopback addresses only, and the host resolves to another", true}
 	}
 	return nil

@@ -169,6 +169,10 @@ func TestOnlyLoopback(t *testing.T) {
 	for _, host := range []string{"192.0.2.1:80", "[2001:db8::1]:80", "0.0.0.0:80", "[::]:80", "169.254.169.254:80"} {
 		diffError(t, want, mustFail(t, t.Context(), clientOfHost(t, host)))
 	}
+	https := newClientAt(t, Config{TokenURL: "https://192.0.2.1/", Timeout: budget})
+	if e := mustFail(t, t.Context(), https); e.Detail == want.Detail {
+		t.Error("https is for loopback addresses only")
+	}
 	c := clientOfHost(t, "rebound.example")
 	rebound := nameServer(t, 0, netip.MustParseAddr("192.0.2.1"))
 	c.transport.DialContext = (&net.Dialer{Resolver: rebound, Control: onlyLoopback}).DialContext
@@ -578,7 +582,12 @@ func setProxies(t *testing.T, variables ...string) {
 func throughEnvironment(t *testing.T, cfg Config, variables ...string) (*Token, *Error) {
 	t.Helper()
 	setProxies(t, variables...)
-	c := newClientAt(t, cfg)
+	return throughProxy(t, newClientAt(t, cfg))
+}
+
+// throughProxy requests a token, and checks that no error shows a proxy's password.
+func throughProxy(t *testing.T, c *Client) (*Token, *Error) {
+	t.Helper()
 	token, err := c.RequestToken(t.Context(), testRequest())
 	if err == nil {
 		return token, nil
@@ -661,9 +670,14 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 	}
 	nowhere := Config{TokenURL: "https://nowhere.invalid/"}
 	t.Run("used", func(t *testing.T) {
-		for _, form := range []string{"HTTPS_PROXY=%s", "https_proxy=%s", "https_proxy=http://%%zz,HTTPS_PROXY=%s/"} {
+		for _, form := range []string{
+			"HTTPS_PROXY=%s", "https_proxy=%s", "https_proxy=http://%%zz,HTTPS_PROXY=%s/", "bare",
+		} {
 			srv, p, cfg := newTarget(t)
 			variables := strings.Split(fmt.Sprintf(form, p.url), ",")
+			if form == "bare" {
+				variables = []string{"HTTPS_PROXY=" + strings.TrimPrefix(p.url, "http://")}
+			}
 			if token, err := throughEnvironment(t, cfg, variables...); token == nil {
 				t.Errorf("no token through %s: %v", form, err)
 			}
@@ -675,13 +689,20 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		}
 	})
 	t.Run("refuses", func(t *testing.T) {
+		var requests sync.WaitGroup // because each is retried
 		for _, status := range []int32{302, 403, 407, 502, 503} {
 			srv, p, cfg := newTarget(t)
 			p.refuse.Store(status)
-			_, got := throughEnvironment(t, cfg, "HTTPS_PROXY="+p.url)
-			unreachable(t, fmt.Sprintf("the environment's proxy refused to connect, with status %d", status), 3, got)
-			checkCounts(t, srv, 0, 0)
+			setProxies(t, "HTTPS_PROXY="+p.url)
+			c := newClientAt(t, cfg)
+			requests.Go(func() {
+				_, got := throughProxy(t, c)
+				want := fmt.Sprintf("the environment's proxy refused to connect, with status %d", status)
+				unreachable(t, want, 3, got)
+				checkCounts(t, srv, 0, 0)
+			})
 		}
+		requests.Wait()
 	})
 	t.Run("hangs", func(t *testing.T) {
 		_, p, cfg := newTarget(t)
@@ -697,10 +718,16 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 		})
 		gone, _ := rawServer(t, func(net.Conn) {})
 		const none = "http://127.0.0.1:1"
+		var requests sync.WaitGroup
 		for url, want := range map[string]string{ssh: notHTTP, gone: connectionClosed, none: "connection refused"} {
-			_, got := throughEnvironment(t, nowhere, "HTTPS_PROXY="+strings.TrimSuffix(url, "/v2/auth/token"))
-			unreachable(t, "connecting through the environment's proxy: "+want, 3, got)
+			setProxies(t, "HTTPS_PROXY="+strings.TrimSuffix(url, "/v2/auth/token"))
+			c := newClientAt(t, nowhere)
+			requests.Go(func() {
+				_, got := throughProxy(t, c)
+				unreachable(t, "connecting through the environment's proxy: "+want, 3, got)
+			})
 		}
+		requests.Wait()
 	})
 	t.Run("is not named", func(t *testing.T) {
 		const user = "user:" + proxyPassword
@@ -718,16 +745,31 @@ func TestProxy(t *testing.T) { // not parallel, because of the environment
 			"http://" + user + "%zz@h/", "http://" + user + "%@h/",
 			"ftp://" + user + "@127.0.0.1:1/", "http:/proxy:3128", "http:proxy:3128", "http//proxy:3128", "http://",
 			"http://proxy:99999", "http://proxy:", "://proxy", " http://proxy:3128", "http://proxy:3128/path", "p q",
+			"http://pröxy:3128",
 		} {
 			for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
 				_, got := throughEnvironment(t, nowhere, name+"="+value)
 				unreachable(t, fmt.Sprintf(notAProxy, name), 1, got)
+				var ready *Error
+				if err := newClientAt(t, nowhere).Ready(); !errors.As(err, &ready) || ready.Detail != got.Detail {
+					t.Errorf("before a call: %v, want %v", err, got)
+				}
 			}
 			setProxies(t, "HTTPS_PROXY="+value, "NO_PROXY=10.0.0.0/8,.exempt")
 			direct("https://127.0.0.1/")
 			direct("https://localhost:1/")
 			direct("https://10.1.2.3/")
 			direct("https://api.exempt/")
+		}
+		setProxies(t)
+		c := newClientAt(t, nowhere)
+		if err := c.Ready(); err != nil {
+			t.Error(err)
+		}
+		c.Pause().begin(time.Minute)
+		var paused *Error
+		if err := c.Ready(); !errors.As(err, &paused) || paused.Kind != Paused {
+			t.Errorf("in a pause: %v", err)
 		}
 	})
 	t.Run("with an unknown certificate", func(t *testing.T) {

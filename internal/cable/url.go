@@ -34,7 +34,7 @@ func ParseTokenURL(raw string) (*url.URL, error) {
 		return nil, errors.New("token_url is not a URL: " + exampleURL)
 	case u.Scheme != "https" && u.Scheme != "http":
 		return nil, errors.New("token_url must begin with https:// (http:// for a loopback host only): " + exampleURL)
-	case u.Hostname() == "" || u.Opaque != "":
+	case u.Hostname() == "":
 		return nil, errors.New("token_url names no host: " + exampleURL)
 	case u.User != nil:
 		return nil, errors.New("token_url must not contain a user name or password: " +
@@ -80,8 +80,8 @@ func isLoopback(host string) bool {
 	if strings.EqualFold(host, "localhost") {
 		return true
 	}
-	addr, err := netip.ParseAddr(host)
-	return err == nil && addr.Unmap().IsLoopback()
+	addr, _ := netip.ParseAddr(host)
+	return addr.Unmap().IsLoopback()
 }
 
 // HostForDisplay returns the host of u with its port, such as "api.cable.tech:8443" or "[::1]:8200", for an error, a

@@ -43,7 +43,7 @@ func TestParseTokenURL(t *testing.T) {
 			"HTTPS://API.CABLE.TECH/x", "https://10.0.0.1/x", "https://[2001:db8::1]:443/x", "http://localhost:1/x",
 			"http://LocalHost/x", "http://127.0.0.1/x", "http://127.255.255.254:65535/x", "http://[::1]:8080/x",
 			"http://[::ffff:127.0.0.1]/x", "https://xn--e1aybc.example/", "https://cable_api.internal/",
-			"https://[fe80::1]/", DefaultTokenURL + fill,
+			"https://[fe80::1]/", "https://az-AZ_09.example/", DefaultTokenURL + fill,
 		},
 		scheme: {
 			"", "api.cable.tech", "api.cable.tech/v2/auth/token", "//api.cable.tech/v2", "ftp://api.cable.tech/",
@@ -65,7 +65,8 @@ func TestParseTokenURL(t *testing.T) {
 		noURL: {"https://api.cable.tech:http/", "https://[::1/", "https://api.cable.tech/%zz"},
 		white: {
 			"https://api.cable.tech/a b", " https://api.cable.tech/", "https://api.cable.tech/\n",
-			"https://api.cable.tech/\x00", "https://api.cable.tech\t/", `https://api.cable.tech\@evil.example/`,
+			"https://api.cable.tech/\x00", "https://api.cable.tech/\x7f", "https://api.cable.tech\t/",
+			`https://api.cable.tech\@evil.example/`,
 		},
 		zone: {"https://[fe80::1%25eth0]/", "http://[::1%25REFRESHKEYCANARY]/"},
 		host: {

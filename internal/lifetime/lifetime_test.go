@@ -5,6 +5,7 @@ package lifetime
 
 import (
 	"errors"
+	"math"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -62,6 +63,12 @@ func TestDecide(t *testing.T) {
 			"is above Cable's maximum of 86400s", "",
 		},
 		{"request at Cable's max", Bounds{Request: day, MountMax: month}, day, "", ""},
+		{
+			"role's max above Cable's",
+			Bounds{Request: day + 1, RoleMax: day + 1, MountMax: month},
+			day,
+			"is above Cable's maximum of 86400s", "",
+		},
 		{
 			"role above mount's max",
 			Bounds{Role: 7200, RoleMax: day, MountMax: 3600},
@@ -300,6 +307,8 @@ func TestLease(t *testing.T) {
 		"past":                             {3600, -1, 0, 0, 0},
 		"now":                              {3600, 0, 0, 0, 0},
 		"a second":                         {3600, 1, 0, 0, 0},
+		"two seconds":                      {3600, 2, 0, 0, 1},
+		"a response after two days":        {86400, 200000, 0, 48 * time.Hour, 0},
 		"a clock that went back":           {3600, 3600, 0, -time.Hour, 3599},
 	} {
 		token := &cable.Token{Expiry: sent.Unix() + tt.granted, SentAt: sent}
@@ -309,6 +318,35 @@ func TestLease(t *testing.T) {
 		lease, _, err := Lease(token, time.Duration(tt.requested)*time.Second, sent.Add(tt.elapsed))
 		if lease != time.Duration(tt.lease)*time.Second || (err != nil) != (tt.lease == 0) {
 			t.Errorf("%s: lease %s, %v; want %ds", name, lease, err, tt.lease)
+		}
+		if err != nil && strings.Contains(err.Error(), "its expiry is not in the future") != (tt.granted <= 0) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	token := &cable.Token{Expiry: math.MaxInt64, SentAt: sent, Date: sent}
+	if _, granted, _ := Lease(token, time.Hour, sent); granted != 100*366*24*time.Hour {
+		t.Errorf("granted %s, and 100 years are the most that is kept", granted)
+	}
+}
+
+// TestShown checks the least lease of a role with leases, when a longer grant leads to a warning, and which lifetimes a
+// text repeats.
+func TestShown(t *testing.T) {
+	t.Parallel()
+	if least := LeastLease(false); least != time.Second {
+		t.Errorf("the least lease is %s", least)
+	}
+	for excess, want := range map[time.Duration]bool{-time.Hour: false, time.Minute: false, time.Minute + 1: true} {
+		if got := IsLonger(time.Hour+excess, time.Hour); got != want {
+			t.Errorf("%s more than requested: %t", excess, got)
+		}
+	}
+	for n, want := range map[time.Duration]string{
+		0: "0s", -299: "-299s", 9_999_999: "9999999s", -9_999_999: "-9999999s",
+		10_000_000: "more than 9999999s", -10_000_000: "more than 9999999s",
+	} {
+		if got := Format(n * time.Second); got != want {
+			t.Errorf("%d s are shown as %s", n, got)
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -41,7 +42,7 @@ func TestClassify(t *testing.T) {
 		{responded(499), RejectedByCable, 400, false},
 		{responded(500), CableError, 502, true},
 		{responded(599), CableError, 502, true},
-		{kind(cable.Paused, 0), Paused, 429, true},
+		{&cable.Error{Kind: cable.Paused, RetryAfter: 11 * time.Second}, Paused, 429, true},
 		{kind(cable.Unreachable, 1), Unreachable, 502, true},
 		{&cable.Error{Kind: cable.Unreachable, Certificate: true}, Unreachable, 502, false},
 		{kind(cable.TimedOut, 1), TimedOut, 504, true},
@@ -73,7 +74,7 @@ func TestClassify(t *testing.T) {
 			case tt.status == 400 && (!resp.IsError() || respErr != nil),
 				tt.status == 500 && (resp != nil || fmt.Sprint(respErr) != fmt.Sprint(err)),
 				tt.status > 400 && tt.status != 500 && (!isCoded || coded.Code() != tt.status),
-				tt.status == 429 && resp.Headers["Retry-After"][0] != "1":
+				tt.status == 429 && resp.Headers["Retry-After"][0] != fmt.Sprint(max(1, int(f.RetryAfter.Seconds()))):
 				t.Errorf("%v becomes %+v, %v", err, resp, respErr)
 			}
 			seen[f.Outcome] = true
@@ -97,6 +98,10 @@ func TestClassify(t *testing.T) {
 // changed.
 func TestDrop(t *testing.T) {
 	t.Parallel()
+	synctest.Test(t, testDrop) // where the time stands still
+}
+
+func testDrop(t *testing.T) {
 	now := time.Now()
 	for name, tt := range map[string]struct {
 		token cable.Token
@@ -105,17 +110,29 @@ func TestDrop(t *testing.T) {
 		"valid":                   {cable.Token{Expiry: now.Unix() + 60}, true},
 		"valid by Cable's clock":  {cable.Token{Expiry: now.Unix() - 60, Date: now.Add(-time.Hour)}, true},
 		"expired":                 {cable.Token{Expiry: now.Unix() - 60}, false},
+		"expires now":             {cable.Token{Expiry: now.Unix(), Date: now}, false},
 		"expired by both clocks":  {cable.Token{Expiry: now.Unix() - 60, Date: now}, false},
 		"expired by Cable's only": {cable.Token{Expiry: now.Unix() + 60, Date: now.Add(time.Hour)}, true},
 	} {
 		before := Classify(Mismatch("another organization"))
+		tt.token.Attempts = 2
 		f := Drop(before, &tt.token)
-		if f.Granted != &tt.token || f.CableStatus != 200 || (f.UndeliveredUntil == tt.token.Expiry) != tt.want ||
+		if f.Granted != &tt.token || f.CableStatus != 200 || f.Attempts != 2 ||
+			!strings.HasPrefix(f.Message, "Cable's response was refused: another organization") ||
+			(f.UndeliveredUntil == tt.token.Expiry) != tt.want ||
 			strings.Contains(f.Message, UnixTime(tt.token.Expiry)) != tt.want {
 			t.Errorf("%s: %+v", name, f)
 		}
 		if before.Granted != nil || before.UndeliveredUntil != 0 || before.Message != "another organization" {
 			t.Errorf("%s: the failure was changed: %+v", name, before)
+		}
+	}
+	for text, err := range map[string]error{
+		"Cable's response was refused: no token": &Failure{Outcome: InvalidResponse, Detail: "no token"},
+		string(ErrBudget):                        ErrBudget,
+	} {
+		if f := Drop(err, new(cable.Token)); f.Message != text {
+			t.Errorf("dropped for %v: %q", err, f.Message)
 		}
 	}
 	for d, want := range map[time.Duration]int64{-time.Hour: 1, 0: 1, 1: 1, time.Second: 1, time.Second + 1: 2} {

@@ -131,7 +131,7 @@ type Result struct {
 // The error is outcome.ErrChanged if the reader's settings are outdated. ok is false if too many roles share.
 func (rs *Roles) Read(ctx context.Context, r Reader) (result Result, ok bool, err error) {
 	s, err := rs.get(r.Role, r.Settings)
-	if s == nil || err != nil {
+	if s == nil {
 		return Result{}, err != nil, err
 	}
 	result, err = s.read(ctx, r)
@@ -235,9 +235,7 @@ func (s *role) read(ctx context.Context, r Reader) (Result, error) {
 		t.holders++
 		var outOfPatience <-chan time.Time
 		if s.last.isFallback(now, r.Lifetime) && (!isFirst || s.failures > 0) {
-			timer := time.NewTimer(t.started.Add(patience).Sub(now))
-			defer timer.Stop()
-			outOfPatience = timer.C
+			outOfPatience = time.After(t.started.Add(patience).Sub(now))
 		}
 		s.mu.Unlock()
 
@@ -276,11 +274,8 @@ func (s *role) wait(
 		return result, err, false
 	}
 	s.release(t)
-	switch {
-	case f == nil: // the ceiling was lowered meanwhile
+	if f == nil { // the ceiling was lowered meanwhile
 		return Result{}, nil, true
-	case errors.Is(f, outcome.ErrChanged):
-		return Result{}, outcome.ErrChanged, false
 	}
 	result, err = s.fallBack(f, r, true)
 	return result, err, false

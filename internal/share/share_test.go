@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -36,6 +37,7 @@ type testRole struct {
 	storage logical.InmemStorage
 	store   *state.Store
 	roles   *Roles
+	budget  time.Duration
 
 	mu       sync.Mutex
 	takes    time.Duration
@@ -59,6 +61,7 @@ type minted struct {
 func newTestRole(t testing.TB) *testRole {
 	w := &testRole{
 		TB:       t,
+		budget:   testBudget,
 		underWay: make(map[state.Version]int),
 		byToken:  make(map[*cable.Token]*minted),
 	}
@@ -138,11 +141,22 @@ func (w *testRole) call(set state.Settings, requested time.Duration, started tim
 	return token, nil
 }
 
+// settings returns the settings of the role "ci".
+func (w *testRole) settings() state.Settings {
+	set, err := w.store.Settings(context.Background(), &w.storage, "ci", time.Now())
+	if err != nil {
+		w.Fatal(err)
+	}
+	return set
+}
+
 // read is a token request, which starts over when its settings have changed. check
 // takes the place of Reader.Check.
 func (w *testRole) read(ctx context.Context, name string, most time.Duration, check func() error) (Result, error) {
-	ctx, cancel := state.WithBudget(ctx, time.Now(), testBudget)
-	defer cancel()
+	var deadline time.Time
+	if w.budget > 0 {
+		deadline = time.Now().Add(w.budget)
+	}
 	for {
 		set, err := w.store.Settings(ctx, &w.storage, name, time.Now())
 		if err != nil || set.Role == nil {
@@ -153,6 +167,7 @@ func (w *testRole) read(ctx context.Context, name string, most time.Duration, ch
 			Role:     name,
 			Settings: set,
 			Lifetime: most,
+			Deadline: deadline,
 			Check:    check,
 			Call: func(started time.Time) (*outcome.Token, error) {
 				return w.call(set, most, started)
@@ -209,6 +224,8 @@ func (w *testRole) received(r Result, most time.Duration, err error) {
 		w.Errorf("a token of age %s with %s left was reused", r.Age, left)
 	case r.Fallback != "" && (left < fallbackLifetime-check || len(r.Token.Warnings) == 0):
 		w.Errorf("a fallback with %s left, warnings %q", left, r.Token.Warnings)
+	case r.Fallback == outcome.KeyRejected || r.Fallback == outcome.GrantMismatch:
+		w.Errorf("the previous token is returned, although Cable is not down: %s", r.Fallback)
 	case m.undelivered > 0:
 		w.Error("a token that counted as undelivered is returned")
 	case !r.Reused && m.first:
@@ -347,6 +364,18 @@ func TestShortTokens(t *testing.T) {
 					t.Errorf("a reader of a role with a token of %s: %v", granted, err)
 				}
 			}
+			// A second is the shortest lease.
+			for granted, age := range map[time.Duration]time.Duration{8: 4, 4: 0} { // seconds
+				granted, age = granted*time.Second, age*time.Second
+				w.set(0, nil, granted)
+				w.roles.Retire("")
+				_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+				time.Sleep(age)
+				result, err := w.read(t.Context(), "ci", testLifetime, ok)
+				if err != nil || !result.Reused || result.Token.Lease != time.Second {
+					t.Errorf("%s after a call for a token of %s: %+v %v", age, granted, result, err)
+				}
+			}
 			w.settled()
 		})
 	}
@@ -359,8 +388,9 @@ func TestUndelivered(t *testing.T) {
 	leave := func(w *testRole, after time.Duration) {
 		ctx, cancel := context.WithTimeout(w.Context(), after)
 		defer cancel()
-		if _, err := w.read(ctx, "ci", testLifetime, ok); err == nil {
-			w.Error("a reader that left received a token")
+		result, err := w.read(ctx, "ci", testLifetime, ok)
+		if !errors.Is(err, context.DeadlineExceeded) || !result.Waited {
+			w.Errorf("a reader that left: %+v %v", result, err)
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
@@ -372,7 +402,17 @@ func TestUndelivered(t *testing.T) {
 		"the only reader leaves": {func(w *testRole) { leave(w, time.Second) }, 0, 1},
 		"and a later one receives it": {func(w *testRole) {
 			leave(w, time.Second)
-			_, _ = w.read(w.Context(), "ci", testLifetime, ok)
+			if result, err := w.read(w.Context(), "ci", testLifetime, ok); !result.Reused {
+				w.Errorf("another request minted it: %+v %v", result, err)
+			}
+		}, 0, 0},
+		"and a later one receives it while Cable is down": {func(w *testRole) {
+			leave(w, time.Second)
+			time.Sleep(testReuseFor)
+			w.set(0, errDown, 0)
+			if result, err := w.read(w.Context(), "ci", testLifetime, ok); !result.Reused {
+				w.Errorf("another request minted it: %+v %v", result, err)
+			}
 		}, 0, 0},
 		"the role is changed, it left": {func(w *testRole) {
 			time.AfterFunc(2*time.Second, func() { w.putRole("ci") })
@@ -441,19 +481,33 @@ func TestBackoff(t *testing.T) {
 			w := newTestRole(t)
 			if hasToken {
 				_, _ = w.read(t.Context(), "ci", testLifetime, ok)
-				time.Sleep(testReuseFor + time.Second)
+				time.Sleep(testReuseFor) // which is half of the lifetime, too
+				if result, err := w.read(t.Context(), "ci", testLifetime, ok); !result.Reused {
+					t.Errorf("at the end of reuse_for: %+v %v", result, err)
+				}
+				time.Sleep(time.Second)
 			}
 			w.set(0, errDown, 0)
 			w.calls = nil
 			start := time.Now()
 			for time.Since(start) < 5*time.Minute {
+				calls := len(w.calls)
+				isShared, warnings, peekErr := w.roles.Peek("ci", w.settings(), testLifetime, nil)
 				result, err := w.read(t.Context(), "ci", testLifetime, ok)
+				if isCall := len(w.calls) > calls; isShared != (hasToken && !isCall) ||
+					isShared && !slices.Equal(warnings, result.Token.Warnings) ||
+					!isShared && !isCall && fmt.Sprint(peekErr) != fmt.Sprint(err) || isCall && peekErr != nil {
+					t.Errorf("peeked %t %q %v, and read %+v %v", isShared, warnings, peekErr, result, err)
+				}
+				if result.Waited != (len(w.calls) > calls) || result.CallFailed == hasToken {
+					t.Errorf("after %d calls instead of %d: %+v", len(w.calls), calls, result)
+				}
 				if hasToken != (err == nil) || hasToken && result.Fallback != outcome.CableError {
 					t.Fatalf("%+v %v", result, err)
 				}
 				if f := outcome.Classify(err); f != nil && len(w.calls) == 1 && time.Since(start) > 0 &&
-					f.RetryAfter != minBackoff-time.Since(start) {
-					t.Errorf("after %s: retry after %s", time.Since(start), f.RetryAfter)
+					(f.RetryAfter != minBackoff-time.Since(start) || !strings.Contains(f.Message, "for another ")) {
+					t.Errorf("after %s: retry after %s: %s", time.Since(start), f.RetryAfter, f.Message)
 				}
 				down := w.roles.Down()
 				if (len(down) == 1) != hasToken || hasToken && down["ci"] != string(outcome.CableError) {
@@ -472,6 +526,28 @@ func TestBackoff(t *testing.T) {
 			time.Sleep(maxBackoff)
 			if _, err := w.read(t.Context(), "ci", testLifetime, ok); err != nil || len(w.roles.Down()) > 0 {
 				t.Errorf("after the outage: %v, down: %v", err, w.roles.Down())
+			}
+			// A failure of another kind has no back-off.
+			time.Sleep(testReuseFor + time.Second)
+			w.set(0, outcome.Classify(&cable.Error{Kind: cable.Responded, StatusCode: 401, Attempts: 1}), 0)
+			w.calls = nil
+			for range 2 {
+				_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+			}
+			if len(w.calls) != 2 {
+				t.Errorf("%d calls of two reads with a key that is rejected", len(w.calls))
+			}
+			// The call would fail before it is sent.
+			badProxy := outcome.Classify(&cable.Error{Kind: cable.Unreachable, Certificate: true})
+			for ready, want := range map[*outcome.Failure]bool{errDown: true, badProxy: false} {
+				isShared, warnings, err := w.roles.Peek("ci", w.settings(), testLifetime, ready)
+				if isShared != want || len(warnings) > 0 != want || err == nil != want ||
+					!want && !errors.Is(err, ready) {
+					t.Errorf("peeked %t %q %v", isShared, warnings, err)
+				}
+			}
+			if isShared, _, err := w.roles.Peek("ci", w.settings(), testLifetime, nil); isShared || err != nil {
+				t.Errorf("peeked %t %v, and a read would make a call", isShared, err)
 			}
 			w.settled()
 		})
@@ -492,7 +568,7 @@ func TestPatience(t *testing.T) {
 				start := time.Now()
 				result, err := w.read(t.Context(), "ci", testLifetime, ok)
 				want = max(0, want-time.Duration(i%2)*800*time.Millisecond)
-				if time.Since(start) != want || err != nil {
+				if time.Since(start) != want || err != nil || !result.Waited {
 					t.Errorf("reader %d: %+v %v after %s, want %s", i, result, err, time.Since(start), want)
 				}
 				if isFallback := result.Fallback == outcome.TimedOut; isFallback != (i > 0) {
@@ -505,6 +581,35 @@ func TestPatience(t *testing.T) {
 		if len(w.calls) != 2 {
 			t.Errorf("%d calls", len(w.calls))
 		}
+		// After a success the first reader waits until its budget ends, and after a failure no longer than the others.
+		for _, want := range []time.Duration{w.budget / 4, patience} {
+			time.Sleep(testReuseFor)
+			if want == patience {
+				w.set(0, errDown, 0)
+				_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+				time.Sleep(minBackoff)
+			}
+			w.set(10*time.Second, nil, 0)
+			w.budget = testBudget / 4
+			start := time.Now()
+			result, err := w.read(t.Context(), "ci", testLifetime, ok)
+			if time.Since(start) != want || result.Fallback != outcome.TimedOut {
+				t.Errorf("%+v %v after %s, want %s", result, err, time.Since(start), want)
+			}
+			time.Sleep(time.Minute)
+		}
+		// A minute before the previous token expires is the last time that it is returned.
+		w.roles.Retire("")
+		w.set(0, nil, 0)
+		_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+		time.Sleep(testLifetime - time.Minute)
+		w.set(0, errDown, 0)
+		for _, want := range []outcome.Outcome{outcome.CableError, ""} {
+			if result, err := w.read(t.Context(), "ci", testLifetime, ok); result.Fallback != want {
+				t.Errorf("%+v %v, want the fallback %q", result, err, want)
+			}
+			time.Sleep(time.Nanosecond)
+		}
 		w.settled()
 	})
 }
@@ -515,35 +620,45 @@ func TestRoom(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newTestRole(t)
+		drops := 0
+		w.roles.dropped = func(int) { drops++ }
 		read := func(name string, want error) {
 			t.Helper()
 			if _, err := w.read(t.Context(), name, testLifetime, ok); !errors.Is(err, want) {
 				t.Errorf("%s: %v, want %v", name, err, want)
 			}
 		}
-		for i := range maxRoles {
+		for i := range 4096 {
 			w.putRole(fmt.Sprintf("r%d", i))
 			read(fmt.Sprintf("r%d", i), nil)
 		}
-		if len(w.roles.roles) != maxRoles {
-			t.Fatalf("%d roles share", len(w.roles.roles))
-		}
 		w.putRole("late")
 		read("ci", errTooMany)
-		time.Sleep(testLifetime - 5*time.Second)
+		time.Sleep(testLifetime - time.Second/2)
 		read("ci", errTooMany)
 		w.roles.roles["r0"].last = nil // as after a failure
 		w.roles.roles["r0"].failures, w.roles.roles["r0"].failedAt = 5, time.Now()
-		time.Sleep(10 * time.Second) // every token has expired
+		w.roles.roles["r3"].last, w.roles.roles["r3"].failedAt = nil, time.Now() // as after a key that was rejected
+		w.roles.roles["r4"].last, w.roles.roles["r4"].failures = nil, 1          // as after an outage that has ended
+		idle := w.roles.roles["r2"]
+		time.Sleep(time.Second / 2) // every token has expired
+		read("ci", errTooMany)      // because a reader looked for room half a second ago
+		time.Sleep(time.Second / 2)
 		w.set(10*time.Second, errDown, 0)
 		for _, name := range []string{"r1", "ci"} {
 			go read(name, errDown)
 			synctest.Wait()
 		}
-		if len(w.roles.roles) != 3 || w.roles.roles["r0"] == nil || w.roles.roles["r1"] == nil {
-			t.Errorf("%d roles share", len(w.roles.roles))
+		if len(w.roles.roles) != 3 || w.roles.roles["r0"] == nil || w.roles.roles["r1"] == nil || drops != 4092 {
+			t.Errorf("%d roles share, %d tokens were dropped", len(w.roles.roles), drops)
+		}
+		if _, err := idle.read(t.Context(), Reader{}); !errors.Is(err, outcome.ErrChanged) {
+			t.Errorf("a reader that came just before the role gave up its place: %v", err)
 		}
 		time.Sleep(time.Minute)
+		if w.roles.Retire("r1"); len(w.roles.roles) != 2 {
+			t.Errorf("%d roles share after one was deleted", len(w.roles.roles))
+		}
 		w.roles.Retire("")
 		if len(w.roles.roles) > 0 {
 			t.Errorf("%d roles share after a change of the configuration", len(w.roles.roles))
@@ -564,13 +679,16 @@ func TestVersions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for range 3 {
-			_, _ = w.read(t.Context(), "ci", testLifetime, ok)
+		for i, want := range []time.Duration{testLifetime - time.Second, testLifetime - 3*time.Second} {
+			result, err := w.read(t.Context(), "ci", testLifetime, ok)
+			if result.Reused != (i > 0) || err != nil || result.Token.Lease != want {
+				t.Errorf("reader %d: %+v %v, want a lease of %s", i, result, err, want)
+			}
 		}
 		outdated := w.roles.roles["ci"]
 		w.putRole("ci")
 		_, _ = w.read(t.Context(), "ci", testLifetime, ok)
-		if len(w.calls) != 2 || !slices.Equal(dropped, []int{3}) {
+		if len(w.calls) != 2 || !slices.Equal(dropped, []int{2}) {
 			t.Errorf("%d calls, dropped %v", len(w.calls), dropped)
 		}
 		reader := Reader{Role: "ci", Settings: old, Lifetime: testLifetime, Check: ok}
@@ -580,8 +698,21 @@ func TestVersions(t *testing.T) {
 		if _, err := outdated.read(t.Context(), reader); !errors.Is(err, outcome.ErrChanged) {
 			t.Errorf("a reader that came just before the change: %v", err)
 		}
+		for i, set := range []state.Settings{w.settings(), old} {
+			isShared, warnings, err := w.roles.Peek("ci", set, testLifetime, nil)
+			if isShared != (i == 0) || len(warnings) > 0 || err != nil {
+				t.Errorf("settings %d: peeked %t %q %v", i, isShared, warnings, err)
+			}
+		}
 		if result, err := w.read(t.Context(), "ci", testLifetime, ok); !result.Reused || len(w.calls) != 2 {
 			t.Errorf("the token was dropped: %+v %v", result, err)
+		}
+		time.Sleep(testReuseFor + time.Second)
+		w.set(10*time.Second, errDown, 0)
+		w.budget = 0 // so that the reader waits as long as the call takes
+		time.AfterFunc(time.Second, func() { w.roles.Retire("ci") })
+		if result, err := w.read(t.Context(), "ci", testLifetime, ok); result.Token != nil {
+			t.Errorf("a dropped token is returned: %+v %v", result, err)
 		}
 	})
 }

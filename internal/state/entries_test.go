@@ -283,6 +283,9 @@ func TestUnreadableEntries(t *testing.T) {
 	if r, err := DecodeRole("r", nil); r != nil || err != nil {
 		t.Error("a role of no bytes")
 	}
+	if r, err := DecodeRole("r", []byte(`{"lease":true}`)); err != nil || r.NoLease {
+		t.Errorf("a role with leases: %+v %v", r, err)
+	}
 	for n, want := range map[int64]time.Duration{
 		math.MinInt64: -time.Second, -1: -time.Second, 0: 0, 300: 5 * time.Minute,
 		math.MaxInt64: math.MaxInt32 * time.Second,

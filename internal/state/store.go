@@ -17,6 +17,7 @@
 package state
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -268,7 +269,7 @@ func loadAs[T *Live | *Role](ctx context.Context, s *Store, storage logical.Stor
 func (s *Store) load(ctx context.Context, storage logical.Storage, key string) (any, uint64, error) {
 	s.mu.Lock()
 	before, known := s.knownLocked(key)
-	err := s.narrowedLocked(key)
+	err := cmp.Or(s.endedLocked(), s.narrowedLocked(key))
 	s.mu.Unlock()
 	if err != nil || known {
 		return before.value, before.number, err
@@ -361,13 +362,7 @@ func (s *Store) knownLocked(key string) (r record, known bool) {
 
 // isCertainLocked reports whether the last write of an entry did not fail. The caller holds mu.
 func (s *Store) isCertainLocked(key string) bool {
-	if s.narrowed[key] {
-		return false
-	}
-	if s.uncertain != nil {
-		return !s.uncertain[key]
-	}
-	return s.findLocked(key).certain
+	return !s.narrowed[key] && s.findLocked(key).certain
 }
 
 // narrowedLocked returns the error for token requests of an entry if its last write failed and would have taken
@@ -378,6 +373,15 @@ func (s *Store) narrowedLocked(key string) error {
 	}
 	return fmt.Errorf("the last write of %s failed in Vault's storage, and whether it was stored is not known: "+
 		"write it again", describe(key))
+}
+
+// endedLocked returns the error for token requests that are under way when the mount ends on this node. A role in memory
+// may be outdated by then, and Vault would drop the token. The caller holds mu.
+func (s *Store) endedLocked() error {
+	if s.ctx.Err() == nil {
+		return nil
+	}
+	return fmt.Errorf("the mount has ended on this node: %w", s.ctx.Err())
 }
 
 // describe names an entry in a sentence.
@@ -577,8 +581,6 @@ func (e *Entry) Write(ctx context.Context, raw []byte, narrows bool) error {
 		stored = err == nil
 		return nil, err
 	})
-	if err != nil {
-		once.Do(failed) // the call was abandoned
-	}
+	once.Do(failed) // if the call was abandoned
 	return err
 }

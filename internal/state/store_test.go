@@ -22,6 +22,7 @@ import (
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/mount"
+	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/outcome"
 )
 
 // testStore is a Store over storage that counts reads and whose writes can fail. Its
@@ -58,7 +59,9 @@ func newTestStore(t testing.TB) *testStore {
 	return s
 }
 
-func newRole() *Role { return &Role{Scopes: []string{"a:b", "c:d"}, MaxTTL: time.Hour} }
+func newRole() *Role {
+	return &Role{OrganizationIDs: []string{"org_3"}, Scopes: []string{"a:b", "c:d"}, MaxTTL: time.Hour}
+}
 
 // entry is a *Config or a *Role.
 type entry interface{ Encode() ([]byte, error) }
@@ -260,10 +263,13 @@ var changes = map[string]struct {
 	"widen a role": {
 		RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Scopes = append(r.Scopes, "e:f") }), false, false,
 	},
-	"a longer limit":  {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.MaxTTL = 0 }), false, false},
-	"another ttl":     {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.TTL = time.Hour }), false, false},
-	"disable a role":  {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Disabled = true }), true, false},
-	"take a scope":    {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Scopes = r.Scopes[:1] }), true, false},
+	"a longer limit": {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.MaxTTL = 0 }), false, false},
+	"another ttl":    {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.TTL = time.Hour }), false, false},
+	"disable a role": {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Disabled = true }), true, false},
+	"take a scope":   {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.Scopes = r.Scopes[:1] }), true, false},
+	"take an organization": {
+		RoleKey("ci"), "ci", changeRole(func(r *Role) { r.OrganizationIDs = nil }), true, false,
+	},
 	"a shorter limit": {RoleKey("ci"), "ci", changeRole(func(r *Role) { r.MaxTTL = time.Minute }), true, false},
 	"another organization": {
 		RoleKey("ci"), "ci", changeRole(func(r *Role) { r.OrganizationID = "org_2" }), true, false,
@@ -416,6 +422,129 @@ func testFailedWrite(t *testing.T, failure, change, settle string) {
 	}
 }
 
+// TestIsCertain checks that settings are certain while they are current, unless the last write of either entry failed.
+func TestIsCertain(t *testing.T) {
+	t.Parallel()
+	s := newTestStore(t)
+	s.put(t, RoleKey("other"), newRole())
+	check := func(want bool, set Settings, when string) {
+		t.Helper()
+		if got := s.IsCertain(set); got != want {
+			t.Errorf("%s: certain %t", when, got)
+		}
+	}
+	for _, key := range []string{RoleKey("ci"), ConfigKey, ConfigKey} {
+		set := s.mustGet(t, "ci")
+		check(true, set, "at first")
+		s.setOnWrite(func(context.Context, func() error) error { return errStorage })
+		next := map[string]entry{ConfigKey: set.Config.Config, RoleKey("ci"): set.Role}[key]
+		for _, failing := range []string{RoleKey("other"), key} {
+			if err := s.write(t.Context(), failing, next); !errors.Is(err, errStorage) {
+				t.Fatal(err)
+			}
+			check(failing != key, s.mustGet(t, "ci"), "after a failed write of "+failing)
+		}
+		s.Invalidate(key)
+		check(false, set, "outdated")
+		check(true, s.mustGet(t, "ci"), "after the change of "+key)
+		e, err := s.Lock(t.Context(), s, key)
+		if err != nil {
+			t.Fatalf("an entry that was locked: %v", err)
+		}
+		e.Unlock() // without a write
+	}
+}
+
+// TestUncertainNames checks by which names errors and status show entries, and that other keys of storage are none.
+func TestUncertainNames(t *testing.T) {
+	t.Parallel()
+	s := newTestStore(t)
+	n := len(s.changes())
+	if s.Invalidate("salt"); len(s.changes()) > n {
+		t.Error("another key of storage changes an entry")
+	}
+	const secret = "9f8b7c6d5e4a3b2c1d0e9f8b7c6d5e4a"
+	for _, key := range []string{ConfigKey, RoleKey("ci"), RoleKey(secret)} {
+		s.writeFailed(key, true)
+	}
+	if got := s.Uncertain(); !slices.Equal(got, []string{ConfigKey, "roles/(not shown: length 32)", "roles/ci"}) {
+		t.Errorf("uncertain: %q", got)
+	}
+	_, configErr := s.Config(t.Context(), s)
+	_, roleErr := s.Role(t.Context(), s, "ci")
+	_, secretErr := s.Role(t.Context(), s, secret)
+	for name, err := range map[string]error{
+		"config": configErr, `role "ci"`: roleErr, "role (not shown: length 32)": secretErr,
+	} {
+		if !strings.Contains(fmt.Sprint(err), "the last write of "+name+" failed") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestSettingsKeepToTheBudget checks that the first request's budget is the stored one as soon as that has been read.
+func TestSettingsKeepToTheBudget(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestStore(t)
+		config := NewConfig()
+		config.RefreshKey, config.RequestTimeout = cable.NewSecret("k"), 4*time.Second
+		s.put(t, ConfigKey, config)
+		s.readDelay = 3 * time.Second
+		start := time.Now()
+		if set, err := s.get("ci"); !errors.Is(err, outcome.ErrBudget) || time.Since(start) != config.RequestTimeout {
+			t.Errorf("%+v %v after %s", set, err, time.Since(start))
+		}
+		time.Sleep(s.readDelay)
+	})
+}
+
+// oddStorage is storage that returns an entry, an error, or both, and whose lists are in no order.
+type oddStorage struct {
+	logical.InmemStorage
+	entry *logical.StorageEntry
+	err   error
+}
+
+func (s *oddStorage) Get(context.Context, string) (*logical.StorageEntry, error) {
+	return s.entry, s.err
+}
+
+func (s *oddStorage) List(context.Context, string) ([]string, error) {
+	return []string{"b", "a"}, s.err
+}
+
+// TestReads checks that an error of storage is returned as it is and never means that an entry is not stored, nor does
+// an entry without a value.
+func TestReads(t *testing.T) {
+	t.Parallel()
+	failing := &oddStorage{entry: &logical.StorageEntry{Value: []byte("{}")}, err: errStorage}
+	raw, err := Read(t.Context(), failing, ConfigKey)
+	_, configErr := ReadConfig(t.Context(), failing)
+	_, roleErr := ReadRole(t.Context(), failing, "ci")
+	_, listErr := RoleNames(t.Context(), failing)
+	_, storeErr := newTestStore(t).Role(t.Context(), failing, "ci")
+	errs := []error{err, configErr, roleErr, listErr, storeErr}
+	if raw != nil || !slices.Equal(errs, slices.Repeat([]error{errStorage}, len(errs))) {
+		t.Errorf("%q %v", raw, errs)
+	}
+	for _, text := range []string{"", "{", `{"scopes":"", "refresh_key":"k","token_url":"k"}`} {
+		odd := &oddStorage{entry: &logical.StorageEntry{Value: []byte(text)}}
+		role, roleErr := newTestStore(t).Role(t.Context(), odd, "ci")
+		config, configErr := newTestStore(t).Config(t.Context(), odd)
+		if roleErr == nil || configErr == nil {
+			t.Errorf("%q is the role %+v and the configuration %+v", text, role, config)
+		}
+	}
+	empty := &oddStorage{entry: new(logical.StorageEntry)}
+	if raw, err := Read(t.Context(), empty, ConfigKey); raw == nil || err != nil {
+		t.Errorf("an entry without a value: %q %v", raw, err)
+	}
+	if names, err := RoleNames(t.Context(), new(oddStorage)); !slices.Equal(names, []string{"a", "b"}) {
+		t.Errorf("%q %v", names, err)
+	}
+}
+
 // TestWriteDoesNotDependOnItsCaller checks that a write that has begun to store ends
 // although its caller leaves, that its lock is held until the storage call has returned, and that
 // another write of the entry waits for 10 s at most.
@@ -500,6 +629,54 @@ func TestClose(t *testing.T) {
 	})
 }
 
+// TestNewLive checks in which form the client of a configuration sends the refresh key, and which configurations send
+// it to the same destination.
+func TestNewLive(t *testing.T) {
+	t.Parallel()
+	for scheme, want := range map[string]string{AuthSchemeRaw: "k", AuthSchemeBearer: "Bearer k"} {
+		got := make(chan string, 1)
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			got <- r.Header.Get("Authorization")
+			w.WriteHeader(http.StatusUnauthorized)
+		}))
+		defer server.Close()
+		c := &Config{RefreshKey: cable.NewSecret("k"), TokenURL: server.URL, AuthScheme: scheme}
+		live, err := NewLive(c, nil, func(cable.Call) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = live.Client.RequestToken(t.Context(), cable.TokenRequest{Lifetime: cable.MinLifetime})
+		if header := <-got; header != want {
+			t.Errorf("%s: %q, want %q", scheme, header, want)
+		}
+		other := *c
+		if other.CACert = "x"; c.SameDestination(&other) || !c.SameDestination(c) {
+			t.Error("other certificates are the same destination, or the same ones are not")
+		}
+		if live, err := NewLive(&other, nil, nil); live != nil || err == nil {
+			t.Errorf("a client with unreadable certificates: %+v %v", live, err)
+		}
+	}
+}
+
+// TestDeletedElsewhere checks that an uncertain role that another node has deleted is gone as soon as storage is read.
+func TestDeletedElsewhere(t *testing.T) {
+	t.Parallel()
+	s := newTestStore(t)
+	role := s.mustGet(t, "ci").Role
+	s.setOnWrite(failures["fails"].onWrite(s))
+	if err := s.write(t.Context(), RoleKey("ci"), role); err == nil {
+		t.Fatal("the write did not fail")
+	}
+	before := s.mustGet(t, "ci")
+	if err := s.InmemStorage.Delete(t.Context(), RoleKey("ci")); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := s.get("ci"); after.Role != nil || err != nil || s.IsCurrent(before) {
+		t.Errorf("%+v %v, the earlier settings are current: %t", after.Role, err, s.IsCurrent(before))
+	}
+}
+
 // TestClientIsKept checks that the client of an uncertain configuration, with its
 // connections and its pause, is used as long as the stored bytes are the same, and is
 // closed once they are others.
@@ -559,6 +736,20 @@ func TestClientIsKept(t *testing.T) {
 	other.RefreshKey = cable.NewSecret("another")
 	if s.InheritedPause(&other) != nil {
 		t.Error("another key inherits the pause")
+	}
+	s.setOnWrite(nil)
+	if err := s.write(t.Context(), ConfigKey, &other); err != nil {
+		t.Fatal(err)
+	}
+	client := s.mustGet(t, "ci").Config.Client
+	if _, err := client.RequestToken(t.Context(), request); !errors.As(err, &ce) || ce.StatusCode != 429 {
+		t.Fatal(err)
+	}
+	s.Invalidate(ConfigKey)
+	for _, want := range []http.ConnState{http.StateNew, http.StateActive, http.StateIdle, http.StateClosed} {
+		if got := <-states; got != want {
+			t.Errorf("the connection of an invalidated client is %s, want %s", got, want)
+		}
 	}
 }
 
@@ -636,6 +827,18 @@ func TestManyFailedCreates(t *testing.T) {
 		if i == 10 && !slices.Contains(s.Uncertain(), "roles/new10") {
 			t.Error("status does not show a failed create")
 		}
+		if i == 4095 {
+			if slices.Contains(s.Uncertain(), "roles/*") {
+				t.Error("4096 failed creates are too many to be named")
+			}
+			s.put(t, RoleKey("new0"), newRole()) // which was committed late, and whose record was evicted
+			s.mustGet(t, "new0")
+		}
+		if s.readCount(RoleKey("new0")); i == 4096 {
+			if s.mustGet(t, "new0"); s.readCount(RoleKey("new0")) != 1 {
+				t.Error("a role whose last write failed is served from memory after too many writes failed")
+			}
+		}
 	}
 	s.setOnWrite(nil)
 	if n := len(s.uncertain) + s.roles.Len() + len(s.narrowed) + len(s.locks.held); n > maxRoles+1 {
@@ -672,8 +875,9 @@ func TestManyFailedCreates(t *testing.T) {
 	if _, err := s.get("narrowed"); err == nil || !slices.Equal(s.Uncertain(), []string{"roles/*", "roles/narrowed"}) {
 		t.Errorf("the failed deletion is forgotten: %v, %v", err, s.Uncertain())
 	}
+	config := s.mustGet(t, "ci").Config.Config
 	s.setOnWrite(func(context.Context, func() error) error { return errStorage })
-	if err := s.write(t.Context(), ConfigKey, NewConfig()); err == nil || s.Uncertain()[0] != ConfigKey {
+	if err := s.write(t.Context(), ConfigKey, config); err == nil || s.Uncertain()[0] != ConfigKey {
 		t.Errorf("config is not among the uncertain entries: %v, %v", err, s.Uncertain())
 	}
 	s.setOnWrite(nil)

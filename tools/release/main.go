@@ -37,9 +37,12 @@ const (
 )
 
 const usage = `usage: release build [-platforms linux/amd64,...]
+       release vex [DATABASE]
        release notes VERSION
 
 build  builds the tag of HEAD into dist/, or a snapshot if HEAD has no tag
+vex    writes the OpenVEX document of the release in dist/; DATABASE is the URL of
+       another database of vulnerabilities than Go's
 notes  prints what CHANGELOG.md says of VERSION`
 
 func main() {
@@ -65,6 +68,8 @@ func run(ctx context.Context, args []string) error {
 			return err
 		}
 		return buildRelease(ctx, *platforms)
+	case len(args) > 0 && len(args) < 3 && args[0] == "vex":
+		return writeVEX(ctx, append(args, "https://vuln.go.dev")[1])
 	case len(args) == 2 && args[0] == "notes":
 		text, err := notes(args[1])
 		if err == nil {

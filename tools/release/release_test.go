@@ -47,7 +47,7 @@ var everything = os.Getenv("RELEASE_TEST") == "all"
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
 
 func runTests(m *testing.M) int {
-	for _, tool := range []string{"goreleaser", "cyclonedx-gomod", "cosign", "crane"} {
+	for _, tool := range []string{"goreleaser", "cyclonedx-gomod", "cosign", "crane", "govulncheck"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			fmt.Fprintln(os.Stderr, tool, "is not on PATH: run `make release-test`")
 			return 1
@@ -220,6 +220,20 @@ func TestReproducible(t *testing.T) {
 		}
 	}
 	t.Logf("%d files are the same", len(files))
+	// So are the builds of a clone, with Go's FIPS 140-3 module, too.
+	builds := map[string]bool{}
+	for _, target := range []string{"build", "fips"} {
+		var sums [2]string
+		for i, dir := range []string{first, second} {
+			must(output(dir, []string{"GOCACHE=" + cache}, "make", "-s", target))(t)
+			sums[i] = must(sha256File(filepath.Join(dir, "bin", project)))(t)
+			builds[sums[i]] = true
+		}
+		t.Log("make", target, sums)
+	}
+	if len(builds) != 2 {
+		t.Errorf("two builds, and two with FIPS, are %d different ones", len(builds))
+	}
 }
 
 // TestFiles reads the files that a release has for download, each archive, its binary, its
@@ -473,6 +487,84 @@ func untar(t *testing.T, from io.ReadCloser) map[string]string {
 		}
 		check(t, err)
 		files[h.Name] = string(must(io.ReadAll(r))(t))
+	}
+}
+
+// TestReleaseStarts starts this release in a real server. Neither an archive nor an image
+// that contains another binary than the published sum's is started.
+func TestReleaseStarts(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		t.Skip("the image is for Linux")
+	}
+	const changeImage = `mkdir layout layer && tar -xf *_oci.tar -C layout
+for blob in layout/blobs/sha256/*; do
+  if tar -xzf $blob -C layer 2>/dev/null; then echo >>layer/` + project + `; tar -czf $blob -C layer .; fi
+done
+tar -cf *_oci.tar -C layout .`
+	for _, tt := range []struct{ change, started string }{
+		{"", "Both binaries of " + testTag + " mint."},
+		{"sed -i 's/^......../00000000/' *_PLUGIN_SHA256SUMS", "== from-archive"},
+		{changeImage, "== " + project + "-" + testTag},
+	} {
+		dir := t.TempDir()
+		copyFiles(t, filepath.Dir(dist(t, "")), dir)
+		must(output(dir, nil, "bash", "-euc", tt.change))(t)
+		out, err := output(dir, nil, filepath.Join(root, "scripts/release-start"), dir)
+		last := out[strings.LastIndex("\n"+out, "\n== "):]
+		if tt.change == "" {
+			check(t, err)
+		} else if err == nil || !strings.Contains(err.Error(), "checksum") {
+			t.Errorf("after %s: %v", tt.change, err)
+		}
+		if !strings.Contains(last, tt.started) {
+			t.Errorf("after %s: the last binary was %s, want %s", tt.change, last, tt.started)
+		}
+	}
+}
+
+// TestVEX writes the OpenVEX document of this release with a database of two made-up
+// vulnerabilities that no code of the plugin reaches.
+func TestVEX(t *testing.T) {
+	t.Parallel()
+	dir, database := filepath.Join(t.TempDir(), "clone"), t.TempDir()
+	must(output("", nil, "git", "clone", "-q", must(built())(t), dir))(t)
+	copyFiles(t, filepath.Dir(dist(t, "")), filepath.Join(dir, "dist"))
+	document := filepath.Join(dir, "dist", project+"_"+testVersion+".openvex.json")
+	const hclog = "github.com/hashicorp/go-hclog"
+	add := func(id, module, pkg, symbol string) string {
+		write(t, filepath.Join(database, "ID", id+".json"), fmt.Sprintf(`{"id": %q, "modified": %q, "affected": [{
+			"package": {"name": %q, "ecosystem": "Go"},
+			"ranges": [{"type": "SEMVER", "events": [{"introduced": "0"}]}],
+			"ecosystem_specific": {"imports": [{"path": %q, "symbols": [%q]}]}}]}`,
+			id, testCommit, module, pkg, symbol), 0o600)
+		return fmt.Sprintf(`{"path": %q, "vulns": [{"id": %q, "modified": %q}]}`, module, id, testCommit)
+	}
+	modules := add("GO-2026-9001", hclog, hclog+"/none", "New") + "," +
+		add("GO-2026-9002", "stdlib", "net/http", "ServeFileFS")
+	write(t, filepath.Join(database, "index/db.json"), fmt.Sprintf(`{"modified": %q}`, testCommit), 0o600)
+	write(t, filepath.Join(database, "index/modules.json"), "["+modules+"]", 0o600)
+	must(output(dir, nil, filepath.Join(testDir, "release"), "vex", "file://"+database))(t)
+	text := read(t, document)
+	product := "pkg:golang/" + module
+	for part, count := range map[string]int{
+		`"status": "not_affected"`:                                      2,
+		`"justification": "vulnerable_code_not_present"`:                1,
+		`"justification": "vulnerable_code_not_in_execute_path"`:        1,
+		`"@id": "` + product + `"`:                                      2,
+		`"@id": "` + product + "@" + testTag + `"`:                      2,
+		`"@id": "pkg:golang/` + hclog + "@v":                            2,
+		`"@id": "pkg:golang/std@go1.`:                                   2,
+		`/releases/download/` + testTag + "/" + filepath.Base(document): 1,
+		"Unknown": 0,
+	} {
+		if got := strings.Count(text, part); got != count {
+			t.Errorf("the document has %d times %s, want %d:\n%s", got, part, count, text)
+		}
+	}
+	reached := strings.Replace(text, "not_affected", "affected", 1)
+	if _, err := completeVEX([]byte(reached), testTag, ""); err == nil {
+		t.Error("a vulnerability that code reaches is accepted")
 	}
 }
 

@@ -2,15 +2,17 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Command compat runs the end-to-end tests against a server, and writes the result
-// into the server's row of the table in docs/compatibility.md:
+// into the server's row of the table in docs/compatibility.md, and to .cache/compat-row.md:
 //
 //	compat BINARY
 //
+// The row names COMPAT_BY, or the workflow's run, or the user of git's configuration.
 // It prints the output of tests that failed, and exits with 1 if there were any, or if
 // no test was run. Tests that find no server fail.
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -26,8 +28,10 @@ import (
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/vaulttest"
 )
 
-// page has the table.
-const page = "docs/compatibility.md"
+const (
+	page    = "docs/compatibility.md" // has the table
+	rowFile = ".cache/compat-row.md"  // has the last row that was written
+)
 
 func main() {
 	if len(os.Args) != 2 {
@@ -68,13 +72,28 @@ func run(ctx context.Context, binary string) (ok bool, err error) {
 	case r.passed == 0 || waitErr != nil && len(r.failed) == 0: // such as tests that do not compile
 		return false, fmt.Errorf("no test passed: %w", waitErr)
 	}
-	row := r.row(server, time.Now())
+	row := r.row(server, time.Now(), runBy(ctx, os.Getenv))
 	fmt.Println(row)
+	if err := os.WriteFile(filepath.FromSlash(rowFile), []byte(row+"\n"), 0o644); err != nil {
+		return false, err
+	}
 	text, err := os.ReadFile(filepath.FromSlash(page))
 	if err != nil {
 		return false, err
 	}
 	return len(r.failed) == 0, os.WriteFile(filepath.FromSlash(page), []byte(setRow(string(text), row)), 0o644)
+}
+
+// runBy returns who runs the tests: the name in COMPAT_BY, the run of a workflow with
+// its address, or the user of git's configuration.
+func runBy(ctx context.Context, env func(string) string) string {
+	workflow := ""
+	if run := env("GITHUB_RUN_ID"); run != "" {
+		workflow = fmt.Sprintf("[workflow %s](%s/%s/actions/runs/%s)",
+			env("GITHUB_WORKFLOW"), env("GITHUB_SERVER_URL"), env("GITHUB_REPOSITORY"), run)
+	}
+	user, _ := exec.CommandContext(ctx, "git", "config", "user.name").Output() // none if git has no name
+	return cmp.Or(env("COMPAT_BY"), workflow, strings.TrimSpace(string(user)), "unknown")
 }
 
 // result has the ends of the tests that have no subtests, and of the tests that failed.
@@ -146,9 +165,9 @@ func read(in io.Reader, w io.Writer) (*result, error) {
 	return r, nil
 }
 
-// row is the table's row with the server, the day, and the numbers of tests that were
-// run, passed, failed, and were skipped, with the reasons.
-func (r *result) row(server string, day time.Time) string {
+// row is the table's row with the server, the day, who ran the tests, and the numbers of
+// tests that were run, passed, failed, and were skipped, with the reasons.
+func (r *result) row(server string, day time.Time, by string) string {
 	skipped, reasons := 0, []string{}
 	for why, tests := range r.skipped {
 		skipped += len(tests)
@@ -162,8 +181,8 @@ func (r *result) row(server string, day time.Time) string {
 	}
 	notes := strings.ReplaceAll(strings.Join(reasons, "; "), "|", `\|`)
 	ended := r.passed + len(r.failed)
-	cells := []any{server, day.UTC().Format(time.DateOnly), ended, r.passed, failed, skipped, notes}
-	return strings.Join(strings.Fields(fmt.Sprintf("| %v | %v | %v | %v | %v | %v | %v |", cells...)), " ")
+	cells := []any{server, day.UTC().Format(time.DateOnly), by, ended, r.passed, failed, skipped, notes}
+	return strings.Join(strings.Fields(fmt.Sprintf("| %v | %v | %v | %v | %v | %v | %v | %v |", cells...)), " ")
 }
 
 // setRow puts the row of a server into the table of a page, in place of its last one

@@ -47,12 +47,12 @@ func TestRow(t *testing.T) {
 	}{
 		"passes": {
 			good, "Vault 1.0", strings.Replace(page, "| Vault 1.0 | old |",
-				"| Vault 1.0 | 2026-11-25 | 2 | 2 | 0 | 1 | `TestA/one`: not \\| here |", 1),
+				"| Vault 1.0 | 2026-11-25 | Ada | 2 | 2 | 0 | 1 | `TestA/one`: not \\| here |", 1),
 			"",
 		},
 		"fails": {
 			bad, "OpenBao 2.6.2", strings.Replace(page, "\n\nEnd",
-				"\n| OpenBao 2.6.2 | 2026-11-25 | 3 | 2 | **1**: `TestC/deep` | 1 |"+
+				"\n| OpenBao 2.6.2 | 2026-11-25 | Ada | 3 | 2 | **1**: `TestC/deep` | 1 |"+
 					" `TestA/one`: not \\| here |\n\nEnd", 1),
 			"    c_test.go:1: wrong\n",
 		},
@@ -67,12 +67,31 @@ func TestRow(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(tt.want, setRow(page, r.row(tt.server, day))); diff != "" {
+			if diff := cmp.Diff(tt.want, setRow(page, r.row(tt.server, day, "Ada"))); diff != "" {
 				t.Errorf("the page (-want +got):\n%s", diff)
 			}
 			if output.String() != tt.output {
 				t.Errorf("printed %q, want %q", &output, tt.output)
 			}
 		})
+	}
+}
+
+// TestRunBy checks that the name that was given comes first, and a workflow's run next.
+func TestRunBy(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{}
+	get := func(name string) string { return env[name] }
+	if got := runBy(t.Context(), get); got == "" || strings.Contains(got, "workflow") {
+		t.Errorf("by hand: %q", got)
+	}
+	env["GITHUB_RUN_ID"], env["GITHUB_WORKFLOW"] = "42", "compat"
+	env["GITHUB_SERVER_URL"], env["GITHUB_REPOSITORY"] = "https://forge.example.com", "a/b"
+	const want = "[workflow compat](https://forge.example.com/a/b/actions/runs/42)"
+	if got := runBy(t.Context(), get); got != want {
+		t.Errorf("in a workflow: %q, want %q", got, want)
+	}
+	if env["COMPAT_BY"] = "Ada"; runBy(t.Context(), get) != "Ada" {
+		t.Errorf("with COMPAT_BY: %q", runBy(t.Context(), get))
 	}
 }
