@@ -21,8 +21,8 @@ import (
 )
 
 // TestClusterFaults breaks the disk and the network of the leader of a cluster under load. Each token that was handed
-// out has its lease afterwards. A token without a lease belongs to a read that failed. Once the fault is gone, each node
-// mints again.
+// out has its lease afterwards. A token without a lease belongs to a read that failed. Once the fault is gone, each
+// node mints again.
 //
 // NOTE: not beside other tests, like TestHA. Clocks that differ are not tested here, because a process cannot be given
 // a wall clock of its own.
