@@ -295,7 +295,8 @@ func (s *scenario) read(random *rand.Rand) {
 
 // change makes a change of some kind.
 func (s *scenario) change(random *rand.Rand) {
-	data, op, path := make(kv), choose[logical.Operation](random.IntN(4), opPatch, opUpdate, opUpdate, opUpdate), "config"
+	data, path := make(kv), "config"
+	op := choose[logical.Operation](random.IntN(4), opPatch, opUpdate, opUpdate, opUpdate)
 	sometimes := func(n int, field string, value any) {
 		if random.IntN(n) == 0 {
 			data[field] = value
@@ -334,7 +335,8 @@ func (s *scenario) change(random *rand.Rand) {
 		sometimes(5, "organization_id", organization)
 		sometimes(5, "organization_ids", choose(random.IntN(3), "org_1,org_2", "org_2,org_3", "org_3"))
 		sometimes(5, "lease", random.IntN(3) > 0)
-		sometimes(2, "scopes", strings.ReplaceAll(choose(random.IntN(4), "N:a", "N:b", "N:a,N:b", "N:a,N:b,N:c"), "N", name))
+		scopes := choose(random.IntN(4), "N:a", "N:b", "N:a,N:b", "N:a,N:b,N:c")
+		sometimes(2, "scopes", strings.ReplaceAll(scopes, "N", name))
 		if random.IntN(3) == 0 {
 			lifetimes := choose(random.IntN(6),
 				[3]int{300, 0, 150}, [3]int{400, 500, 40}, [3]int{600, 900, 0},
@@ -627,7 +629,8 @@ func (n *scenarioNode) requestToken(
 	if isDown || random.IntN(16) == 0 { // the response is lost
 		return nil, failed(cable.Error{Kind: cable.Unreachable})
 	}
-	c.Granted = choose(random.IntN(6), 40+random.IntN(200), c.Lifetime+1000, c.Lifetime, c.Lifetime, c.Lifetime, c.Lifetime)
+	shorter, asked := 40+random.IntN(200), c.Lifetime
+	c.Granted = choose(random.IntN(6), shorter, asked+1000, asked, asked, asked, asked)
 	now := time.Now()
 	n.mu.Lock()
 	c.Token = fmt.Sprint("token-", len(n.tokens))

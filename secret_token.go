@@ -5,6 +5,7 @@ package cablesecrets
 
 import (
 	"context"
+	"math/rand/v2"
 	"strconv"
 	"strings"
 	"time"
@@ -44,7 +45,7 @@ func tokenData(t *outcome.Token) map[string]any {
 // after ttl and a second, because data without a lease has both ttl and rotation_period.
 func unleased(t *outcome.Token) *logical.Response {
 	data := tokenData(t)
-	data["ttl"] = int64(lifetime.ReadAgain(t.Lease) / time.Second)
+	data["ttl"] = int64(lifetime.ReadAgain(t.Lease, rand.N) / time.Second)
 	data["rotation_period"] = data["ttl"]
 	return &logical.Response{Data: data, Warnings: t.Warnings}
 }

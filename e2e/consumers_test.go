@@ -185,16 +185,20 @@ func TestReadersTokens(t *testing.T) {
 		token  map[string]any
 		status int
 		lease  int64 // at most, and nearly
+		ttl    int64 // without a lease, at least
 	}{
-		{"a batch token of 60s", map[string]any{"type": "batch", "ttl": "60s"}, 200, 60},
-		{"a batch token of the role's ttl", map[string]any{"type": "batch", "ttl": "15m"}, 200, 900},
-		{"the last use of a token", map[string]any{"num_uses": 1}, 400, 0},
-		{"two uses", map[string]any{"num_uses": 2}, 200, 900},
+		{"a batch token of 60s", map[string]any{"type": "batch", "ttl": "60s"}, 200, 60, 0},
+		{"a batch token of the role's ttl", map[string]any{"type": "batch", "ttl": "15m"}, 200, 900, 0},
+		{"the last use of a token", map[string]any{"num_uses": 1}, 400, 0, 0},
+		{"two uses", map[string]any{"num_uses": 2}, 200, 900, 0},
+		{"a batch token of 60s and no lease", map[string]any{"type": "batch", "ttl": "60s"}, 200, 0, 400},
+		{"the last use of a token and no lease", map[string]any{"num_uses": 1}, 200, 0, 400},
 	} {
+		m.ok(t, "POST", "cable/roles/reports", map[string]any{"lease": tt.ttl == 0})
 		minted := m.sim.Stats().Minted
 		a := m.as(t, m.tokenWith(t, "reader", tt.token), "GET", "cable/creds/reports", nil)
 		if a.status != tt.status || a.LeaseDuration > tt.lease || a.LeaseDuration < tt.lease-10 ||
-			m.sim.Stats().Minted != minted+1 {
+			a.number("ttl") < tt.ttl || m.sim.Stats().Minted != minted+1 {
 			t.Errorf("with %s: a lease of %ds: %s", tt.name, a.LeaseDuration, a)
 		}
 		if left := time.Until(time.Unix(a.number("expiry"), 0)); a.status == 200 && left < 10*time.Minute {

@@ -315,6 +315,14 @@ func testOperator(t *testing.T, k *kubernetes) {
 		t.Error("the Secret has lost its token")
 	}
 	k.mints(t, 1, "Cable is back", k.m.sim.ClearFaults)
+
+	// Without a lease, it plans no refresh, unless refreshAfter is set. The first two tokens are for changed manifests.
+	k.m.ok(t, "POST", "cable/roles/reports", map[string]any{"lease": false})
+	k.mints(t, 1, "a token without a lease", func() { k.patch(resource, `"renewalPercent":65`) })
+	k.wait(t, "no refresh is planned", "kubectl --namespace reports get events --output 'jsonpath={.items[*].message}'",
+		func(out string) bool { return strings.Contains(out, `lease_id="", horizon=0s`) })
+	k.mints(t, 4, "refreshAfter", func() { k.patch(resource, `"refreshAfter":"5s"`) })
+	k.m.ok(t, "POST", "cable/roles/reports", map[string]any{"lease": true})
 	k.run("kubectl delete -f vault-secrets-operator")
 	stop()
 }
@@ -364,6 +372,14 @@ func testExternalSecrets(t *testing.T, k *kubernetes) {
 					t.Error("the Secret has lost its token")
 				}
 				k.mints(t, 1, "Cable is back", k.m.sim.ClearFaults)
+				// Without a lease it goes by the interval, too. Without a template, ttl is a key of the Secret.
+				k.m.ok(t, "POST", "cable/roles/reports", map[string]any{"lease": false})
+				k.mints(t, 3, "refreshes without a lease", func() { k.patch(resource, `"target":{"template":null}`) })
+				waitFor(t, time.Minute, "a Secret with ttl and rotation_period", func() bool {
+					data := k.secret("cable-token")
+					return data["ttl"] != "" && data["ttl"] == data["rotation_period"]
+				})
+				k.m.ok(t, "POST", "cable/roles/reports", map[string]any{"lease": true})
 				k.patch(resource, `"refreshInterval":"30m"`)
 			},
 		},

@@ -285,6 +285,7 @@ func TestHA(t *testing.T) {
 	say := narrate(t)
 	c := startCluster(t, &cabletest.Options{Default: cabletest.Fault{Delay: 30 * time.Millisecond}})
 	say("%d nodes run on integrated storage, node %d leads; the plugin was registered once", clusterSize, c.leader(t))
+	t.Run("without a lease", func(t *testing.T) { testUnleasedOnStandbys(t, c) })
 	t.Run("leader killed", func(t *testing.T) { testLeaderKilled(t, c, say) })
 	if !t.Failed() {
 		t.Run("changes", func(t *testing.T) { testChanges(t, c, say) })

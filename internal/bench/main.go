@@ -4,11 +4,12 @@
 // Command bench measures the cost of a read of creds/<role> on a real Vault, side
 // by side and in turns: a direct POST to the simulated Cable, the floor (an
 // engine that returns a leased constant), this engine, and this engine for a
-// role with reuse_for. It prints Markdown, or with -page replaces the tables of
-// docs/performance.md. Run it by make bench.
+// role with reuse_for; then the floor, a constant without a lease, and this engine
+// for a role with reuse_for and lease=false. It prints Markdown, or with -page
+// replaces the tables of docs/performance.md. Run it by make bench.
 //
-// The last two share one plugin process, so its peak memory is for both, unless
-// -targets leaves one of them out.
+// Targets of one plugin share its process, so its peak memory is for all of them,
+// unless -targets leaves some out.
 //
 // It needs Linux for the processes' CPU time and memory (/proc). Requests go to
 // loopback only; each slice is bounded in time.
@@ -33,7 +34,7 @@ import (
 
 // result is one target under one condition, over all of its slices.
 type result struct {
-	target         string  // "direct", "floor", "engine", "reuse"
+	target         string  // "direct", "floor", "engine", "reuse", "constant", "unleased"
 	perSecond      float64 // reads
 	p50, p99       float64 // in milliseconds
 	errors         int
@@ -42,12 +43,13 @@ type result struct {
 	peak           float64 // of the plugin's memory, in MiB
 	calls, conns   float64 // to Cable, per 1000 reads
 	reads          float64 // median of the rounds, as a part of the floor's per second
+	ofConstant     float64 // the same as a part of the unleased constant's, if that is measured
 	cpuRatio, more float64 // CPU per read and peak memory, as a multiple of the floor's
 }
 
 type options struct {
 	storages, tokens       []string
-	targets                []string
+	targets                []string // of one table; none for the tables of the page
 	latencies, concurrency []int
 	slice                  time.Duration
 	rounds                 int
@@ -61,14 +63,15 @@ func main() {
 	tokens := flag.String("token", "service,batch", "types of the readers' tokens")
 	latencies := flag.String("latency", "0,20", "simulated latencies of Cable, in milliseconds")
 	concurrency := flag.String("concurrency", "1,32,128", "concurrent readers")
-	targets := flag.String("targets", "direct,floor,engine,reuse", "targets, which are compared with floor")
+	targets := flag.String("targets", "", "targets of one table, which are compared with floor: "+
+		"direct,floor,engine,reuse,constant,unleased (default: the tables of the page)")
 	flag.DurationVar(&o.slice, "slice", time.Second, "length of a slice")
 	flag.IntVar(&o.rounds, "rounds", 5, "slices of each target")
 	flag.StringVar(&o.page, "page", "", "measure all and replace the tables of this Markdown file")
 	flag.DurationVar(&o.soak, "soak", 0, "instead: run at full load for so long on integrated storage")
 	flag.Parse()
 	o.storages, o.tokens = strings.Split(*storages, ","), strings.Split(*tokens, ",")
-	o.targets = strings.Split(*targets, ",")
+	o.targets = strings.FieldsFunc(*targets, func(r rune) bool { return r == ',' })
 	o.latencies, o.concurrency = numbers(*latencies), numbers(*concurrency)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, o)
@@ -98,15 +101,7 @@ func run(ctx context.Context, o options) (err error) {
 	defer func() { _ = os.RemoveAll(b.dir) }()
 	fmt.Printf("%s, %d CPUs, %d slices of %s\n\n", runtime.Version(), runtime.NumCPU(), o.rounds, o.slice)
 	if o.soak == 0 || o.page != "" {
-		table := newTable(header(o.targets))
-		for _, storage := range o.storages {
-			for _, token := range o.tokens {
-				if err := measure(ctx, o, b, storage, token, table); err != nil {
-					return err
-				}
-			}
-		}
-		if err := table.replaceIn(o.page, "## The figures"); err != nil {
+		if err := figures(ctx, o, b); err != nil {
 			return err
 		}
 	}
@@ -121,6 +116,33 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	return table.replaceIn(o.page, "## The long run")
+}
+
+// figures measures a table of the targets, or both tables of the page. Without a lease and with reuse_for, a read does
+// not depend on Cable's latency.
+func figures(ctx context.Context, o options, b *binaries) error {
+	unleased := o
+	unleased.targets, unleased.latencies = []string{"floor", "constant", "unleased"}, []int{0}
+	all := []options{o}
+	if len(o.targets) == 0 {
+		o.targets = []string{"direct", "floor", "engine", "reuse"}
+		all = []options{o, unleased}
+	}
+	for i, o := range all {
+		table := newTable(header(o.targets))
+		for _, storage := range o.storages {
+			for _, token := range o.tokens {
+				if err := measure(ctx, o, b, storage, token, table); err != nil {
+					return err
+				}
+			}
+		}
+		if err := table.replaceIn(o.page, []string{"## The figures", "## Reads without a lease"}[i]); err != nil {
+			return err
+		}
+		fmt.Println()
+	}
+	return nil
 }
 
 // measure starts a Vault and adds a row for each concurrency and latency on it.
@@ -158,7 +180,7 @@ func (s *stack) cell(ctx context.Context, o options, concurrency int) ([]result,
 	if err != nil {
 		return nil, err
 	}
-	floor := slices.Index(o.targets, "floor")
+	floor, constant := slices.Index(o.targets, "floor"), slices.Index(o.targets, "constant")
 	if floor < 0 {
 		return nil, errors.New("floor is not among the targets")
 	}
@@ -187,9 +209,17 @@ func (s *stack) cell(ctx context.Context, o options, concurrency int) ([]result,
 	for i := range results {
 		r := &results[i]
 		r.reads = medianRatio(sums[i].rates, sums[floor].rates)
+		if constant >= 0 {
+			r.ofConstant = medianRatio(sums[i].rates, sums[constant].rates)
+		}
 		r.cpuRatio, r.more = r.cpu/results[floor].cpu, r.peak/results[floor].peak
 	}
 	return results, nil
+}
+
+// isEngine reports whether a target is this engine.
+func isEngine(target string) bool {
+	return slices.Contains([]string{"engine", "reuse", "unleased"}, target)
 }
 
 // header returns the names of the columns.
@@ -198,7 +228,13 @@ func header(targets []string) []string {
 	for _, t := range targets {
 		names = append(names, t+": reads/s, p50, p99 ms")
 		if t != "direct" && t != "floor" {
-			names = append(names, "of the floor's reads", "plugin CPU µs per read (ratio)", "peak MiB (ratio)",
+			names = append(names, "of the floor's reads")
+		}
+		if t == "unleased" {
+			names = append(names, "of the constant's reads")
+		}
+		if isEngine(t) {
+			names = append(names, "plugin CPU µs per read (ratio)", "peak MiB (ratio)",
 				"per 1000 reads: API calls, connections")
 		}
 	}
@@ -209,7 +245,13 @@ func header(targets []string) []string {
 func (r result) cells() []string {
 	cells := []string{fmt.Sprintf("%.0f, %.1f, %.0f", r.perSecond, r.p50, r.p99)}
 	if r.target != "direct" && r.target != "floor" {
-		cells = append(cells, fmt.Sprintf("%.2f", r.reads), fmt.Sprintf("%.0f (%.2f)", r.cpu, r.cpuRatio),
+		cells = append(cells, fmt.Sprintf("%.2f", r.reads))
+	}
+	if r.target == "unleased" {
+		cells = append(cells, fmt.Sprintf("%.2f", r.ofConstant))
+	}
+	if isEngine(r.target) {
+		cells = append(cells, fmt.Sprintf("%.0f (%.2f)", r.cpu, r.cpuRatio),
 			fmt.Sprintf("%.0f (%.2f)", r.peak, r.more), fmt.Sprintf("%.0f, %.1f", r.calls, r.conns))
 	}
 	return cells

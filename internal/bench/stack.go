@@ -104,6 +104,8 @@ func (s *stack) configure(ctx context.Context, plugins []vaulttest.Plugin, token
 	role := map[string]any{"scopes": "person:read,transactions:read", "ttl": 3600}
 	shared := maps.Clone(role)
 	shared["reuse_for"] = 1800
+	unleased := maps.Clone(shared)
+	unleased["lease"] = false
 	s.pids = make(map[string]int)
 	for _, p := range plugins {
 		if err := s.vault.Call(ctx, "POST", "sys/mounts/"+p.Name, map[string]any{"type": p.Name}, nil); err != nil {
@@ -116,8 +118,8 @@ func (s *stack) configure(ctx context.Context, plugins []vaulttest.Plugin, token
 			continue
 		}
 		config := map[string]any{"refresh_key": s.key, "token_url": s.sim.URL, "organization_id": organization}
-		for i, path := range []string{"/config", "/roles/bench", "/roles/shared"} {
-			data := []map[string]any{config, role, shared}[i]
+		for i, path := range []string{"/config", "/roles/bench", "/roles/shared", "/roles/unleased"} {
+			data := []map[string]any{config, role, shared, unleased}[i]
 			if err := s.vault.Call(ctx, "POST", p.Name+path, data, nil); err != nil {
 				return err
 			}
@@ -169,6 +171,8 @@ func (s *stack) targets(names []string) (targets []*target, err error) {
 		engine("floor", floorPlugin, "bench"),
 		engine("engine", enginePlugin, "bench"),
 		engine("reuse", enginePlugin, "shared"),
+		engine("constant", floorPlugin, "unleased"),
+		engine("unleased", enginePlugin, "unleased"),
 	}
 	for _, name := range names {
 		i := slices.IndexFunc(all, func(t *target) bool { return t.name == name })

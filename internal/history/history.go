@@ -310,8 +310,9 @@ func (h *History) checkReuse(add report) {
 	}
 	for _, first := range h.Calls {
 		for _, second := range h.Calls {
-			overlap := h.IsExact && first != second && first.isShared() && second.isShared() && first.Node == second.Node &&
-				first.Role == second.Role && first.Gate <= second.Gate && second.Gate < first.Ended
+			overlap := h.IsExact && first != second && first.isShared() && second.isShared() &&
+				first.Node == second.Node && first.Role == second.Role &&
+				first.Gate <= second.Gate && second.Gate < first.Ended
 			if overlap && !h.changedBetween(first, second) {
 				add("two shared calls with the same settings: %s and %s", first, second)
 			}

@@ -200,7 +200,8 @@ func (e minted) step(s Settings) (Settings, bool) {
 	if !c.isShared() {
 		return s, ok && c.Lifetime == s.lifetime(e.TTL)
 	}
-	ok = ok && e.TTL == 0 && e.Scopes == "" && e.Organization == "" && s.Role.ReuseFor > 0 && c.Lifetime <= s.lifetime(0)
+	ok = ok && e.TTL == 0 && e.Scopes == "" && e.Organization == "" && s.Role.ReuseFor > 0 &&
+		c.Lifetime <= s.lifetime(0)
 	if e.isReused() && !e.Fallback {
 		ok = ok && e.Start-c.Started <= time.Duration(s.Role.ReuseFor)*time.Second
 	}

@@ -17,7 +17,6 @@ package lifetime
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"time"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cable"
@@ -141,12 +140,12 @@ func LeastLease(noLease bool) time.Duration {
 
 // ReadAgain returns the time after which a reader without a lease should read again, in whole seconds. It is between
 // half and three quarters of the lease that the reader would have had, which is at least LeastLease. It is drawn for
-// each reader, because the clients add no spread of their own, and a fleet would return in the same second.
-func ReadAgain(lease time.Duration) time.Duration {
+// each reader by below, which returns a random duration from 0 up to its argument, because the clients add no spread
+// of their own, and a fleet would return in the same second.
+func ReadAgain(lease time.Duration, below func(time.Duration) time.Duration) time.Duration {
 	half := (lease + time.Second) / 2
 	least, most := max(minReadAgain, half.Truncate(time.Second)), (lease * 3 / 4).Truncate(time.Second)
-	draw := least + rand.N(most-least+time.Second) //nolint:gosec // G404, but it spreads load, and guards nothing
-	return draw.Truncate(time.Second)
+	return (least + below(most-least+time.Second)).Truncate(time.Second)
 }
 
 // IsLonger reports whether Cable granted so much more than requested that the caller is told.

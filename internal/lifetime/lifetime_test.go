@@ -6,6 +6,7 @@ package lifetime
 import (
 	"errors"
 	"math"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -358,7 +359,7 @@ func TestReadAgain(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		lease := time.Duration(seconds.Draw(rt, "lease")) * time.Second
 		for range 20 {
-			again := ReadAgain(lease)
+			again := ReadAgain(lease, rand.N)
 			if again != again.Truncate(time.Second) || again < 5*time.Second || again > lease*3/4 ||
 				again < lease/2 && again > 5*time.Second {
 				rt.Fatalf("read again after %s of %s", again, lease)
@@ -367,12 +368,13 @@ func TestReadAgain(t *testing.T) {
 	})
 	drawn := make(map[time.Duration]bool)
 	for range 1000 {
-		drawn[ReadAgain(20*time.Second)] = true
+		drawn[ReadAgain(20*time.Second, rand.N)] = true
 	}
 	if len(drawn) != 6 || !drawn[10*time.Second] || !drawn[15*time.Second] {
 		t.Errorf("of 20 s were drawn %v", drawn)
 	}
-	if least := LeastLease(true); ReadAgain(least) != 5*time.Second || (least-time.Second)*3/4 >= 5*time.Second {
-		t.Errorf("the least lease is %s", least)
+	least := LeastLease(true)
+	if again := ReadAgain(least, rand.N); again != 5*time.Second || (least-time.Second)*3/4 >= 5*time.Second {
+		t.Errorf("the least lease is %s, with a ttl of %s", least, again)
 	}
 }

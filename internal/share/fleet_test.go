@@ -38,6 +38,7 @@ type fleet struct {
 	agents        int
 	ttl, reuseFor time.Duration // of the role; each read mints if reuseFor is 0
 	threshold     float64       // lease_renewal_threshold, the part of the lease after which Agents read again
+	noLease       bool          // of the role; Agents read again when the ttl of the response and a second have passed
 	start         time.Duration // over which the first reads are spread
 	length        time.Duration // of the simulation
 	outage        time.Duration // when Cable begins to respond 503
@@ -52,12 +53,14 @@ type fleetResult struct {
 	peakCalls, peakReads int // in a second
 	tokens, readers      int // minted; reads that returned a shared one
 	expired              int // times that a lease ended before its Agent had another
+	leases, peakLeases   int // that Vault holds; the most
+	writes               int // to Vault's storage: two for a lease, and two more when it ends
 }
 
 // agent is a Vault Agent with one template that reads the role.
 type agent struct {
 	next     int32 // in the list of Agents that read at the same tick
-	leaseEnd int32 // tick; 0 before the first lease
+	leaseEnd int32 // tick, also of a lease that there would be; 0 before the first one
 	failures int32 // in a row
 }
 
@@ -88,6 +91,7 @@ func (f fleet) run() (d fleetResult) {
 		at          = func(t int32) time.Time { return epoch.Add(time.Duration(t) * tick) }
 		agents      = make([]agent, f.agents+1)    // from 1: 0 ends a list
 		due         = make([]int32, f.length/tick) // the first Agent that reads at each tick
+		ends        = make([]int32, len(due))      // the number of leases that end at each tick
 		unavailable = outcome.Classify(&cable.Error{
 			Kind: cable.Responded, StatusCode: http.StatusServiceUnavailable, MaybeIssued: true, Attempts: 1,
 		})
@@ -95,7 +99,11 @@ func (f fleet) run() (d fleetResult) {
 		s       *role
 	)
 	elect := func() {
-		s = &role{reuseFor: f.reuseFor, least: time.Second, dropped: func(readers int) { d.readers += readers }}
+		s = &role{
+			reuseFor: f.reuseFor,
+			least:    lifetime.LeastLease(f.noLease),
+			dropped:  func(readers int) { d.readers += readers },
+		}
 	}
 	readLater := func(i, t int32, wait time.Duration) {
 		if t += int32(wait / tick); int(t) < len(due) {
@@ -117,6 +125,17 @@ func (f fleet) run() (d fleetResult) {
 			d.expired++
 		}
 		a.failures, a.leaseEnd = 0, now+int32(lease/tick)
+		if f.noLease { // as leaseCheckWait of consul-template
+			readLater(i, now, lifetime.ReadAgain(lease, func(n time.Duration) time.Duration {
+				return time.Duration(random.Int64N(int64(n)))
+			})+time.Second)
+			return
+		}
+		d.writes += 2
+		d.leases++
+		if int(a.leaseEnd) < len(ends) {
+			ends[a.leaseEnd]++
+		}
 		// The threshold, give or take a twentieth, as in leaseCheckWait of consul-template.
 		readLater(i, now, time.Duration((f.threshold-0.05+random.Float64()*0.1)*float64(lease)))
 	}
@@ -145,7 +164,10 @@ func (f fleet) run() (d fleetResult) {
 		if t%perSecond == 0 {
 			d.peakReads, d.peakCalls = max(d.peakReads, d.reads-reads), max(d.peakCalls, d.calls-calls)
 			reads, calls = d.reads, d.calls
+			d.peakLeases = max(d.peakLeases, d.leases)
 		}
+		d.leases -= int(ends[t])
+		d.writes += 2 * int(ends[t])
 		if s.call != nil { // ends, as run and wait do it
 			minted, failed := call(t)
 			s.call = nil
@@ -212,7 +234,11 @@ func (f fleet) outageCovered() time.Duration {
 	if f.reuseFor == 0 {
 		return 0
 	}
-	left := time.Duration((0.95 - f.threshold) * float64(f.ttl-f.reuseFor))
+	latest := f.threshold + 0.05 // the greatest part of the lease after which an Agent reads again
+	if f.noLease {
+		latest = 0.75
+	}
+	left := time.Duration((1 - latest) * float64(f.ttl-f.reuseFor))
 	return max(0, left-fallbackLifetime-maxBackoff-5*time.Second)
 }
 
@@ -221,6 +247,7 @@ var fleets = []fleet{
 	{name: "`ttl=1h` without reuse", ttl: time.Hour, threshold: 0.9},
 	{name: "`ttl=1h reuse_for=30m`", ttl: time.Hour, reuseFor: 30 * time.Minute, threshold: 0.9},
 	{name: "`ttl=1h reuse_for=5m`", ttl: time.Hour, reuseFor: 5 * time.Minute, threshold: 0.9},
+	{name: "`ttl=1h reuse_for=5m lease=false`", ttl: time.Hour, reuseFor: 5 * time.Minute, noLease: true},
 	{name: "`ttl=24h reuse_for=12h`", ttl: 24 * time.Hour, reuseFor: 12 * time.Hour, threshold: 0.9},
 	{name: "`ttl=1h reuse_for=5m`, threshold 0.5", ttl: time.Hour, reuseFor: 5 * time.Minute, threshold: 0.5},
 }
@@ -233,11 +260,11 @@ func TestFleet(t *testing.T) {
 		return
 	}
 	t.Parallel()
-	for i := range 4 * 3 * 2 * 5 {
-		f := []fleet{fleets[0], fleets[1], fleets[2], fleets[4]}[i%4]
-		f.agents, f.start = choose(i/4, 1, 10, 1000), choose(i/12, time.Hour, time.Second)
+	for i := range 5 * 3 * 2 * 5 {
+		f := []fleet{fleets[0], fleets[1], fleets[2], fleets[3], fleets[5]}[i%5]
+		f.agents, f.start = choose(i/5, 1, 10, 1000), choose(i/15, time.Hour, time.Second)
 		f.length, f.leaderLost = 6*time.Hour, 5*time.Hour
-		f.outage, f.outageLength = 2*time.Hour+time.Duration(i/24)*f.ttl/5, f.outageCovered()
+		f.outage, f.outageLength = 2*time.Hour+time.Duration(i/30)*f.ttl/5, f.outageCovered()
 		d := f.run()
 		calls := d.reads
 		if f.reuseFor > 0 {
@@ -252,6 +279,8 @@ func TestFleet(t *testing.T) {
 			t.Errorf("%+v: too many calls in an outage: %+v", f, d)
 		case f.reuseFor > 0 && (d.peakCalls != 1 || d.readers != d.reads):
 			t.Errorf("%+v: more than one call in a second, or a read without a shared token: %+v", f, d)
+		case f.noLease && d.writes+d.peakLeases > 0 || !f.noLease && (d.writes < 2*d.reads || d.peakLeases < f.agents):
+			t.Errorf("%+v: storage writes and leases: %+v", f, d)
 		}
 	}
 }
@@ -286,7 +315,7 @@ func printFleet() {
 		for i, f := range fleets {
 			f.agents = n
 			for _, f.start = range []time.Duration{time.Hour, time.Second} {
-				if n == 1_000_000 || i < 3 && f.start == time.Hour {
+				if n == 1_000_000 || i < 4 && f.start == time.Hour {
 					days = append(days, f)
 				}
 			}
@@ -304,6 +333,7 @@ func printFleet() {
 			row := []string{thousands(f.agents), f.name, start}
 			for _, n := range []int{
 				d.calls, d.peakCalls, d.reads, d.peakReads, d.failedReads, (d.reads - d.failedReads) / d.tokens,
+				d.writes, d.peakLeases,
 			} {
 				row = append(row, thousands(n))
 			}
@@ -313,8 +343,9 @@ func printFleet() {
 	}
 	wg.Wait()
 	fmt.Println("| Agents | role | first reads | calls to Cable | most in 1 s | reads | most in 1 s | failed reads " +
-		"| readers per token | outages that leave Agents without a token | with the leader lost |\n|" +
-		strings.Repeat(" --- |", 11) + "\n" + strings.Join(rows, "\n"))
+		"| readers per token | storage writes | most leases | outages that leave Agents without a token " +
+		"| with the leader lost |\n|" +
+		strings.Repeat(" --- |", 13) + "\n" + strings.Join(rows, "\n"))
 }
 
 // thousands formats a number as 1,000,000.

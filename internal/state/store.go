@@ -375,8 +375,8 @@ func (s *Store) narrowedLocked(key string) error {
 		"write it again", describe(key))
 }
 
-// endedLocked returns the error for token requests that are under way when the mount ends on this node. A role in memory
-// may be outdated by then, and Vault would drop the token. The caller holds mu.
+// endedLocked returns the error for token requests that are under way when the mount ends on this node. A role in
+// memory may be outdated by then, and Vault would drop the token. The caller holds mu.
 func (s *Store) endedLocked() error {
 	if s.ctx.Err() == nil {
 		return nil

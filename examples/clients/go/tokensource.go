@@ -32,12 +32,12 @@ const (
 	longestWait = 10 * time.Minute
 )
 
-var errNoToken = errors.New("the response has no token with a lease")
+var errNoToken = errors.New("the response has no token with a lease or a ttl")
 
 // TokenSource keeps a valid access token of Cable for all goroutines of a
 // program. One goroutine reads from Vault, one request at a time. It reads the next
-// token when two thirds of the lease have passed. If that fails, the current token
-// is used until its lease ends.
+// token when two thirds of the lease have passed, or without a lease after ttl. If
+// that fails, the current token is used until its lease ends.
 type TokenSource struct {
 	client *api.Client
 	path   string
@@ -144,8 +144,9 @@ func (s *TokenSource) request(ctx context.Context) (token string, lease, wait ti
 }
 
 // parse returns the token in a response, its lease, and the wait before the next
-// request. Without a lease, that is the ttl in the response, and the token may be
-// used for another third of it.
+// request. Without a lease (the role's lease=false), that is the ttl in the response.
+// The token may be used for another third of it, because ttl is at most three
+// quarters of the lease that there would be.
 func parse(body []byte) (token string, lease, wait time.Duration, err error) {
 	secret, err := api.ParseSecret(bytes.NewReader(body))
 	if err != nil || secret == nil {

@@ -24,8 +24,8 @@ const between = (low, high) => low + Math.random() * (high - low);
 // Keeps a valid access token of Cable for a whole program. It reads from a path
 // of Vault, at VAULT_ADDR with VAULT_TOKEN, and VAULT_NAMESPACE and VAULT_CACERT
 // if they are set. It reads in the background, one request at a time: the next
-// token when two thirds of the lease have passed. If that fails, the current
-// token is used until its lease ends.
+// token when two thirds of the lease have passed, or without a lease after ttl. If
+// that fails, the current token is used until its lease ends.
 export class TokenSource {
   #path;
   #url;
@@ -74,9 +74,9 @@ export class TokenSource {
       response = await this.#get();
       if (response.status !== 200) throw new Error(`HTTP ${response.status} ${response.body.slice(0, 500)}`);
       const { data, lease_duration } = parse(response.body);
-      // Without a lease, the ttl says when to read again, and the token may be used for another third of it.
+      // Without a lease, ttl is when to read again, and at most three quarters of the lease that there would be.
       const lease = 1000 * (lease_duration || (data?.ttl * 4) / 3);
-      if (!data?.token || !(lease > 0)) throw new Error('the response has no token with a lease');
+      if (!data?.token || !(lease > 0)) throw new Error('the response has no token with a lease or a ttl');
       this.#data = data;
       this.#validUntil = later(start, lease);
       this.#nextRead = later(start, lease_duration ? lease * between(0.57, 0.67) : data.ttl * 1000);

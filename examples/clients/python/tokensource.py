@@ -26,8 +26,8 @@ class TokenSource:
 
     VAULT_NAMESPACE and VAULT_CACERT are used, too. It reads in the background,
     one request at a time: the next token when two thirds of the lease have
-    passed. If that fails, the current token is used until its lease ends. A
-    process that is forked reads for itself.
+    passed, or without a lease after ttl. If that fails, the current token is
+    used until its lease ends. A process that is forked reads for itself.
     """
 
     def __init__(self, path="cable/creds/reports"):
@@ -72,11 +72,11 @@ class TokenSource:
             response = self._client.read(self._path) or {"data": {}}
             lease = response.get("lease_duration", 0)
             wait = lease * random.uniform(0.57, 0.67)
-            if not lease:  # then ttl says when to read again, and the token may be used for another third of it
+            if not lease:  # ttl is when to read again, and at most three quarters of the lease that there would be
                 wait = response["data"].get("ttl", 0)
                 lease = wait * 4 / 3
             if not response["data"].get("token") or lease <= 0:
-                raise LookupError(f"{self._path} has no token with a lease")
+                raise LookupError(f"{self._path} has no token with a lease or a ttl")
             secret = response["data"]
         except Exception as e:
             passes = self._passes(e)

@@ -1,9 +1,9 @@
 // Copyright (c) The vault-plugin-secrets-cable authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command floor is a secrets engine that only returns a constant as a leased
-// secret, so a read of it costs no more than Vault and the plugin protocol do.
-// The benchmark compares the real engine with it.
+// Command floor is a secrets engine that only returns a constant, as a leased
+// secret or at creds/unleased without a lease, so a read of it costs no more than
+// Vault and the plugin protocol do. The benchmark compares the real engine with it.
 package main
 
 import (
@@ -32,11 +32,15 @@ func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 			return nil, nil
 		},
 	}
-	read := func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
-		resp := secret.Response(map[string]any{
+	read := func(_ context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+		data := map[string]any{
 			"token": "constant", "expiry": 1999999999, "expires_at": "2033-05-18T03:33:19Z", "organization_id": "org",
 			"organization_name": "Organization", "scopes": []string{"person:read", "transactions:read"},
-		}, map[string]any{"role": "constant"})
+		}
+		if d.Get("name") == "unleased" {
+			return &logical.Response{Data: data}, nil
+		}
+		resp := secret.Response(data, map[string]any{"role": "constant"})
 		resp.Secret.TTL = time.Hour
 		return resp, nil
 	}
