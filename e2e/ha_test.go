@@ -31,6 +31,7 @@ type cluster struct {
 	dir       string
 	nodes     [clusterSize]atomic.Pointer[vaultServer] // a node that is started again is another server
 	ports     [clusterSize]int                         // between the nodes, the same for ever
+	proxies   [clusterSize]int                         // ports that lead there, or 0
 	key, root string
 	path      string // of the mount
 	sim       *cabletest.Server
@@ -42,7 +43,7 @@ func (c *cluster) node(i int) *vaultServer { return c.nodes[i%clusterSize].Load(
 // startCluster starts the nodes, joins them, registers the plugin once and
 // mounts it. At the end of the test the nodes are stopped and their logs are
 // searched for secrets.
-func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
+func startCluster(t *testing.T, opts *cabletest.Options, prepare ...func(*cluster)) *cluster {
 	t.Helper()
 	needVault(t)
 	c := &cluster{dir: t.TempDir(), path: "cable", sim: cabletest.NewServer(t, opts)}
@@ -64,6 +65,9 @@ func startCluster(t *testing.T, opts *cabletest.Options) *cluster {
 	for i := range c.nodes {
 		c.ports[i] = freePort(t)
 		c.install(t, pluginName, suite.plugin.File)
+	}
+	for _, f := range prepare {
+		f(c)
 	}
 	var wg sync.WaitGroup
 	for i := range c.nodes {
@@ -157,6 +161,7 @@ func (c *cluster) start(t *testing.T, i int) {
 	// The cluster has one audit device, so all nodes append to one file.
 	v := &vaultServer{plugins: c.folder(i, "plugins"), audit: filepath.Join(c.dir, "audit.log")}
 	node := &vaulttest.Raft{Dir: c.folder(i, "raft"), Node: fmt.Sprintf("node-%d", i), Port: c.ports[i], Root: c.root}
+	node.Advertised = c.proxies[i]
 	if err := v.start(c.folder(i, ""), node); err != nil {
 		t.Error(err)
 		return

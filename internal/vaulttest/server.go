@@ -60,6 +60,8 @@ type Raft struct {
 	Node string
 	Port int
 
+	Advertised int // the port that the other nodes are told; default: Port
+
 	// Key is the unseal key of a server that was started before with the same
 	// data, Root its root token. Default: Start initializes the server.
 	Key, Root string
@@ -197,7 +199,8 @@ listener "tcp" {
   tls_disable     = true
 }
 cluster_addr = "https://127.0.0.1:%d"
-`, c.Raft.Dir, cmp.Or(c.Raft.Node, "one"), multiplier, addr, c.Raft.Port, cmp.Or(c.Raft.Port, 1)), nil
+`, c.Raft.Dir, cmp.Or(c.Raft.Node, "one"), multiplier, addr, c.Raft.Port,
+		cmp.Or(c.Raft.Advertised, c.Raft.Port, 1)), nil
 }
 
 // setUp unseals the server, registers the plugins and turns the audit log on.
