@@ -4,11 +4,14 @@
 package e2e
 
 import (
+	"net/url"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cablesecrets/vault-plugin-secrets-cable/internal/cabletest"
 )
@@ -27,8 +30,10 @@ func TestRecipes(t *testing.T) {
 				ana := r.v.ok(r.t, "PUT", "auth/userpass/login/ana", map[string]any{"password": "p"}).Auth.ClientToken
 				r.allows(ana, "GET", "cable/creds/reports", nil, true)
 				r.allows(ana, "GET", "cable/explain/reports", nil, true)
-				r.ok("POST", "identity/entity/name/ana", map[string]any{"metadata": map[string]any{"team": "other"}})
-				r.allows(ana, "GET", "cable/creds/reports", nil, false)
+				for _, metadata := range []map[string]any{{"team": "other"}, {"floor": "2"}} {
+					r.ok("POST", "identity/entity/name/ana", map[string]any{"metadata": metadata})
+					r.allows(ana, "GET", "cable/creds/reports", nil, false)
+				}
 			},
 		},
 		"organization": {
@@ -46,15 +51,20 @@ func TestRecipes(t *testing.T) {
 				r.allows(sponsor, "GET", path, nil, false)
 				r.allows(sponsor, "PUT", path, map[string]any{"ttl": "10m"}, false)
 				// Vault compares a template as it stands.
+				const template = "{{identity.entity.metadata.organization}}"
 				r.v.writePolicy(r.t, "template", `path "cable/creds/sponsor" {
 					capabilities       = ["read"]
-					allowed_parameters = { "organization_id" = ["{{identity.entity.metadata.organization}}"] }
+					allowed_parameters = { "organization_id" = ["`+template+`"] }
 				}`)
 				r.ok("POST", "identity/entity/name/ana", map[string]any{
 					"metadata": map[string]any{"organization": cabletest.DefaultOrganizationID}, "policies": "template",
 				})
 				ana := r.v.ok(r.t, "PUT", "auth/userpass/login/ana", map[string]any{"password": "p"}).Auth.ClientToken
 				r.allows(ana, "GET", path+"?organization_id="+cabletest.DefaultOrganizationID, nil, false)
+				a := r.v.as(r.t, ana, "GET", path+"?organization_id="+url.QueryEscape(template), nil)
+				if a.status != 400 {
+					r.t.Errorf("the template's own text: %s, want the engine's 400", a)
+				}
 			},
 		},
 		"try": {
@@ -79,17 +89,34 @@ func TestRecipes(t *testing.T) {
 			},
 		},
 		"due-date": {want: []string{`(?m)^cable/ .*due on 2027-02-01: payments team`}},
-		"explorer": {want: []string{`(?m)^/cable/config\n/cable/creds/\{name\}\n/cable/explain/\{name\}\n`}},
+		"explorer": {
+			want: []string{`(?m)^/cable/config\n/cable/creds/\{name\}\n/cable/explain/\{name\}\n`},
+			after: func(string) {
+				const document = "sys/internal/specs/openapi"
+				a := r.v.as(r.t, r.v.tokenWith(r.t, "default", nil), "GET", document, nil)
+				if a.status != 200 || strings.Contains(a.text, `"/cable/`) {
+					r.t.Errorf("status %d; an operator without a path of the mount sees it", a.status)
+				}
+				shown := r.run(`vault read -format=raw ` + document + ` | jq -r '.paths["/cable/explain/{name}"]
+					| (.parameters + .get.parameters)[] | "\(.name): \(.description)"'`)
+				for _, name := range []string{"name", "organization_id", "scopes", "ttl"} {
+					if !regexp.MustCompile(`(?m)^` + name + `: \w`).MatchString(shown) {
+						r.t.Errorf("the explorer describes no parameter %q:\n%s", name, shown)
+					}
+				}
+			},
+		},
 	})
 
 	// The alert begins two weeks before the date, for key 1 alone. The clock of promtool begins at 0, so the key is due
 	// on day 20.
 	page := readFile(t, "../docs/recipes.md")
 	rule := regexp.MustCompile("(?s)```yaml name=due-alert\n(.*?)```").FindStringSubmatch(page)
-	if rule == nil || !strings.Contains(rule[1], "1801440000") {
+	due := strconv.FormatInt(time.Date(2027, time.February, 1, 0, 0, 0, 0, time.UTC).Unix(), 10)
+	if rule == nil || !strings.Contains(rule[1], due) {
 		t.Fatalf("no alert with the date: %q", rule)
 	}
-	r.write("rules.yml", strings.Replace(rule[1], "1801440000", "20 * 86400", 1))
+	r.write("rules.yml", strings.ReplaceAll(rule[1], due, "20 * 86400"))
 	r.write("test.yml", `
 rule_files: [rules.yml]
 evaluation_interval: 1h

@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"maps"
 	"os"
@@ -564,10 +565,14 @@ func (r *runbook) tokenSteps() map[string]step {
 		"who-read-token": {
 			before: func() {
 				r.shares("2m")
-				r.lease = r.read().LeaseID
+				ana := r.ok("POST", "auth/token/create", map[string]any{"display_name": "ana"}).Auth.ClientToken
+				r.lease = r.v.as(r.t, ana, "GET", "cable/creds/reports", nil).LeaseID
 				r.write("leaked-token.txt", r.shared+"\n")
 			},
-			want: []string{"cable/creds/reports"},
+			want: []string{
+				`cable/creds/reports\troot\t.*\t127\.0\.0\.1\tcable/creds/reports/`,
+				`cable/creds/reports\ttoken-ana\t.*\t127\.0\.0\.1\tcable/creds/reports/`,
+			},
 			after: func(out string) {
 				contains(r.t, out, r.lease)
 				if n := strings.Count(out, "\n"); n != 2 {
@@ -581,12 +586,13 @@ func (r *runbook) tokenSteps() map[string]step {
 		},
 		"token-in-log": {
 			before: func() {
-				// The log has the sum of a lease that ended, and not of one before.
+				sum := sha256.Sum256([]byte(r.shared))
+				ended := regexp.MustCompile(fmt.Sprintf("lease ended before its token.*%x", sum))
 				waitFor(r.t, 10*time.Second, "the log has the lease's end", func() bool {
-					return strings.Contains(readFile(r.t, r.v.log), "lease ended before its token")
+					return ended.MatchString(readFile(r.t, r.v.log))
 				})
 			},
-			want: []string{`lease ended before its token`},
+			want: []string{`token minted`, `token reused`, `lease ended before its token`},
 		},
 		"who-read-token-hashed": {want: []string{"cable/creds/reports"}, after: func(out string) {
 			if n := strings.Count(out, "\n"); n != 3 {

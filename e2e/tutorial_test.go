@@ -57,7 +57,8 @@ func TestTutorial(t *testing.T) {
 	s := newShell(t, v, map[string]string{"vault": paste[4]})
 	s.env = append(s.env, "CABLE_CONTROL="+paste[3])
 
-	lease := ""
+	lease, calls := "", ""
+	stats := func() string { return s.run(`curl -sS "$CABLE_CONTROL/stats" | grep '"calls"'`) }
 	pasted := "shopt -s expand_aliases\nalias vault=/gone\nexport VAULT_ADDR=gone\n"
 	forget := named(t, "docs/tutorial.md")["forget"]
 	forgot := s.run(pasted + forget + `type -t vault; echo "${VAULT_ADDR-}${VAULT_TOKEN-}"`)
@@ -76,9 +77,17 @@ func TestTutorial(t *testing.T) {
 		"Your first token/1": {want: []string{`lease_duration +14m5`, `(?m)^token +eyJ`, `scopes +\[person:read\]`}},
 		"Your first token/2": {want: []string{`lease_duration +9m5`, `scopes +\[transactions:read\]`}},
 		"Your first token/3": {fails: true, want: []string{"Code: 400", `"person:read"`, `"transactions:read"`}},
-		"Your own role/1": {want: []string{
-			`allowed +true`, `ttl +10m`, `scopes +\[person:read person:write\]`, `scopes outside role "mine"`,
-		}},
+		"Your own role/1": {
+			before: func() { calls = stats() },
+			want: []string{
+				`allowed +true`, `ttl +10m`, `scopes +\[person:read person:write\]`, `scopes outside role "mine"`,
+			},
+			after: func(string) {
+				if now := stats(); now != calls {
+					t.Errorf("explain called Cable: %s then %s", calls, now)
+				}
+			},
+		},
 		"Your own role/2": {
 			want: []string{"Success! Uploaded policy", `20\d\d-\d\d-\d\dT[\d:]+Z$`},
 			after: func(string) {
