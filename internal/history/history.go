@@ -198,7 +198,7 @@ func (h *History) checkOrder(n *Node, role string, add report) {
 		}
 	}
 	for _, c := range h.Changes {
-		if c.concerns(role) && c.Committed != Never && c.Start <= last {
+		if c.concerns(role) && c.Committed <= last && c.Committed != Never {
 			changes = append(changes, operation(c, c.Start, c.seen(n)))
 		}
 	}
