@@ -107,6 +107,16 @@ histories: ## Check random histories for DURATION (10m), then a minute of a real
 	go test -count=1 -timeout 0 -run '^TestHistories$$' . -histories $(DURATION)
 	E2E=require go test -count=1 -timeout 10m -run '^TestClusterHistory$$' ./e2e -histories 1m
 
+.PHONY: soak
+soak: DURATION ?= 30m
+soak: ## Read for DURATION (30m) on a cluster that changes, and see memory stay flat
+	@scripts/vault --path >/dev/null
+	E2E=require go test -count=1 -v -timeout 0 -run '^TestSoak$$' ./e2e -soak $(DURATION)
+
+.PHONY: cost
+cost: ## Compare memory and allocations of a read with BASE, the last tag
+	@scripts/cost $(BASE)
+
 .PHONY: mutants
 mutants: ## Make faults and see tests fail; SINCE=commit for lines changed since
 	go run ./internal/mutants $(if $(SINCE),-since $(SINCE))
