@@ -4,23 +4,23 @@
 // Package history checks what a mount did, while many clients used it at once, against a model of its promises.
 //
 // A test records a [History] of changes, API calls and reads, and [History.Check] returns the promises that it breaks.
-// The design's words for them, and the rules that check them:
+// They are promises of docs/design.md:
 //
-//   - "Once a write that disables, deletes or narrows has returned, no API call is sent with the settings from before":
-//     [sent] is an operation at the instant in which a call passed its gate, and the settings must permit the call.
-//   - "No token is returned whose last check did not begin after the write had returned": [returned] is the same for
-//     the instant of the response.
-//   - Each token was minted with settings that were current at some time during its read: [minted] lasts as long as the
-//     read, and compares the token with the settings as they are then. A refusal has its reason then, too: [refused].
-//   - Reuse: a reused token's call was sent at most reuse_for ago, at least half of its lifetime remains, no change has
-//     dropped it, and a role has one shared call at a time, per settings: [History.checkReuse].
-//   - Undelivered tokens are those that Cable may have issued, less those that were returned, each counted once:
-//     [History.checkUndelivered].
+//   - Once a write that disables, deletes or narrows has returned, no API call is sent with the settings from before.
+//     When a call passes its gate, the settings permit it ([sent]).
+//   - No token is returned whose last check did not begin after such a write had returned. When a token is returned,
+//     the settings permit it ([returned]).
+//   - A token was minted with settings that were current at some time during its read, and a refusal had its reason at
+//     some time during its read ([minted], [refused]).
+//   - A reused token's call was sent at most reuse_for ago, at least half of its lifetime remains, and no change has
+//     dropped it. A role has one shared call at a time, per settings.
+//   - Of the tokens that Cable may have issued, each that no reader received is counted once, as undelivered.
+//   - A write that has begun to store does not depend on its caller, and a failed trial stores nothing.
 //
-// The first four are checked with Porcupine for linearizability: there is an order of the operations that agrees with
-// their times, and in which each is right about the settings that the changes before it left. A change is an operation
-// from its request to its response on the node that handled it, and from its request to its invalidation on another. If
-// it failed in storage, it is one until it was committed, and none if it never was.
+// The first three are checked for linearizability, with Porcupine: there is an order of the operations that agrees with
+// their times, and in which each operation is right about the settings that the changes before it have left. A change
+// lasts from its request to its response on the node that handled it, and to its invalidation, or the node's end, on
+// another. A change that failed in storage lasts until it was committed, and is left out if it never was.
 package history
 
 import (
@@ -332,7 +332,7 @@ func (h *History) changedBetween(first, second *Call) bool {
 	})
 }
 
-// checkUndelivered compares the tokens that each node counted as undelivered with those that Cable may have issued and
+// checkUndelivered compares each node's count of undelivered tokens with the tokens that Cable may have issued to it and
 // that no reader received. A shared token that no reader received, and that expires before it is dropped, may be
 // counted or not.
 func (h *History) checkUndelivered(add report) {
