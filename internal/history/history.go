@@ -332,7 +332,7 @@ func (h *History) changedBetween(first, second *Call) bool {
 	})
 }
 
-// checkUndelivered compares each node's count of undelivered tokens with the tokens that Cable may have issued to it and
+// checkUndelivered compares the count of undelivered tokens on each node with the tokens that Cable may have issued and
 // that no reader received. A shared token that no reader received, and that expires before it is dropped, may be
 // counted or not.
 func (h *History) checkUndelivered(add report) {
