@@ -608,6 +608,12 @@ func TestWriteDoesNotDependOnItsCaller(t *testing.T) {
 func TestClose(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
+		ended := newTestStore(t)
+		ended.mustGet(t, "ci")
+		ended.Close()
+		if _, err := ended.get("ci"); !errors.Is(err, context.Canceled) {
+			t.Errorf("a token request at the end of the mount: %v", err) // its role may be outdated
+		}
 		s := newTestStore(t)
 		s.mustGet(t, "ci")
 		s.setOnWrite(func(_ context.Context, commit func() error) error { time.Sleep(time.Hour); return commit() })
