@@ -36,8 +36,9 @@ func TestFIPS(t *testing.T) {
 	contains(t, info.String(), "GOFIPS140=v1.0.0")
 	sum, err := vaulttest.Plugin{File: file}.Sum()
 	noError(t, err)
-	v.cli(t, "plugin", "register", "-sha256="+sum, "-command="+plugin, "-env=GODEBUG=fips140=only",
-		"secret", plugin)
+	v.ok(t, "PUT", "sys/plugins/catalog/secret/"+plugin, map[string]any{ // OpenBao's command line takes no environment
+		"sha256": sum, "command": plugin, "env": []string{"GODEBUG=fips140=only"},
+	})
 
 	sim := cabletest.NewTLSServer(t, nil)
 	other := httptest.NewUnstartedServer(sim.Simulator)
